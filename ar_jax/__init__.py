@@ -1,0 +1,3 @@
+"""Autoregressive visual generation in JAX."""
+
+__version__ = "0.1.0"

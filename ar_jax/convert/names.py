@@ -1,0 +1,107 @@
+"""Renaming between our parameter trees and released state dicts, both ways, from one table of rules."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from ar_jax.typing import Params
+
+
+class Layout(NamedTuple):
+    """How a parameter is stored in PyTorch, and back."""
+
+    to_torch: Callable
+    from_torch: Callable
+
+
+PLAIN = Layout(lambda x: x, lambda x: x)
+LINEAR = Layout(lambda x: x.T, lambda x: x.T)
+CONV = Layout(lambda x: x.transpose(3, 2, 0, 1), lambda x: x.transpose(2, 3, 1, 0))
+CONV1 = Layout(lambda x: x.T[:, :, None, None], lambda x: x[:, :, 0, 0].T)  # our Dense, their 1x1 convolution
+
+# (pattern of our path, joined with "/"; their key, with {} for the layer of stacked parameters; layout)
+Rule = tuple[str, str | Callable[[re.Match], str], Layout]
+
+
+def _renamed(shapes: Params, rules: list[Rule]) -> Iterator[tuple[str, str, Layout]]:
+    for path in traverse_util.flatten_dict(shapes, sep="/"):
+        for pattern, key, layout in rules:
+            match = re.fullmatch(pattern, path)
+            if match:
+                yield path, match.expand(key) if isinstance(key, str) else key(match), layout
+                break
+        else:
+            raise ValueError(f"no rule names the parameter {path!r}")
+
+
+def to_params(weights: Mapping[str, np.ndarray], shapes: Params, rules: list[Rule]) -> Params:
+    """Our tree from a state dict.
+
+    Args:
+      weights: the state dict; entries no rule asks for are ignored (see `differences`).
+      shapes: our tree of shapes, as `jax.eval_shape` gives it.
+      rules: the source's names.
+    Raises:
+      ValueError: a key is missing or a shape differs; the first one is named.
+    """
+    flat = traverse_util.flatten_dict(shapes, sep="/")
+    params = {}
+    for path, key, layout in _renamed(shapes, rules):
+        want = flat[path].shape
+        if "{}" in key:
+            parts = [layout.from_torch(_get(weights, key.format(i), path)) for i in range(want[0])]
+            if all(part.shape == want[1:] for part in parts):
+                params[path] = np.stack(parts)
+        else:
+            params[path] = np.ascontiguousarray(layout.from_torch(_get(weights, key, path)))
+        if path not in params or params[path].shape != want:
+            raise ValueError(f"{key} (our {path}) has another shape than the model's {tuple(want)}")
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def to_weights(params: Params, rules: list[Rule]) -> dict[str, np.ndarray]:
+    """A state dict under the source's names; the inverse of `to_params`."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    weights = {}
+    for path, key, layout in _renamed(params, rules):
+        value = np.asarray(flat[path])
+        if "{}" in key:
+            weights |= {key.format(i): np.ascontiguousarray(layout.to_torch(part)) for i, part in enumerate(value)}
+        else:
+            weights[key] = np.ascontiguousarray(layout.to_torch(value))
+    return weights
+
+
+def key_shapes(shapes: Params, rules: list[Rule]) -> dict[str, tuple[int, ...]]:
+    """The keys and shapes `to_weights` would give, computed without memory."""
+    keys = {}
+    flat = traverse_util.flatten_dict(shapes, sep="/")
+    for path, key, layout in _renamed(shapes, rules):
+        leaf = flat[path]
+        stacked = "{}" in key
+        one = jax.ShapeDtypeStruct(leaf.shape[1:] if stacked else leaf.shape, leaf.dtype)
+        shape = jax.eval_shape(layout.to_torch, one).shape
+        keys |= {key.format(i): shape for i in range(leaf.shape[0])} if stacked else {key: shape}
+    return keys
+
+
+def differences(want: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """The first difference between two sets of keys and shapes, in words; empty if there is none."""
+    for key in sorted(want.keys() | found.keys()):
+        if key not in found:
+            return f"{key} is missing (expected shape {tuple(want[key])})"
+        if key not in want:
+            return f"{key} of shape {tuple(found[key])} is not part of this model"
+        if tuple(want[key]) != tuple(found[key]):
+            return f"{key} has shape {tuple(found[key])}, expected {tuple(want[key])}"
+    return ""
+
+
+def _get(weights, key, path):
+    if key not in weights:
+        raise ValueError(f"{key} (our {path}) is missing from the weights")
+    return np.asarray(weights[key])

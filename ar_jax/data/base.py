@@ -1,0 +1,149 @@
+"""What is asked of a data set (`Data`), what it says of itself (`Info`) and how it is read (`Source`)."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Which images to read and how they are handed to the model."""
+
+    name: str = "mnist5k"
+    """mnist5k, idx and emoji need no download; image_folder, array_record, tfds and tokens read `path`."""
+    path: str = ""
+    """Folder of the data set. For emoji a font file and for idx a folder; both may be left out."""
+    split: str = "train"
+    """train, test or all. Data sets without splits of their own hold out every tenth image or have no test."""
+    size: int = 32
+    """Side in pixels of the square images handed to the model."""
+    crop: Literal["centre", "random"] = "centre"
+    """Of training images: the centre, or a random window of random scale. Both as in ADM."""
+    min_fraction: float = 0.8
+    """Smallest window of the random crop, as a part of the image's short side."""
+    flip: bool = False
+    """Mirror half of the training images."""
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    """An image that cannot be read stops the run, or the next readable one stands in for it."""
+    unreadable_limit: int = 100
+    """With `skip`: stop when more images than this cannot be read."""
+    text: str = ""
+    """Caption features: none, `minilm`, or a .npz or .safetensors file holding `features` and `mask`."""
+    text_rows: int = 16
+    """Caption rows handed to the model; shorter captions are padded on the left, longer ones cut."""
+
+    def __post_init__(self):
+        if self.split not in ("train", "test", "all"):
+            raise ValueError(f"data.split is {self.split!r}; it must be train, test or all")
+        if self.size < 1:
+            raise ValueError(f"data.size is {self.size}; it must be a positive number of pixels")
+        if self.crop not in ("centre", "random"):
+            raise ValueError(f"data.crop is {self.crop!r}; it must be centre or random")
+        if not 0 < self.min_fraction <= 1:
+            raise ValueError(f"data.min_fraction is {self.min_fraction}; it must be above 0 and at most 1")
+        if self.unreadable not in ("refuse", "skip"):
+            raise ValueError(f"data.unreadable is {self.unreadable!r}; it must be refuse or skip")
+        if self.text_rows < 1:
+            raise ValueError(f"data.text_rows is {self.text_rows}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What a data set says of itself; `dataclasses.asdict` of it goes to JSON and `read_info` brings it back."""
+
+    classes: int = 0                    # 0: no labels
+    class_names: tuple[str, ...] = ()   # in label order; may be empty although there are labels
+    captions: bool = False
+    text: str = ""                      # the encoder of the caption features, "" without
+    text_rows: int = 0
+    text_width: int = 0
+
+
+def read_info(values: dict[str, Any]) -> Info:
+    """`Info` from a dictionary, for example of JSON; other keys are left alone."""
+    known = {f.name: values[f.name] for f in dataclasses.fields(Info) if f.name in values}
+    return Info(**known | {"class_names": tuple(known.get("class_names", ()))})
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to the records of a data set, from many threads at once.
+
+    A record has "image" (PIL image or uint8 [h w 3]) or "tokens" ([a n k] or [a n c], a versions of one
+    image), "label" (int) if `info.classes` and "caption" if `info.captions`. A source with captions also has
+    `captions() -> list[str]`, which returns all of them without decoding images.
+    """
+
+    info: Info
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class Unreadable(ValueError):
+    """One record, named, that cannot be read; `data.unreadable` says what is done about it."""
+
+    def __init__(self, name: str, reason: object):
+        super().__init__(f"cannot read {name} ({reason}); mend or remove it, or set unreadable to skip")
+        self.name = name
+        self.reason = reason
+
+
+def held_out(count: int, split: str) -> np.ndarray:
+    """Indices of a split of a data set that has none: every tenth record, from the first, is the test."""
+    index = np.arange(count)
+    return {"test": index[index % 10 == 0], "train": index[index % 10 != 0], "all": index}[split]
+
+
+def folder_of(data: Data) -> Path:
+    """`data.path` as a folder that exists."""
+    if not data.path:
+        raise ValueError(f"data.path is empty; data.name={data.name} needs the folder to read")
+    folder = Path(data.path).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data.path is {data.path!r}, which is not a folder; data.name={data.name} needs one")
+    return folder
+
+
+def split_folders(folder: Path, split: str) -> list[Path]:
+    """The sub-folders of a split: train/ and val/ (else test/); `folder` itself if it has no such pair.
+
+    val/ comes before test/ because the test images of data sets that have both rarely have labels.
+    """
+    train = folder / "train"
+    test = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
+    if test and train.is_dir():
+        return {"train": [train], "test": [test], "all": [train, test]}[split]
+    if split == "test":
+        raise ValueError(f"data.split is test, but {folder} has no sub-folders train/ and val/ or test/; "
+                         "make them, or set data.split to all")
+    return [folder]
+
+
+def label_ids(info: Info, names: list[str]) -> list[int]:
+    """Labels of classes given by name (capitals do not matter) or by number; a name wins over a number.
+
+    Raises:
+      ValueError: no such class; the message names near ones and the range.
+    """
+    if not info.classes:
+        raise ValueError(f"labels {names} asked for, but the data set has no classes; leave them out")
+    return [_label_id(info, str(name)) for name in names]
+
+
+def _label_id(info: Info, name: str) -> int:
+    if name in info.class_names:
+        return info.class_names.index(name)
+    lower = [known.lower() for known in info.class_names]
+    if lower.count(name.lower()) == 1:
+        return lower.index(name.lower())
+    if name.isdecimal() and int(name) < info.classes:
+        return int(name)
+    near = [info.class_names[lower.index(n)] for n in difflib.get_close_matches(name.lower(), lower, 3, 0.5)]
+    near = near or [known for known in info.class_names if name and name.lower() in known.lower()][:3]
+    raise ValueError(f"no class {name!r}; " + (f"near ones: {', '.join(near)}; " if near else "")
+                     + f"give a {'name or ' if info.class_names else ''}number from 0 to {info.classes - 1}")

@@ -1,0 +1,139 @@
+"""A folder of image files: a class per sub-folder, or captions in a file, or neither."""
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ar_jax.data.base import Data, Info, folder_of, split_folders
+from ar_jax.data.images import read_image
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
+CAPTION_FILES = ("captions.jsonl", "captions.csv")
+
+
+class ImageFiles:
+    """Image files with their labels and captions (lists as long as `files`, or empty)."""
+
+    def __init__(self, files: list[str], labels: list[int], captions: list[str], info: Info):
+        self.files, self.labels, self._captions, self.info = files, labels, captions, info
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": read_image(self.files[index])} | self.about(index)
+
+    def about(self, index: int) -> dict[str, Any]:
+        """The record without its image."""
+        return (({"label": self.labels[index]} if self.labels else {})
+                | ({"caption": self._captions[index]} if self._captions else {}))
+
+    def captions(self) -> list[str]:
+        return self._captions
+
+
+def image_folder(data: Data) -> ImageFiles:
+    """Images below `data.path`, in the order of their names (or of the caption file).
+
+    With sub-folders train/ and val/ (else test/), `data.split` chooses; labels are numbered over both, so
+    that a class means the same in each. Images listed in captions.jsonl (a line is {"file": ..., "caption":
+    ..., "label": number or name, if any}; "file_name" and "text" will do) or captions.csv (with a header) are
+    captioned, and files that are not listed are left out. Otherwise each first-level sub-folder that holds
+    images, at any depth, is a class, and a folder without sub-folders is unlabelled. Names that start with
+    "." are ignored.
+    """
+    root = folder_of(data)
+    folders, every = split_folders(root, data.split), split_folders(root, "all")
+    listed = [root] if _caption_file(root) else [folder for folder in every if _caption_file(folder)]
+    if not listed:
+        return _from_folders(root, folders, every)
+    rows = [row for folder in listed for row in _read_captions(folder)]
+    chosen = [row for row in rows if any(Path(row[0]).is_relative_to(folder) for folder in folders)]
+    if not chosen:
+        raise ValueError(f"data.path={root}: the caption files list no image of the split {data.split}")
+    return _from_captions(rows, chosen)
+
+
+def _from_folders(root: Path, folders: list[Path], every: list[Path]) -> ImageFiles:
+    found = {folder: _find_images(folder) for folder in every}
+    total = sum(len(files) for files in found.values())
+    if not any(found[folder] for folder in folders):
+        raise ValueError(f"data.path={root}: no images in {', '.join(map(str, folders))} "
+                         f"(looked for {' '.join(SUFFIXES)} at any depth)")
+    # The class is the first folder below the split; files right in the split have none.
+    classes = {folder: [os.path.relpath(file, folder).split(os.sep)[:-1] for file in files]
+               for folder, files in found.items()}
+    names = sorted({parts[0] for each in classes.values() for parts in each if parts})
+    stray = [file for folder in every for file, parts in zip(found[folder], classes[folder]) if not parts]
+    if names and stray:
+        raise ValueError(f"data.path={root}: {len(stray)} of {total} images, such as {stray[0]}, lie beside class "
+                         f"folders such as {names[0]}; move them into a class or out of the folder")
+    number = {name: i for i, name in enumerate(names)}
+    files = [file for folder in folders for file in found[folder]]
+    labels = [number[parts[0]] for folder in folders for parts in classes[folder] if parts]
+    return ImageFiles(files, labels, [], Info(classes=len(names), class_names=tuple(names)))
+
+
+def _find_images(folder: Path) -> list[str]:
+    files = []
+    for base, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        files += [os.path.join(base, name) for name in sorted(names)
+                  if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    return files
+
+
+def _from_captions(rows: list[tuple], chosen: list[tuple]) -> ImageFiles:
+    labels = [label for _, _, label in rows]
+    if all(label is None for label in labels):
+        names, classes, number = [], 0, {}
+    elif all(isinstance(label, int) and label >= 0 for label in labels):
+        names, classes, number = [], max(labels) + 1, {label: label for label in labels}
+    elif all(isinstance(label, str) for label in labels):
+        names = sorted(set(labels))
+        classes, number = len(names), {name: i for i, name in enumerate(names)}
+    else:
+        raise ValueError("labels in a caption file must be given for every image or for none, either all as "
+                         f"numbers from 0 or all as names; found {list(dict.fromkeys(map(repr, labels)))[:6]}")
+    info = Info(classes=classes, class_names=tuple(names), captions=True)
+    return ImageFiles([file for file, _, _ in chosen], [number[label] for _, _, label in chosen] if classes else [],
+                      [caption for _, caption, _ in chosen], info)
+
+
+def _caption_file(folder: Path) -> Path | None:
+    return next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
+
+
+def _read_captions(folder: Path) -> list[tuple[str, str, int | str | None]]:
+    """(path, caption, label) of each line of the caption file of a folder."""
+    path, rows = _caption_file(folder), []
+    with open(path, encoding="utf-8-sig", newline="") as lines:
+        if path.suffix == ".csv":
+            reader = csv.DictReader(lines)
+            numbered = [(reader.line_num, row) for row in reader]
+        else:
+            numbered = [(i, _json_line(path, i, line)) for i, line in enumerate(lines, 1) if line.strip()]
+    for i, row in numbered:
+        file, caption = row.get("file", row.get("file_name")), row.get("caption", row.get("text"))
+        if not isinstance(file, str) or not isinstance(caption, str):
+            raise ValueError(f'{path} line {i}: needs a "file" and a "caption", has {sorted(map(str, row))}')
+        inside = os.path.normpath(file)
+        if os.path.isabs(inside) or inside.split(os.sep)[0] == "..":
+            raise ValueError(f"{path} line {i}: {file!r} leaves the folder; list files below {folder} only")
+        label = row.get("label")
+        if path.suffix == ".csv" and label is not None:  # a csv has strings only
+            label = int(label) if label.isdecimal() else label or None
+        rows.append((str(folder / inside), caption, label))
+    return rows
+
+
+def _json_line(path: Path, i: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path} line {i} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f'{path} line {i}: must be like {{"file": "a.jpg", "caption": "a cat"}}')
+    return row

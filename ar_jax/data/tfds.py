@@ -1,0 +1,69 @@
+"""A prepared TensorFlow data set in ArrayRecord format, read without TensorFlow."""
+
+import io
+from typing import Any
+
+import numpy as np
+
+from ar_jax.data.base import Data, Info, folder_of
+from ar_jax.data.images import read_image
+
+
+class Tfds:
+    """Records with the features `image` and, if there, `label` and `caption` (or `text`)."""
+
+    def __init__(self, source: Any, caption: str, info: Info, name: str):
+        self.source, self.caption, self.info, self.name = source, caption, info, name
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        found = self.source[index]
+        record = {"image": read_image(io.BytesIO(found["image"]), name=f"record {index} of {self.name}")}
+        if self.info.classes:
+            record["label"] = int(found["label"])
+        if self.caption:
+            record["caption"] = _text(found[self.caption])
+        return record
+
+    def captions(self) -> list[str]:
+        return [_text(self.source[i][self.caption]) for i in range(len(self))]
+
+
+def tfds(data: Data) -> Tfds:
+    """The data set prepared in `data.path`, the folder that holds dataset_info.json.
+
+    The test is the split `validation`, else `test`: the test images of sets that have both rarely have labels.
+    """
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise ValueError("data.name=tfds needs tensorflow-datasets: pip install ar_jax[tfds]") from error
+    folder = folder_of(data)
+    if not (folder / "dataset_info.json").exists():
+        raise FileNotFoundError(f"data.path={folder} has no dataset_info.json; give the folder of a prepared version, "
+                                "like .../flowers/1.0.0")
+    builder = tensorflow_datasets.builder_from_directory(str(folder))
+    features, splits = builder.info.features, list(builder.info.splits)
+    if "image" not in features:
+        raise ValueError(f"data.path={folder} has the features {', '.join(features)}, and no image")
+    test = next((split for split in ("validation", "test") if split in splits), None)
+    wanted = {"train": ["train"], "test": [test], "all": [*dict.fromkeys(["train", test or "train"])]}[data.split]
+    if any(split not in splits for split in wanted):
+        raise ValueError(f"data.split is {data.split}, but data.path={folder} has the splits {', '.join(splits)}")
+    try:
+        # Images stay encoded: our reader treats 16-bit, transparent and damaged ones alike in all data sets.
+        source = builder.as_data_source("+".join(wanted), decoders={"image": tensorflow_datasets.decode.SkipDecoding()})
+    except NotImplementedError as error:
+        raise ValueError(f"data.path={folder} is not in ArrayRecord format; prepare it with "
+                         "file_format='array_record' (this needs TensorFlow, once)") from error
+    label = features.get("label")
+    info = Info(classes=getattr(label, "num_classes", None) or 0, class_names=tuple(getattr(label, "names", None) or ()))
+    caption = next((key for key in ("caption", "text") if key in features), "")
+    return Tfds(source, caption, Info(info.classes, info.class_names, captions=bool(caption)), str(folder))
+
+
+def _text(value: Any) -> str:
+    value = np.asarray(value).reshape(-1)[0]  # some data sets keep several captions of an image; the first is taken
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,56 @@
+"""Filters of logits before the draw, and the draw itself."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ar_jax.typing import Array, Float, Int, Key, typed
+
+
+@typed
+def top_k(logits: Float[Array, "*b v"], k: int) -> Float[Array, "*b v"]:
+    """Keeps everything not below the k-th largest entry (ties stay), -inf elsewhere; 0 keeps all."""
+    if not 0 < k < logits.shape[-1]:
+        return logits
+    return jnp.where(logits < jax.lax.top_k(logits, k)[0][..., -1:], -jnp.inf, logits)
+
+
+@typed
+def top_p(logits: Float[Array, "*b v"], p: float) -> Float[Array, "*b v"]:
+    """Keeps the most likely entries until their probability exceeds p, at least one; 1 keeps all."""
+    if p >= 1:
+        return logits
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    before = jnp.cumsum(jax.nn.softmax(ranked), axis=-1) - jax.nn.softmax(ranked)
+    least = jnp.where(before > p, jnp.inf, ranked).min(-1, keepdims=True)
+    return jnp.where(logits < least, -jnp.inf, logits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+    """Top-k, then top-p; as static knob of a sampler.
+
+    Attributes:
+      top_k: number of entries kept, 0 keeps all.
+      top_p: probability mass kept, in (0, 1]; 1 keeps all.
+    """
+
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+
+    def __call__(self, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
+        return top_p(top_k(logits, self.top_k), self.top_p)
+
+
+@typed
+def draw(logits: Float[Array, "b m v"], keys: Key[Array, "b m"], temperature: Float[Array, ""]) -> Int[Array, "b m"]:
+    """Draws one entry per row with its own key; temperature 0 takes the largest."""
+    drawn = jax.vmap(jax.vmap(jax.random.categorical))(keys, logits)
+    return jnp.where(temperature > 0, drawn, logits.argmax(-1)).astype(jnp.int32)

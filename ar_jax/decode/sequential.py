@@ -1,0 +1,73 @@
+"""The sampling loop shared by all generators that reveal a fixed number of ranks per step."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ar_jax.decode.guidance import paired
+from ar_jax.decode.logits import Filter
+from ar_jax.orders import Order, scan_steps, to_slots
+from ar_jax.typing import Array, Batch, Key, Params, Tokens, typed
+
+
+@struct.dataclass
+class Knobs:
+    """What a user turns while sampling.
+
+    Attributes:
+      guidance: float32 [steps], weight of the condition; 1 is unguided.
+      temperature: float32 [steps]; 0 is greedy.
+      logits_fn: applied to the guided logits divided by the temperature.
+    """
+
+    guidance: Array
+    temperature: Array
+    logits_fn: Callable = struct.field(pytree_node=False, default=Filter())
+
+
+@typed
+def sample(
+    generator: Any,
+    params: Params,
+    batch: Batch,
+    order: Order,
+    *,
+    embed: Callable | None = None,
+    knobs: Knobs,
+    keys: Key[Array, "b"],
+    guided: bool,
+) -> Tokens:
+    """Draws the tokens of one image per key.
+
+    Args:
+      generator: a Linen module with methods `condition`, `begin` and `step`.
+      params: its parameters.
+      batch: conditions, first axis b.
+      order: what each step reveals.
+      embed: the frozen tokenizer's `embed`, for generators whose inputs are embedded codes.
+      knobs: guidance, temperature, filter.
+      keys: one per image; the draw of a rank uses `fold_in(key, rank)`, so an image does not depend on its neighbours.
+      guided: run every image with and without its condition.
+
+    Returns:
+      Tokens in slot order.
+    """
+    images = len(keys)
+    call = functools.partial(generator.apply, {"params": params})
+    cond = call(batch, jnp.zeros(images, bool), method="condition")
+    if guided:
+        cond = paired(cond, call(batch, jnp.ones(images, bool), method="condition"))
+
+    def step(state, i, first, size):
+        ranks = first + jnp.arange(size)
+        rank_keys = jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(ranks))(keys)
+        return call(
+            state, i, first, size, cond=cond, order=order, embed=embed, knobs=knobs, keys=rank_keys, method="step"
+        )
+
+    state = call(cond, order, images, method="begin")
+    return to_slots(scan_steps(order.sizes, step, state).tokens, order)

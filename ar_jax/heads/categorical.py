@@ -1,0 +1,50 @@
+"""The categorical head: one softmax over a codebook."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ar_jax.decode.guidance import fold
+from ar_jax.decode.logits import draw
+from ar_jax.tokens import TokenSpec
+from ar_jax.typing import Array, Float, Index, Int, Key, typed
+
+
+class Categorical(nn.Module):
+    """A linear readout without bias, zero at the start, with float32 logits.
+
+    Attributes:
+      codes: size of the codebook; 0 until the tokenizer is known (`complete`).
+      dtype: of the matrix product's inputs.
+    """
+
+    codes: int = 0
+    dtype: Any = jnp.float32
+
+    def complete(self, spec: TokenSpec) -> "Categorical":
+        if len(spec.codes) != 1:
+            raise ValueError(f"Categorical needs tokens of one discrete code, but the tokenizer gives codes {spec.codes}")
+        return self.clone(codes=spec.codes[0])
+
+    @nn.compact
+    @typed
+    def __call__(self, h: Float[Array, "B m d"]) -> Float[Array, "B m v"]:
+        """Logits, float32."""
+        kernel = self.param("kernel", nn.initializers.zeros, (h.shape[-1], self.codes))
+        return jnp.einsum(
+            "bmd,dv->bmv", h.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32
+        )
+
+    def loss(self, h: Float[Array, "b m d"], target: Int[Array, "b m 1"]) -> Float[Array, "b m"]:
+        """Cross entropy in nats."""
+        logits = self(h)
+        chosen = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    def sample(self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs, i: Index) -> Int[Array, "b m 1"]:
+        """Draws a code per row of step `i`; guided rows (B = b * ways) are folded first."""
+        temperature = knobs.temperature[i]
+        logits = fold(self(h), h.shape[0] // keys.shape[0], knobs.guidance[i]) / jnp.maximum(temperature, 1e-5)
+        return draw(knobs.logits_fn(logits), keys, temperature)[..., None]

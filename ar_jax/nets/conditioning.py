@@ -1,0 +1,96 @@
+"""Conditions (class label, caption) as rows that come before the tokens."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from ar_jax.data import Info
+from ar_jax.nets.attention import PADDING
+from ar_jax.nets.transformer import init
+from ar_jax.typing import Array, Batch, Bool, typed
+
+
+@struct.dataclass
+class Cond:
+    """A condition, ready for the network.
+
+    Attributes:
+      rows: [B p d] rows before the first token; the last one predicts it.
+      step: int32 [B p]: -(p-1)..0, or `PADDING` for rows that nobody may see.
+    """
+
+    rows: Array
+    step: Array
+
+
+class Label(nn.Module):
+    """One learned row per class, and one more for "no class".
+
+    Attributes:
+      width: of the network.
+      classes: number of classes; 0 until the data is known (`complete`).
+    """
+
+    width: int
+    classes: int = 0
+
+    def complete(self, info: Info) -> "Label":
+        if not info.classes:
+            raise ValueError("generator.condition is Label but the data has no labels; give labelled data")
+        return self.clone(classes=info.classes)
+
+    def example(self) -> Batch:
+        """A batch of one image's condition, for initialisation."""
+        return {"label": jnp.zeros(1, jnp.int32)}
+
+    @nn.compact
+    @typed
+    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
+        """Looks up `batch["label"]`, int [b] in 0..classes (classes itself means none), dropped where `drop` is set."""
+        table = self.param("embedding", init, (self.classes + 1, self.width))
+        label = jnp.where(drop, self.classes, batch["label"])
+        return Cond(table[label][:, None], jnp.zeros((len(label), 1), jnp.int32))
+
+
+class Caption(nn.Module):
+    """Caption features through a two-layer perceptron.
+
+    Attributes:
+      width: of the network.
+      rows: caption rows; captions are left-padded to it. 0 until the data is known (`complete`).
+      features: width of the caption features; 0 until the data is known.
+    """
+
+    width: int
+    rows: int = 0
+    features: int = 0
+
+    def complete(self, info: Info) -> "Caption":
+        if not info.text_width:
+            raise ValueError(
+                "generator.condition is Caption but the data gives no caption features; set data.text to 'minilm' or to "
+                "a file of precomputed features"
+            )
+        return self.clone(rows=info.text_rows, features=info.text_width)
+
+    def example(self) -> Batch:
+        shape = (1, self.rows)
+        return {"text": jnp.zeros((*shape, self.features), jnp.float32), "text_mask": jnp.ones(shape, bool)}
+
+    @nn.compact
+    @typed
+    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
+        """Projects `batch["text"]`, float [b p c]; `batch["text_mask"]`, bool [b p], marks the real rows.
+
+        Where `drop` is set the features are replaced by a fixed random block which is never trained; the mask stays.
+        """
+        std = nn.initializers.normal(self.features**-0.5)
+        none = lax.stop_gradient(self.param("uncond", std, (self.rows, self.features)))
+        text = jnp.where(drop[:, None, None], none, batch["text"])
+        hidden = nn.gelu(nn.Dense(self.width, use_bias=False, kernel_init=init, name="fc1")(text), approximate=True)
+        rows = nn.Dense(self.width, use_bias=False, kernel_init=init, name="fc2")(hidden)
+        place = np.arange(1 - self.rows, 1, dtype=np.int32)
+        return Cond(rows, jnp.where(jnp.asarray(batch["text_mask"], bool), place, PADDING))
+

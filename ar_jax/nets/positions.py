@@ -1,0 +1,36 @@
+"""Positions from token coordinates."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from ar_jax.typing import Array, Float, Int, typed
+
+NOWHERE = np.int32(-1)  # coordinate of rows that are no token (condition rows)
+
+
+@typed
+def rotary(coords: Int[Array, "#B q 3"], features: int, base: float = 10000.0) -> Float[Array, "2 #B q e"]:
+    """Cosines and sines of two-dimensional rotary positions, float32, each angle twice (once per channel of its pair).
+
+    The first half of a head's channel pairs turns with the row, the second with the column. Rows that lie `NOWHERE`
+    get cosine and sine zero, as in LlamaGen: their queries and keys vanish, so every token gives them the same weight.
+
+    Args:
+      coords: level, row, column.
+      features: channels of a head (e), a multiple of 4.
+    Source: LlamaGen (arXiv:2406.06525).
+    """
+    frequency = base ** (-np.arange(0, features // 2, 2, dtype=np.float32) / np.float32(features // 2))
+    angle = (jnp.asarray(coords)[..., 1:, None] * frequency).reshape(*coords.shape[:-1], features // 2)
+    somewhere = (jnp.asarray(coords)[..., 1:2] != NOWHERE).astype(jnp.float32)
+    return jnp.repeat(jnp.stack([jnp.cos(angle), jnp.sin(angle)]) * somewhere, 2, axis=-1)
+
+
+@typed
+def rotate(x: Float[Array, "B h q e"], table: Float[Array, "2 #B q e"]) -> Float[Array, "B h q e"]:
+    """Turns neighbouring channels (2i, 2i+1) by the table's angles, in float32."""
+    # Rolls instead of a reshape to [... e/2 2]: a last axis of two wastes the lanes of a TPU.
+    y = x.astype(jnp.float32)
+    turned = jnp.where(np.arange(x.shape[-1]) % 2 == 0, -jnp.roll(y, -1, axis=-1), jnp.roll(y, 1, axis=-1))
+    cos, sin = table[0][:, None], table[1][:, None]
+    return (y * cos + turned * sin).astype(x.dtype)

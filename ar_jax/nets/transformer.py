@@ -1,0 +1,174 @@
+"""The Llama-like transformer of next-token image models, for training (all rows at once) and decoding (cached)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from ar_jax.nets.attention import PADDING, attend, visible
+from ar_jax.nets.positions import rotary, rotate
+from ar_jax.typing import Array, Bool, Float, Index, Int, Params, typed
+
+init = nn.initializers.normal(0.02)
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of the rows seen so far.
+
+    Attributes:
+      k, v: [l B h r e], or one [B h r e] per layer if the network is unrolled.
+      step: int32 [B r], `PADDING` where nothing is written yet.
+    """
+
+    k: Any
+    v: Any
+    step: Array
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x), computed in float32, times a learned scale."""
+
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and SwiGLU."""
+
+    width: int
+    heads: int
+    hidden: int
+    dropout: float
+    eps: float
+    dtype: Any
+
+    def setup(self):
+        def dense(features):
+            return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype)
+
+        self.attention_norm, self.mlp_norm = RMSNorm(self.eps), RMSNorm(self.eps)
+        self.qkv, self.out = dense(3 * self.width), dense(self.width)
+        self.gate, self.up, self.down = dense(self.hidden), dense(self.hidden), dense(self.width)
+        self.drop = nn.Dropout(self.dropout)
+
+    def __call__(self, x, cache, table, mask, first):
+        det = not self.has_rng("dropout")
+        out, cache = self.attention(self.attention_norm(x), cache, table, mask, first)
+        x = x + self.drop(out, deterministic=det)
+        y = self.mlp_norm(x)
+        return x + self.drop(self.down(nn.silu(self.gate(y)) * self.up(y)), deterministic=det), cache
+
+    def attention(self, x, cache, table, mask, first):
+        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, -1)
+        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # three of [B h q e]
+        q, k = rotate(q, table), rotate(k, table)
+        if cache is not None:
+            k, v = (lax.dynamic_update_slice_in_dim(old, new, first, axis=2) for old, new in zip(cache, (k, v)))
+            cache = (k, v)
+        out = attend(q, k, v, mask)
+        return self.out(jnp.moveaxis(out, 1, 2).reshape(x.shape)), cache
+
+
+class Transformer(nn.Module):
+    """A stack of `Block`s with two-dimensional rotary positions and a final norm.
+
+    Attributes:
+      layers, width, heads: sizes; width/heads is a multiple of 4.
+      hidden: width of the SwiGLU; 0 takes Llama's rule, 8/3 width rounded up to a multiple of 256.
+      dropout: rate after attention and MLP; active only when a "dropout" key is given to `apply`.
+      base: wave length base of the rotary positions.
+      dtype: of the matrix products; parameters stay float32.
+      remat: recompute the blocks' activations in the backward pass.
+      unroll: one parameter tree per layer instead of stacked ones (see `unrolled`).
+    """
+
+    layers: int
+    width: int
+    heads: int
+    hidden: int = 0
+    dropout: float = 0.0
+    base: float = 10000.0
+    eps: float = 1e-5
+    dtype: Any = jnp.float32
+    remat: bool = False
+    unroll: bool = False
+
+    def setup(self):
+        if self.width % self.heads or self.width // self.heads % 4:
+            raise ValueError(
+                f"backbone.width / backbone.heads must be a multiple of 4 (2 axes x 2 channels of a rotary pair), "
+                f"got {self.width} / {self.heads}"
+            )
+        hidden = self.hidden or -(-(8 * self.width // 3) // 256) * 256
+        sizes = (self.width, self.heads, hidden, self.dropout, self.eps, self.dtype)
+        block = nn.remat(Block, prevent_cse=self.unroll) if self.remat else Block
+        if self.unroll:
+            self.blocks = [block(*sizes) for _ in range(self.layers)]
+        else:
+            self.blocks = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=self.layers,
+            )(*sizes)
+        self.norm = RMSNorm(self.eps)
+
+    def empty_cache(self, batch: int, rows: int) -> Cache:
+        shape = (batch, self.heads, rows, self.width // self.heads)
+        if self.unroll:
+            k, v = ([jnp.zeros(shape, self.dtype) for _ in range(self.layers)] for _ in "kv")
+        else:
+            k, v = (jnp.zeros((self.layers, *shape), self.dtype) for _ in "kv")
+        return Cache(k, v, jnp.full((batch, rows), PADDING))
+
+    @typed
+    def __call__(
+        self,
+        x: Float[Array, "B q d"],
+        step: Int[Array, "#B q"],
+        coords: Int[Array, "#B q 3"],
+        *,
+        cache: Cache | None = None,
+        first: Index = 0,
+    ) -> tuple[Float[Array, "B q d"], Cache | None]:
+        """Runs rows `first..first+q` of a sequence; with a cache, earlier rows are read from it and these added."""
+        x = x.astype(self.dtype)
+        table = rotary(coords, self.width // self.heads, self.base)
+        if cache is None:
+            keys, layers = step, None
+        else:
+            rows = jnp.broadcast_to(step, x.shape[:2]).astype(jnp.int32)
+            keys = lax.dynamic_update_slice_in_dim(cache.step, rows, first, axis=1)
+            layers = (cache.k, cache.v)
+        mask = visible(step, keys, first)
+        x, layers = self._layers(x, layers, table, mask, first)
+        return self.norm(x), None if cache is None else Cache(*layers, keys)
+
+    def _layers(self, x, layers, table, mask, first):
+        if not self.unroll:
+            return self.blocks(x, layers, table, mask, first)
+        done = []
+        for i, block in enumerate(self.blocks):
+            x, pair = block(x, layers and (layers[0][i], layers[1][i]), table, mask, first)
+            done.append(pair)
+        return x, None if layers is None else tuple(list(side) for side in zip(*done))
+
+
+def unrolled(params: Params, layers: int) -> Params:
+    """Parameters of a `Transformer` for `unroll=True`: slices the stacked blocks once, so a decoding loop need not.
+
+    Inside a loop over tokens, XLA on CPU copies every layer's slice of stacked weights anew for every token.
+    """
+    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
+    return rest | {f"blocks_{i}": jax.tree.map(lambda leaf: leaf[i], params["blocks"]) for i in range(layers)}

@@ -1,0 +1,130 @@
+"""The convolutional encoder and decoder of the VQGAN family, NHWC."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ar_jax.typing import Array, Float, typed
+
+
+init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # the +-1/sqrt(fan_in) these networks start from
+
+
+class ResBlock(nn.Module):
+    """norm, swish, 3x3 convolution, twice, plus the (projected) input."""
+
+    features: int
+    groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        y = x
+        for i in (1, 2):
+            y = nn.silu(norm(self.groups, self.dtype, name=f"norm{i}")(y))
+            y = conv3(self.features, self.dtype, name=f"conv{i}")(y)
+        if x.shape[-1] != self.features:
+            x = nn.Conv(self.features, (1, 1), kernel_init=init, dtype=self.dtype, name="nin_shortcut")(x)
+        return x + y
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over all pixels, plus the input."""
+
+    groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        y = norm(self.groups, self.dtype, name="norm")(x)
+        q, k, v = (nn.Dense(x.shape[-1], kernel_init=init, dtype=self.dtype, name=name)(y) for name in "qkv")
+        logits = jnp.einsum("bhwc,byxc->bhwyx", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits, axis=(-2, -1)).astype(self.dtype)
+        y = jnp.einsum("bhwyx,byxc->bhwc", weights, v)
+        return x + nn.Dense(x.shape[-1], kernel_init=init, dtype=self.dtype, name="proj_out")(y)
+
+
+class Encoder(nn.Module):
+    """Image to latent grid, one stride-2 convolution between levels.
+
+    Attributes:
+      features: channels of the finest level.
+      mult: channel multiplier of each level, fine to coarse; the image shrinks by 2^(levels-1).
+      res_blocks: residual blocks per level; the coarsest level has an attention block after each.
+      out: channels of the result.
+      groups: of the group norms.
+    """
+
+    features: int
+    mult: tuple[int, ...]
+    res_blocks: int
+    out: int
+    groups: int = 32
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w z"]:
+        x = conv3(self.features, self.dtype, name="conv_in")(x)
+        for level, mult in enumerate(self.mult):
+            x = _level(self, x, level, mult, self.res_blocks, coarsest=level == len(self.mult) - 1)
+            if level < len(self.mult) - 1:
+                x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))  # below and to the right only
+                x = conv3(x.shape[-1], self.dtype, name=f"down_{level}", strides=2, padding="VALID")(x)
+        return _out(self, _middle(self, x), self.out)
+
+
+class Decoder(nn.Module):
+    """Latent grid to image; the mirror of `Encoder`, with one residual block more per level.
+
+    Attributes: as `Encoder`; `mult` is fine to coarse here too.
+    """
+
+    features: int
+    mult: tuple[int, ...]
+    res_blocks: int
+    out: int
+    groups: int = 32
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    @typed
+    def __call__(self, x: Float[Array, "b h w z"]) -> Float[Array, "b H W c"]:
+        x = conv3(self.features * self.mult[-1], self.dtype, name="conv_in")(x)
+        x = _middle(self, x)
+        for level, mult in reversed(list(enumerate(self.mult))):
+            x = _level(self, x, level, mult, self.res_blocks + 1, coarsest=level == len(self.mult) - 1)
+            if level > 0:
+                x = x.repeat(2, axis=1).repeat(2, axis=2)
+                x = conv3(x.shape[-1], self.dtype, name=f"up_{level}")(x)
+        return _out(self, x, self.out)
+
+
+def norm(groups, dtype, name):
+    # use_fast_variance loses digits where the mean is large against the spread
+    return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def conv3(features, dtype, name, **options):
+    return nn.Conv(features, (3, 3), kernel_init=init, dtype=dtype, name=name, **options)
+
+
+def _level(net, x, level, mult, blocks, coarsest):
+    for i in range(blocks):
+        x = ResBlock(net.features * mult, net.groups, net.dtype, name=f"res_{level}_{i}")(x)
+        if coarsest:
+            x = AttnBlock(net.groups, net.dtype, name=f"attn_{level}_{i}")(x)
+    return x
+
+
+def _middle(net, x):
+    x = ResBlock(x.shape[-1], net.groups, net.dtype, name="mid_0")(x)
+    x = AttnBlock(net.groups, net.dtype, name="mid_1")(x)
+    return ResBlock(x.shape[-1], net.groups, net.dtype, name="mid_2")(x)
+
+
+def _out(net, x, features):
+    x = nn.silu(norm(net.groups, net.dtype, name="norm_out")(x))
+    return conv3(features, net.dtype, name="conv_out")(x).astype(jnp.float32)

@@ -1,0 +1,124 @@
+"""The VQGAN tokenizer: a convolutional autoencoder around one codebook."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ar_jax.tokenizers.conv import Decoder, Encoder, init
+from ar_jax.tokenizers.quantize import VectorLoss, normalise, vector_quantise
+from ar_jax.tokens import TokenSpec, grid
+from ar_jax.typing import Array, Float, Int, Metrics, Params, PRNGKey, typed
+
+
+class VQGAN(nn.Module):
+    """Image to a grid of codes and back. The defaults are LlamaGen's VQ-16; VQ-8 has `mult=(1, 2, 2, 4)`.
+
+    Attributes:
+      size: height and width of the images in pixels, multiples of 2^(levels-1).
+      features: channels of the finest level.
+      mult: channel multiplier of each encoder level, fine to coarse; the decoder mirrors it.
+      decoder_mult: the decoder's, if it differs; empty takes `mult`.
+      res_blocks: residual blocks per encoder level; the decoder has one more.
+      latent: channels between the network and the projections around the quantiser.
+      codes: size of the codebook.
+      code_features: width of a code.
+      groups: of the group norms.
+      l2_norm: latents and codes are normalised at every use, so search is by cosine.
+      vq: weights of the quantiser's losses.
+      channels: of the image.
+      dtype: of the convolutions; the quantiser is float32.
+    Source: VQGAN (arXiv:2012.09841), LlamaGen (arXiv:2406.06525).
+    """
+
+    size: tuple[int, int] = (256, 256)
+    features: int = 128
+    mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    decoder_mult: tuple[int, ...] = ()
+    res_blocks: int = 2
+    latent: int = 256
+    codes: int = 16384
+    code_features: int = 8
+    groups: int = 32
+    l2_norm: bool = True
+    vq: VectorLoss = VectorLoss()
+    channels: int = 3
+    dtype: Any = jnp.float32
+
+    @property
+    def downsample(self) -> int:
+        return 2 ** (len(self.mult) - 1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        if any(side % self.downsample for side in self.size):
+            raise ValueError(f"tokenizer.size must be multiples of {self.downsample} pixels, got {self.size}")
+        return self.size[0] // self.downsample, self.size[1] // self.downsample
+
+    @property
+    def spec(self) -> TokenSpec:
+        return TokenSpec(grid(*self.grid), codes=(self.codes,))
+
+    def init_params(self, key: PRNGKey) -> Params:
+        return self.init(key, jnp.zeros((1, *self.size, self.channels)), method="autoencode")["params"]
+
+    def setup(self):
+        net = {"features": self.features, "res_blocks": self.res_blocks, "groups": self.groups, "dtype": self.dtype}
+        self.encoder = Encoder(mult=self.mult, out=self.latent, **net)
+        self.decoder = Decoder(mult=self.decoder_mult or self.mult, out=self.channels, **net)
+        self.quant = nn.Dense(self.code_features, kernel_init=init)
+        self.post_quant = nn.Dense(self.latent, kernel_init=init)
+        self.codebook = self.param("codebook", _codebook_init(self.l2_norm), (self.codes, self.code_features))
+
+    @typed
+    def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Int[Array, "b n 1"]:
+        """Codes of images in [-1, 1]; `key` is unused, the codes are deterministic."""
+        _, index, _ = self.quantise(self.latents(image))
+        return index.reshape(len(image), -1, 1)
+
+    @typed
+    def embed(self, tokens: Int[Array, "b n 1"]) -> Float[Array, "b n c"]:
+        """The (normalised) codes of tokens."""
+        return self._codes()[tokens[..., 0]]
+
+    @typed
+    def decode(self, tokens: Int[Array, "b n 1"], *, key: PRNGKey | None = None) -> Float[Array, "b H W c"]:
+        """Images, about [-1, 1] but not clipped; `key` is unused."""
+        codes = self.embed(tokens)
+        return self.pixels(codes.reshape(len(codes), *self.grid, -1))
+
+    @typed
+    def autoencode(self, image: Float[Array, "b H W c"]) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
+        """One training pass.
+
+        Returns:
+          The reconstruction; the weighted losses of the quantiser by name; and what training may want to look at:
+          "latents" [b h w c] before quantisation and "index" [b h w].
+        """
+        latents = self.latents(image)
+        codes, index, losses = self.quantise(latents)
+        return self.pixels(codes), losses, {"latents": latents, "index": index}
+
+    def latents(self, image: Float[Array, "b H W c"]) -> Float[Array, "b h w c"]:
+        """What the quantiser sees, before any normalisation."""
+        return self.quant(self.encoder(image))
+
+    def quantise(self, latents: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h w c"], Int[Array, "b h w"], Metrics]:
+        z = latents.astype(jnp.float32)
+        return vector_quantise(normalise(z) if self.l2_norm else z, self._codes(), self.vq)
+
+    def pixels(self, codes: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
+        """Images from a grid of code vectors."""
+        return self.decoder(self.post_quant(codes))
+
+    def _codes(self):
+        return normalise(self.codebook) if self.l2_norm else self.codebook
+
+
+def _codebook_init(l2_norm):
+    def codebook_init(key, shape):
+        codebook = jax.random.uniform(key, shape, minval=-1 / shape[0], maxval=1 / shape[0])
+        return normalise(codebook) if l2_norm else codebook
+
+    return codebook_init
