@@ -1,4 +1,4 @@
-"""Parity cases of the small networks: each computes its fixture's outputs from the inputs, in stored layout."""
+"""Parity of the small networks: each function computes its fixture's outputs from the inputs alone, NCHW."""
 
 import jax
 import numpy as np

@@ -11,4 +11,5 @@ from ar_jax.data.records import open_records, write_shards
 from ar_jax.data.sources import SOURCES, open_source
 
 __all__ = ["SOURCES", "Data", "Info", "Source", "Unreadable", "batches", "centre_crop", "flip", "label_ids",
-           "open_records", "open_source", "random_crop", "read_image", "read_info", "ten_crop", "write_shards"]
+           "open_records", "open_source", "random_crop", "read_image", "read_info", "ten_crop",
+           "write_shards"]

@@ -17,7 +17,7 @@ class Data:
     path: str = ""
     """Folder of the data set. For emoji a font file and for idx a folder; both may be left out."""
     split: str = "train"
-    """train, test or all. Data sets without splits of their own hold out every tenth image or have no test."""
+    """train, test or all. mnist5k and emoji hold out every tenth image as the test."""
     size: int = 32
     """Side in pixels of the square images handed to the model."""
     crop: Literal["centre", "random"] = "centre"
@@ -52,7 +52,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """What a data set says of itself; `dataclasses.asdict` of it goes to JSON and `read_info` brings it back."""
+    """What a data set says of itself; goes to JSON by `dataclasses.asdict` and comes back by `read_info`."""
 
     classes: int = 0                    # 0: no labels
     class_names: tuple[str, ...] = ()   # in label order; may be empty although there are labels
@@ -105,7 +105,8 @@ def folder_of(data: Data) -> Path:
         raise ValueError(f"data.path is empty; data.name={data.name} needs the folder to read")
     folder = Path(data.path).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"data.path is {data.path!r}, which is not a folder; data.name={data.name} needs one")
+        raise FileNotFoundError(f"data.path is {data.path!r}, which is not a folder; data.name={data.name} "
+                                "needs one")
     return folder
 
 

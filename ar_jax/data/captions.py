@@ -1,16 +1,16 @@
 """Caption features beside the images of a source: computed once, or read from a file."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import dataclasses
 import numpy as np
 from tqdm import tqdm
 
 from ar_jax.data.base import Data, Info, Source
 
-MOST_CAPTIONS = 100_000  # different captions to keep features of in memory, about 2.5 GB of minilm at 16 rows
+MOST_CAPTIONS = 100_000  # different captions kept in memory, about 2.5 GB of minilm features at 16 rows
 AT_ONCE = 512
 
 Rows = Callable[[int], tuple[np.ndarray, np.ndarray]]  # record -> features [rows c], mask [rows]
@@ -42,20 +42,21 @@ def with_text(source: Source, data: Data) -> Source:
       ValueError: no captions, an unknown encoder, or features that do not fit the source.
     """
     if not source.info.captions:
-        raise ValueError(f"data.text is {data.text!r}, but data.name={data.name} data.path={data.path!r} has no "
-                         "captions; leave data.text empty or give images with captions.jsonl or captions.csv")
+        raise ValueError(f"data.text is {data.text!r}, but data.name={data.name} data.path={data.path!r} has "
+                         "no captions; leave data.text empty, or add a captions.jsonl or captions.csv")
     if data.text == "minilm":
         encoder, (rows, width) = "minilm", _encode(source.captions(), data.text_rows)
     elif Path(data.text).suffix in (".npz", ".safetensors"):
         encoder, rows, width = _open_features(Path(data.text).expanduser(), len(source))
     else:
-        raise ValueError(f"data.text is {data.text!r}; it must be empty, minilm, or a .npz or .safetensors file")
+        raise ValueError(f"data.text is {data.text!r}; it must be empty, minilm, or a .npz or .safetensors "
+                         "file")
     info = dataclasses.replace(source.info, text=encoder, text_rows=data.text_rows, text_width=width)
     return Texted(source, rows, info)
 
 
 def left_pad(features: np.ndarray, mask: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `rows` real rows of [r c] at the end of float32 [rows c], zeros before, and the mask [rows]."""
+    """The first `rows` real rows of [r c] at the end of float32 [rows c], after zeros; and their mask."""
     real = features[np.asarray(mask, bool)][:rows]
     padded = np.zeros((rows, features.shape[-1]), np.float32)
     padded[rows - len(real):] = real
@@ -67,8 +68,9 @@ def _encode(captions: list[str], rows: int) -> tuple[Rows, int]:
 
     unique = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     if len(unique) > MOST_CAPTIONS:
-        raise ValueError(f"data.text=minilm keeps features in memory, for at most {MOST_CAPTIONS} different captions, "
-                         f"and there are {len(unique)}; compute them into a .safetensors file and set data.text to it")
+        raise ValueError(f"data.text=minilm keeps the features of at most {MOST_CAPTIONS} different captions "
+                         f"in memory, and there are {len(unique)}; compute them into a .safetensors file and "
+                         "give that as data.text")
     texts = list(unique)
     starts = tqdm(range(0, len(texts), AT_ONCE), desc="captions", disable=None)
     parts = [minilm.encode(texts[start : start + AT_ONCE], rows) for start in starts]
@@ -83,23 +85,31 @@ def _open_features(path: Path, count: int) -> tuple[str, Rows, int]:
     try:
         encoder, arrays = _npz(path) if path.suffix == ".npz" else _safetensors(path)
         features, mask = arrays["features"], arrays["mask"]
-        shape, mask_shape = (tuple(x.shape if path.suffix == ".npz" else x.get_shape()) for x in (features, mask))
+        shape, mask_shape = _shape(features), _shape(mask)
     except Exception as error:  # KeyError, BadZipFile, SafetensorError, pickled arrays ...
-        raise ValueError(f"data.text={path} must hold `features` [N rows c] and `mask` [N rows]: {error}") from error
+        raise ValueError(f"data.text={path} must hold `features` [N rows c] and `mask` [N rows], but reading "
+                         f"them fails: {error}") from error
     if len(shape) != 3 or mask_shape != shape[:2] or shape[0] != count:
-        raise ValueError(f"data.text={path} has features {list(shape)} and mask {list(mask_shape)}; needed are "
-                         f"[{count} rows c] and [{count} rows], one for each record of the split, in its order")
+        raise ValueError(f"data.text={path} has features {list(shape)} and mask {list(mask_shape)}; needed "
+                         f"are [{count} rows c] and [{count} rows]: a row for each record of the split, in "
+                         "its order")
     # Slices of one row, since a slice of a safetensors file reads just that.
     return encoder or path.stem, lambda i: (features[i : i + 1][0], mask[i : i + 1][0]), shape[2]
 
 
+def _shape(array: Any) -> tuple[int, ...]:
+    return tuple(array.shape if isinstance(array, np.ndarray) else array.get_shape())
+
+
 def _npz(path: Path) -> tuple[str, dict[str, Any]]:
     with np.load(path, allow_pickle=False) as arrays:
-        return str(arrays["encoder"]) if "encoder" in arrays else "", {k: arrays[k] for k in ("features", "mask")}
+        encoder = str(arrays["encoder"]) if "encoder" in arrays else ""
+        return encoder, {key: arrays[key] for key in ("features", "mask")}
 
 
 def _safetensors(path: Path) -> tuple[str, dict[str, Any]]:
     from safetensors import safe_open
 
     file = safe_open(path, framework="numpy")
-    return (file.metadata() or {}).get("encoder", ""), {k: file.get_slice(k) for k in ("features", "mask")}
+    encoder = (file.metadata() or {}).get("encoder", "")
+    return encoder, {key: file.get_slice(key) for key in ("features", "mask")}

@@ -9,7 +9,8 @@ import numpy as np
 
 from ar_jax.data.base import Data, Info, folder_of, held_out
 
-FASHION = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+FASHION = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+           "ankle boot")
 FASHION_PLACE = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
 
 
@@ -24,7 +25,8 @@ class Arrays:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": np.repeat(self.images[index, :, :, None], 3, axis=-1), "label": int(self.labels[index])}
+        image = np.repeat(self.images[index, :, :, None], 3, axis=-1)
+        return {"image": image, "label": int(self.labels[index])}
 
 
 def mnist5k(data: Data) -> Arrays:
@@ -44,8 +46,9 @@ def mnist5k(data: Data) -> Arrays:
 def idx(data: Data) -> Arrays:
     """train- and t10k-images-idx3-ubyte and -labels-idx1-ubyte of a folder, with .gz or without."""
     if not data.path and not FASHION_PLACE.is_dir():
-        raise FileNotFoundError("data.path is empty; data.name=idx needs the folder with train-images-idx3-ubyte and "
-                                "so on, or the Debian package dataset-fashion-mnist")
+        raise FileNotFoundError("data.path is empty; data.name=idx needs the folder of "
+                                "train-images-idx3-ubyte and so on, or the Debian package "
+                                "dataset-fashion-mnist")
     folder = folder_of(data) if data.path else FASHION_PLACE
     parts = {"train": ["train"], "test": ["t10k"], "all": ["train", "t10k"]}[data.split]
     images = np.concatenate([_read_idx(_find_idx(folder, part, "images-idx3"), 3) for part in parts])
@@ -73,8 +76,9 @@ def _read_idx(path: Path, axes: int) -> np.ndarray:
     # Two zero bytes, 8 for unsigned bytes, the number of axes, the sizes as big-endian int32.
     start = 4 + 4 * axes
     if content[:4] != bytes([0, 0, 8, axes]) or len(content) < start:
-        raise ValueError(f"{path} is not an idx file of bytes with {axes} axes: it starts with {content[:4]!r}")
+        raise ValueError(f"{path} is not an idx file of bytes with {axes} axes: it starts {content[:4]!r}")
     shape = tuple(np.frombuffer(content, ">i4", axes, 4).tolist())
     if len(content) - start != np.prod(shape) or len(content) == start:
-        raise ValueError(f"{path} says it holds {shape} bytes but holds {len(content) - start}; download it again")
+        raise ValueError(f"{path} says it holds {shape} bytes but holds {len(content) - start}; download it "
+                         "again")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

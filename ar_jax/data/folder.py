@@ -9,7 +9,8 @@ from typing import Any
 from ar_jax.data.base import Data, Info, folder_of, split_folders
 from ar_jax.data.images import read_image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2",
+            ".avif")
 CAPTION_FILES = ("captions.jsonl", "captions.csv")
 
 
@@ -58,31 +59,31 @@ def image_folder(data: Data) -> ImageFiles:
 
 def _from_folders(root: Path, folders: list[Path], every: list[Path]) -> ImageFiles:
     found = {folder: _find_images(folder) for folder in every}
-    total = sum(len(files) for files in found.values())
-    if not any(found[folder] for folder in folders):
+    images = [image for each in found.values() for image in each]
+    chosen = [image for folder in folders for image in found[folder]]
+    if not chosen:
         raise ValueError(f"data.path={root}: no images in {', '.join(map(str, folders))} "
                          f"(looked for {' '.join(SUFFIXES)} at any depth)")
-    # The class is the first folder below the split; files right in the split have none.
-    classes = {folder: [os.path.relpath(file, folder).split(os.sep)[:-1] for file in files]
-               for folder, files in found.items()}
-    names = sorted({parts[0] for each in classes.values() for parts in each if parts})
-    stray = [file for folder in every for file, parts in zip(found[folder], classes[folder]) if not parts]
+    names = sorted({name for _, name in images if name})
+    stray = [file for file, name in images if not name]
     if names and stray:
-        raise ValueError(f"data.path={root}: {len(stray)} of {total} images, such as {stray[0]}, lie beside class "
-                         f"folders such as {names[0]}; move them into a class or out of the folder")
+        raise ValueError(f"data.path={root}: {len(stray)} of {len(images)} images, such as {stray[0]}, lie "
+                         f"beside class folders such as {names[0]}; move them into a class or elsewhere")
     number = {name: i for i, name in enumerate(names)}
-    files = [file for folder in folders for file in found[folder]]
-    labels = [number[parts[0]] for folder in folders for parts in classes[folder] if parts]
-    return ImageFiles(files, labels, [], Info(classes=len(names), class_names=tuple(names)))
+    labels = [number[name] for _, name in chosen if name]
+    info = Info(classes=len(names), class_names=tuple(names))
+    return ImageFiles([file for file, _ in chosen], labels, [], info)
 
 
-def _find_images(folder: Path) -> list[str]:
-    files = []
+def _find_images(folder: Path) -> list[tuple[str, str]]:
+    """(file, first-level sub-folder it is in or "") of every image, in the order of names."""
+    images = []
     for base, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        files += [os.path.join(base, name) for name in sorted(names)
-                  if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-    return files
+        within = os.path.relpath(base, folder).split(os.sep)[0].removeprefix(".")
+        images += [(os.path.join(base, name), within) for name in sorted(names)
+                   if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    return images
 
 
 def _from_captions(rows: list[tuple], chosen: list[tuple]) -> ImageFiles:
@@ -95,11 +96,12 @@ def _from_captions(rows: list[tuple], chosen: list[tuple]) -> ImageFiles:
         names = sorted(set(labels))
         classes, number = len(names), {name: i for i, name in enumerate(names)}
     else:
+        some = ", ".join(list(dict.fromkeys(map(repr, labels)))[:6])
         raise ValueError("labels in a caption file must be given for every image or for none, either all as "
-                         f"numbers from 0 or all as names; found {list(dict.fromkeys(map(repr, labels)))[:6]}")
+                         f"numbers from 0 or all as names; found {some}")
     info = Info(classes=classes, class_names=tuple(names), captions=True)
-    return ImageFiles([file for file, _, _ in chosen], [number[label] for _, _, label in chosen] if classes else [],
-                      [caption for _, caption, _ in chosen], info)
+    files, captions, labels = (list(column) for column in zip(*chosen, strict=True))
+    return ImageFiles(files, [number[label] for label in labels] if classes else [], captions, info)
 
 
 def _caption_file(folder: Path) -> Path | None:

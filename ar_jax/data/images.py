@@ -73,7 +73,8 @@ def ten_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     image = np.asarray(image)
     bottom, right = image.shape[0] - size, image.shape[1] - size
     if min(bottom, right) < 0:
-        raise ValueError(f"ten_crop to {size} pixels needs a larger image than {image.shape[1]}x{image.shape[0]}")
+        raise ValueError(f"ten_crop to {size} pixels needs a larger image than "
+                         f"{image.shape[1]}x{image.shape[0]}")
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
     crops = np.stack([image[top : top + size, left : left + size] for top, left in corners])
     return np.concatenate([crops, flip(crops)])

@@ -3,26 +3,29 @@
 `python -m ar_jax.data.pack FOLDER OUT`, then train with `--data.name array_record --data.path OUT`.
 """
 
-from collections.abc import Iterator
-from concurrent import futures
 import dataclasses
 import hashlib
+import inspect
 import io
 import itertools
-from pathlib import Path
+import os
 import sys
+from collections.abc import Iterator
+from concurrent import futures
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from PIL import Image
 import tyro
+from PIL import Image
 
 from ar_jax.data.base import Data, Unreadable, split_folders
 from ar_jax.data.folder import ImageFiles, image_folder
 from ar_jax.data.images import centre_crop, read_image
-from ar_jax.data.records import write_shards
+from ar_jax.data.records import open_records, write_shards
 
 
-def pack(folder: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional], *,
+def pack(folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
+         out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")], *,
          shards: int = 16, size: int = 0, unreadable: Literal["refuse", "skip"] = "refuse") -> None:
     """Packs a folder of images, with their classes or captions, into ArrayRecord shards.
 
@@ -32,30 +35,31 @@ def pack(folder: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyr
     Examples:
       python -m ar_jax.data.pack ~/flowers ~/flowers-packed
       python -m ar_jax.data.pack ~/imagenet /ssd/imagenet-288 --size 288 --shards 128
-
-    then: python train.py CONFIG --data.name array_record --data.path ~/flowers-packed
+      python train.py CONFIG --data.name array_record --data.path ~/flowers-packed
 
     Args:
-      folder: Images as data.name=image_folder reads them: a sub-folder per class, or captions.jsonl, or a flat
-        folder. If it has train/ and val/ (or test/), OUT gets train/ and test/.
+      folder: Images as data.name=image_folder reads them: a sub-folder per class, or captions.jsonl, or a
+        flat folder. If it has train/ and val/ (or test/), OUT gets train/ and test/.
       out: Folder to write, new or left by an interrupted run.
       shards: Number of files of each split. A few hundred megabytes each is comfortable.
-      size: 0 keeps the files as they are. Otherwise images are centre-cropped to this many pixels and stored as
-        PNG; choose it larger than the size you train at if you want random crops.
+      size: 0 keeps the files as they are. Otherwise images are centre-cropped to this many pixels and stored
+        as PNG; choose it larger than the size you train at if you want random crops.
       unreadable: Stop at the first file that cannot be decoded, or leave such files out and list them.
     """
     if size < 0:
         raise ValueError(f"size is {size}; it must be 0 or a number of pixels")
-    both = len(split_folders(folder, "all")) > 1 if folder.is_dir() else False
-    for split, to in {"train": out / "train", "test": out / "test"}.items() if both else [("all", out)]:
+    folder, out = folder.expanduser(), out.expanduser()
+    pair = folder.is_dir() and len(split_folders(folder, "all")) == 2
+    for split in ("train", "test") if pair else ("all",):
         source = image_folder(Data(name="image_folder", path=str(folder), split=split))
+        to = out / split if pair else out
+        print(f"packing {len(source)} images of {folder} ({split}, {source.info.classes} classes) into {to}")
         records = Encoded(source, size, unreadable)
-        print(f"packing {len(source)} images{f' of {source.info.classes} classes' if source.info.classes else ''} "
-              f"from {folder} ({split}) into {to}")
-        write_shards(to, records, dataclasses.asdict(source.info) | {"size": size, "files": fingerprint(source, folder)},
-                     shards)
+        write_shards(to, records, _describe(source, folder, size), shards)
+        print(f"{to} is complete: {len(open_records(to))} images")
         if records.left_out:
-            print(f"left out {len(records.left_out)} that cannot be read:", *sorted(records.left_out), sep="\n  ")
+            names = sorted(records.left_out)
+            print(f"left out {len(names)} that cannot be read:", *names, sep="\n  ")
 
 
 class Encoded:
@@ -92,14 +96,16 @@ class Encoded:
         return content.getvalue()
 
 
-def fingerprint(source: ImageFiles, folder: Path) -> str:
-    """Of names, labels and captions in order: shards of a folder that changed since are not mixed."""
-    names = [(str(Path(file).relative_to(folder.expanduser())), source.about(i)) for i, file in enumerate(source.files)]
-    return hashlib.sha256(repr(names).encode("utf-8", "surrogateescape")).hexdigest()
+def _describe(source: ImageFiles, folder: Path, size: int) -> dict[str, Any]:
+    """info.json. The hash of all names, labels and captions keeps shards of a changed folder apart."""
+    names = [(os.path.relpath(file, folder), source.about(i)) for i, file in enumerate(source.files)]
+    files = hashlib.sha256(repr(names).encode("utf-8", "surrogateescape")).hexdigest()
+    return dataclasses.asdict(source.info) | {"size": size, "files": files}
 
 
 if __name__ == "__main__":
     try:
-        tyro.cli(pack, description=pack.__doc__.split("\n\n    Args:")[0])
+        tyro.cli(pack, prog="python -m ar_jax.data.pack",
+                 description=inspect.cleandoc(pack.__doc__.split("Args:")[0]))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

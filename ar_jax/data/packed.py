@@ -22,15 +22,16 @@ class Packed:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        part, i, record = self._record(index)
+        part, i, record = self.read(index)
         if "image" in record:
             record["image"] = read_image(io.BytesIO(record["image"]), name=f"record {i} of {part.folder}")
         return record
 
     def captions(self) -> list[str]:
-        return [self._record(i)[2]["caption"] for i in range(len(self))]
+        return [self.read(i)[2]["caption"] for i in range(len(self))]
 
-    def _record(self, index: int) -> tuple[Records, int, dict[str, Any]]:
+    def read(self, index: int) -> tuple[Records, int, dict[str, Any]]:
+        """The folder that holds a record, its place there, and the record with its image still encoded."""
         which = bisect.bisect_right(self._ends, index)
         i = index - (self._ends[which - 1] if which else 0)
         return self.parts[which], i, self.parts[which][i]
@@ -52,11 +53,13 @@ def _open(data: Data, key: str, other: str) -> Packed:
     parts = [open_records(folder) for folder in folders]
     infos = [read_info(part.info) for part in parts]
     if any(info != infos[0] for info in infos):
-        raise ValueError(f"data.path={root}: the splits {', '.join(map(str, folders))} disagree on classes or captions; "
-                         "write them from one data set")
+        raise ValueError(f"data.path={root}: the splits {', '.join(map(str, folders))} disagree on classes "
+                         "or captions; write them from one data set")
     source = Packed(parts, infos[0])
     if not len(source):
         raise ValueError(f"data.path={root} holds no records; write it anew")
-    if key not in parts[0][0]:
-        raise ValueError(f"data.path={root} holds {' and '.join(parts[0][0])}, no {key}; is data.name={other} meant?")
+    found = source.read(0)[2]
+    if key not in found:
+        raise ValueError(f"data.path={root} holds {' and '.join(found)}, no {key}; is "
+                         f"data.name={other} meant?")
     return source

@@ -1,8 +1,8 @@
 """Batches of a source: shuffled, cropped, divided over processes, and resumable from one number."""
 
-from collections.abc import Iterator
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -19,11 +19,11 @@ def batches(source: Source, data: Data, *, batch: int, seed: int, train: bool = 
     A batch has, of what the source offers, "image" uint8 [b size size 3], "label" int32 [b], "text" float32
     [b text_rows c] with "text_mask" bool [b text_rows], and "tokens" int32 [b n k] or float32 [b n c].
 
-    For training, b is this process's share of `batch`; the stream has no end, every record comes once in each
-    pass through the data over all processes, and the order differs from pass to pass. Order and crops depend on
-    `seed` only, not on the number of processes, so the state ({"global_next_index": records seen}) is the same
-    on all processes and valid on another number of them. Otherwise it is one pass in order, centre-cropped,
-    first version of the tokens, the whole of it on every process, the last batch smaller.
+    For training, b is this process's share of `batch`. The stream has no end; every record comes once in
+    each pass through the data, over all processes, and each pass has its own order. Order and crops depend
+    on `seed` only, not on the number of processes, so the state ({"global_next_index": records seen}) is the
+    same on all processes and valid on another number of them. Otherwise it is one pass in order: centre
+    crops, the first version of the tokens, all of it on every process, the last batch smaller.
 
     Args:
       batch: records over all processes.
@@ -32,7 +32,8 @@ def batches(source: Source, data: Data, *, batch: int, seed: int, train: bool = 
     if batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
     if len(source) == 0:
-        raise ValueError(f"data.name={data.name} data.path={data.path!r} has no records of the split {data.split}")
+        raise ValueError(f"data.name={data.name} data.path={data.path!r} has no records of "
+                         f"data.split={data.split}")
     # A thread makes whole batches, so this is also the number of batches made ahead.
     threads = min(os.cpu_count() or 1, 32)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
@@ -49,7 +50,8 @@ def batches(source: Source, data: Data, *, batch: int, seed: int, train: bool = 
     return iter(grain.experimental.ElasticIterator(records, batch, shard, read_options=options))
 
 
-def _augmented(record: dict[str, Any], rng: np.random.Generator, *, data: Data, info: Info) -> dict[str, np.ndarray]:
+def _augmented(record: dict[str, Any], rng: np.random.Generator, *, data: Data, info: Info
+               ) -> dict[str, np.ndarray]:
     if "tokens" in record:
         return _numbers(record, info) | {"tokens": _tokens(record, int(rng.integers(len(record["tokens"]))))}
     if data.crop == "random":

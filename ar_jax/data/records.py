@@ -7,9 +7,9 @@ from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+import grain
 from array_record.python import array_record_module
 from flax import serialization
-import grain
 from tqdm import tqdm
 
 from ar_jax.data.base import Unreadable
@@ -55,7 +55,8 @@ def write_shards(out: str | os.PathLike, records: Sliceable, info: dict[str, Any
         raise ValueError(f"{out} already holds other records; give another folder or delete it")
     if (out / "unfinished.json").exists():
         if _read_json(out / "unfinished.json") != plan:
-            raise ValueError(f"{out} holds an unfinished attempt with other settings; delete it or repeat them")
+            raise ValueError(f"{out} holds an unfinished attempt with other settings; delete it or repeat "
+                             "them")
     elif out.exists() and any(out.glob("shard-*")):
         raise ValueError(f"{out} holds shards of unknown origin; give another folder or delete it")
     out.mkdir(parents=True, exist_ok=True)
@@ -87,15 +88,16 @@ class Records:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         if not (self.folder / "info.json").exists():
-            raise FileNotFoundError(
-                f"{self.folder} has no info.json: " + ("its writer was interrupted, run the same command again"
-                if (self.folder / "unfinished.json").exists() else "it is not a folder of records; write one "
-                "with python -m ar_jax.data.pack or python -m ar_jax.tokenize"))
+            unfinished = (self.folder / "unfinished.json").exists()
+            raise FileNotFoundError(f"{self.folder} has no info.json; " + (
+                "its writer was interrupted: run the same command again" if unfinished else
+                "write records with python -m ar_jax.data.pack or python -m ar_jax.tokenize"))
         self.info = _read_json(self.folder / "info.json")
         paths = [self.folder / _shard_name(i, self.info["shards"]) for i in range(self.info["shards"])]
         for path in paths:
             if not path.exists():
-                raise FileNotFoundError(f"{path} is missing; copy it again, or delete the folder and write it anew")
+                raise FileNotFoundError(f"{path} is missing; copy it again, or delete the folder and write "
+                                        "it anew")
         self._source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
         if len(self._source) != self.info["count"]:
             raise ValueError(f"{self.folder} holds {len(self._source)} records, its info.json says "
@@ -149,6 +151,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, values: dict[str, Any]):
-    part = path.with_suffix(f".{uuid.uuid4().hex[:8]}.part")  # processes that share a folder write this at once
+    part = path.with_suffix(f".{uuid.uuid4().hex[:8]}.part")  # several processes may write it at once
     part.write_text(json.dumps(values, indent=1))
     os.replace(part, path)

@@ -13,8 +13,8 @@ from ar_jax.data.folder import image_folder
 from ar_jax.data.packed import array_record, tokens
 from ar_jax.data.tfds import tfds
 
-SOURCES = {"mnist5k": mnist5k, "image_folder": image_folder, "array_record": array_record, "tfds": tfds, "idx": idx,
-           "emoji": emoji, "tokens": tokens}
+SOURCES = {"mnist5k": mnist5k, "image_folder": image_folder, "array_record": array_record, "tfds": tfds,
+           "idx": idx, "emoji": emoji, "tokens": tokens}
 
 
 def open_source(data: Data) -> Source:
@@ -71,5 +71,5 @@ class Skipping:
             names = [name for _, name in sorted(self._bad.items())]
         logging.warning("skipped %s, which cannot be read (%s)", error.name, error.reason)
         if len(names) > self.limit:
-            raise ValueError(f"{len(names)} records cannot be read, more than data.unreadable_limit={self.limit}: "
-                             + ", ".join(names)) from error
+            raise ValueError(f"{len(names)} records cannot be read, more than data.unreadable_limit="
+                             f"{self.limit}: {', '.join(names)}") from error

@@ -34,7 +34,7 @@ class Tfds:
 def tfds(data: Data) -> Tfds:
     """The data set prepared in `data.path`, the folder that holds dataset_info.json.
 
-    The test is the split `validation`, else `test`: the test images of sets that have both rarely have labels.
+    The test is the split `validation`, else `test`: where there are both, test images rarely have labels.
     """
     try:
         import tensorflow_datasets
@@ -42,28 +42,30 @@ def tfds(data: Data) -> Tfds:
         raise ValueError("data.name=tfds needs tensorflow-datasets: pip install ar_jax[tfds]") from error
     folder = folder_of(data)
     if not (folder / "dataset_info.json").exists():
-        raise FileNotFoundError(f"data.path={folder} has no dataset_info.json; give the folder of a prepared version, "
-                                "like .../flowers/1.0.0")
+        raise FileNotFoundError(f"data.path={folder} has no dataset_info.json; give the folder of a prepared "
+                                "version, like .../flowers/1.0.0")
     builder = tensorflow_datasets.builder_from_directory(str(folder))
     features, splits = builder.info.features, list(builder.info.splits)
     if "image" not in features:
         raise ValueError(f"data.path={folder} has the features {', '.join(features)}, and no image")
-    test = next((split for split in ("validation", "test") if split in splits), None)
-    wanted = {"train": ["train"], "test": [test], "all": [*dict.fromkeys(["train", test or "train"])]}[data.split]
-    if any(split not in splits for split in wanted):
-        raise ValueError(f"data.split is {data.split}, but data.path={folder} has the splits {', '.join(splits)}")
+    test = [split for split in ("validation", "test") if split in splits][:1]
+    wanted = {"train": ["train"], "test": test, "all": ["train", *test]}[data.split]
+    if not wanted or not set(wanted) <= set(splits):
+        raise ValueError(f"data.split is {data.split}, but data.path={folder} has the splits "
+                         f"{', '.join(splits)}")
+    encoded = {"image": tensorflow_datasets.decode.SkipDecoding()}  # our reader treats all data sets alike
     try:
-        # Images stay encoded: our reader treats 16-bit, transparent and damaged ones alike in all data sets.
-        source = builder.as_data_source("+".join(wanted), decoders={"image": tensorflow_datasets.decode.SkipDecoding()})
+        source = builder.as_data_source("+".join(wanted), decoders=encoded)
     except NotImplementedError as error:
         raise ValueError(f"data.path={folder} is not in ArrayRecord format; prepare it with "
                          "file_format='array_record' (this needs TensorFlow, once)") from error
-    label = features.get("label")
-    info = Info(classes=getattr(label, "num_classes", None) or 0, class_names=tuple(getattr(label, "names", None) or ()))
+    label = dict(features).get("label")
+    names = getattr(label, "names", None) or ()  # ClassLabel has both, a plain number neither
     caption = next((key for key in ("caption", "text") if key in features), "")
-    return Tfds(source, caption, Info(info.classes, info.class_names, captions=bool(caption)), str(folder))
+    info = Info(getattr(label, "num_classes", None) or 0, tuple(names), captions=bool(caption))
+    return Tfds(source, caption, info, str(folder))
 
 
 def _text(value: Any) -> str:
-    value = np.asarray(value).reshape(-1)[0]  # some data sets keep several captions of an image; the first is taken
+    value = np.asarray(value).reshape(-1)[0]  # of several captions of an image, the first
     return value.decode() if isinstance(value, bytes) else str(value)

@@ -11,7 +11,7 @@ from flax import struct
 from ar_jax.decode.guidance import paired
 from ar_jax.decode.logits import Filter
 from ar_jax.orders import Order, scan_steps, to_slots
-from ar_jax.typing import Array, Batch, Key, Params, Tokens, typed
+from ar_jax.typing import Array, Batch, Float, Key, Params, Tokens, typed
 
 
 @struct.dataclass
@@ -71,3 +71,24 @@ def sample(
 
     state = call(cond, order, images, method="begin")
     return to_slots(scan_steps(order.sizes, step, state).tokens, order)
+
+
+def sample_images(
+    generator: Any,
+    tokenizer: Any,
+    params: Params,
+    tokenizer_params: Params,
+    batch: Batch,
+    order: Order,
+    *,
+    knobs: Knobs,
+    keys: Key[Array, "b"],
+    guided: bool,
+) -> Float[Array, "b h w c"]:
+    """Draws tokens with a generator and decodes them: `sample`, then the tokenizer's `decode`."""
+    decoder = functools.partial(tokenizer.apply, {"params": tokenizer_params})
+    tokens = sample(
+        generator, params, batch, order, embed=functools.partial(decoder, method="embed"), knobs=knobs, keys=keys,
+        guided=guided,
+    )  # fmt: skip
+    return decoder(tokens, method="decode")

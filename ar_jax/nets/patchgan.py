@@ -48,20 +48,24 @@ class PatchGan(nn.Module):
           train: normalise by this batch and move the statistics towards it; otherwise use them as they are.
         """
         new_stats = {}
-        x = nn.leaky_relu(self._conv(self._width(0), 2, True, "conv0")(x), self.leaky_slope)
+        x = nn.leaky_relu(self._conv(x, "conv0", self._width(0), 2, bias=True), self.leaky_slope)
         for i in range(1, self.num_layers + 1):
-            x = self._conv(self._width(i), 2 if i < self.num_layers else 1, False, f"conv{i}")(x)
-            x, new_stats[f"norm{i}"] = BatchNorm(self.batchnorm_eps, name=f"norm{i}")(x, stats[f"norm{i}"], train)
+            x = self._conv(x, f"conv{i}", self._width(i), 2 if i < self.num_layers else 1)
+            norm = BatchNorm(self.batchnorm_eps, name=f"norm{i}")
+            x, new_stats[f"norm{i}"] = norm(x, stats[f"norm{i}"], train)
             x = nn.leaky_relu(x, self.leaky_slope)
-        x = self._conv(1, 1, True, f"conv{self.num_layers + 1}")(x)
+        x = self._conv(x, f"conv{self.num_layers + 1}", 1, 1, bias=True)
         return x.astype(jnp.float32), new_stats
 
     def _width(self, i: int) -> int:
         return self.base_channels * min(2**i, 8)
 
-    def _conv(self, width: int, stride: int, bias: bool, name: str) -> nn.Conv:
-        return nn.Conv(width, (4, 4), stride, padding=1, use_bias=bias, dtype=self.dtype,
-                       kernel_init=nn.initializers.normal(0.02), name=name)
+    def _conv(self, x: Array, name: str, width: int, stride: int, bias: bool = False) -> Array:
+        bound = (16 * x.shape[-1]) ** -0.5  # torch's initial biases
+        return nn.Conv(
+            width, (4, 4), stride, padding=1, use_bias=bias, dtype=self.dtype, name=name,
+            kernel_init=nn.initializers.normal(0.02),
+            bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound))(x)
 
 
 class BatchNorm(nn.Module):
@@ -94,7 +98,8 @@ def patchgan_params(weights: dict[str, np.ndarray]) -> tuple[Params, Params]:
     convs = [layer for layer in ordered if layer["weight"].ndim == 4]
     norms = [layer for layer in ordered if "running_mean" in layer]
     if len(convs) < 3 or len(norms) != len(convs) - 2:
-        raise ValueError(f"PatchGAN weights need main.*.weight of convolutions and batch norms, got {sorted(weights)[:5]}")
+        raise ValueError("PatchGAN weights need keys main.* of convolutions and the batch norms between; got "
+                         f"{sorted(weights)[:5]}")
     params, stats = {}, {}
     for i, layer in enumerate(convs):
         params[f"conv{i}"] = {"kernel": layer["weight"].transpose(2, 3, 1, 0)}

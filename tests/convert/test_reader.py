@@ -106,12 +106,13 @@ def test_views_of_one_storage(tmp_path):
     }
     assert weights.keys() == expected.keys()
     for key, value in expected.items():
-        assert weights[key].shape == value.shape and weights[key].dtype == np.float32
+        assert weights[key].shape == value.shape
+        assert weights[key].dtype == np.float32
         np.testing.assert_array_equal(weights[key], value)
 
 
 @pytest.mark.parametrize(
-    "dtype, code",
+    ("dtype", "code"),
     [
         ("Double", "f8"),
         ("Half", "f2"),
@@ -170,7 +171,7 @@ def test_entries(tmp_path):
         read_weights(path, "emma")
     for name in "module", "state_dict":
         assert read_weights(save(tmp_path / "b.pt", {name: second}, storages))["x"].min() == 1
-    with pytest.raises(ValueError, match="no weights under .* entries: ema"):
+    with pytest.raises(ValueError, match=r"no weights under .* entries: ema"):
         read_weights(save(tmp_path / "b.pt", {"ema": second, "model": 3}, storages))
     with pytest.raises(ValueError, match="holds a tensor"):
         read_weights(save(tmp_path / "b.pt", tensor(), storages))
@@ -195,7 +196,7 @@ def test_entries(tmp_path):
 )
 def test_tensors_stay_within_their_storage(tmp_path, bad):
     path = save(tmp_path / "a.pt", {"x": tensor(**bad)}, {"0": np.zeros(6, "f4")})
-    with pytest.raises(ValueError, match="a.pt"):
+    with pytest.raises(ValueError, match=r"a.pt"):
         read_weights(path)
 
 
@@ -223,7 +224,7 @@ def test_legacy_format(tmp_path):
     np.testing.assert_array_equal(weights["n"], np.arange(3))
     np.testing.assert_array_equal(weights["view"], [3, 4, 5])
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="a.pth.*cut short"):
+    with pytest.raises(ValueError, match=r"a.pth.*cut short"):
         read_weights(path)
 
 
@@ -255,7 +256,10 @@ def test_torch_writes_what_is_read(tmp_path):
         assert weights.keys() == expected.keys()
         for key, value in expected.items():
             assert (
-                str(value.dtype) == f"torch.{weights[key].dtype}" and tuple(value.shape) == weights[key].shape
+                str(value.dtype) == f"torch.{weights[key].dtype}"
+            )
+            assert (
+                tuple(value.shape) == weights[key].shape
             )
             np.testing.assert_array_equal(weights[key].astype("f8"), value.detach().double().numpy())
         assert name == "old.pt" or np.shares_memory(weights["tied"], weights["0.weight"])
@@ -319,7 +323,7 @@ def test_nothing_in_a_pickle_runs(tmp_path, name):
     for content in zipped, program, magic + program, magic + pickled({}) + program:
         path.write_bytes(content)
         for read in read_weights, read_pickled_arrays:
-            with pytest.raises(ValueError, match="hostile.pt"):
+            with pytest.raises(ValueError, match=r"hostile.pt"):
                 read(path)
     assert not marker.exists()
     test_views_of_one_storage(tmp_path)  # and the machine is as it was
@@ -361,10 +365,11 @@ def test_pickled_arrays(tmp_path, protocol):
     read = read_pickled_arrays(path)
     np.testing.assert_array_equal(read["a"]["x"], tree["a"]["x"])
     np.testing.assert_array_equal(read["a"]["y"], tree["a"]["y"])
-    assert read["z"] == 3 and read["n"] == 5
+    assert read["z"] == 3
+    assert read["n"] == 5
     for bad in ({"x": np.array([object()])}, {"x": np.array(["a"])}, {"x": (1,)}, [np.zeros(2)]):
         path.write_bytes(pickle.dumps(bad, protocol))
-        with pytest.raises(ValueError, match="a.ckpt"):
+        with pytest.raises(ValueError, match=r"a.ckpt"):
             read_pickled_arrays(path)
 
 
@@ -377,7 +382,9 @@ def test_safetensors(tmp_path):
     }
     write_safetensors(path, weights)
     read = read_weights(path)
-    assert read.keys() == weights.keys() and read["b"].dtype == ml_dtypes.bfloat16 and read["s"].shape == ()
+    assert read.keys() == weights.keys()
+    assert read["b"].dtype == ml_dtypes.bfloat16
+    assert read["s"].shape == ()
     for key in weights:
         np.testing.assert_array_equal(read[key], weights[key])
     with pytest.raises(ValueError, match="entries"):
@@ -391,13 +398,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_safetensors(path, {"x": {"y": np.zeros(2)}})
     with pytest.raises(Exception, match="object"):
         write_safetensors(path, {"x": np.array([object()])})
-    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"] and read_weights(path)[
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+    assert read_weights(path)[
         "x"
     ].size == 2
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
+    ("name", "content", "message"),
     [
         ("a.pt", b"", "empty"),
         ("a.safetensors", b"", "empty"),
@@ -413,7 +421,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_other_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     read = read_pickled_arrays if name == "a.ckpt" else read_weights
-    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+    with pytest.raises(ValueError, match=rf"{name}.*{message}"):
         read(tmp_path / name)
 
 
@@ -422,10 +430,10 @@ def test_damaged_zips_are_named(tmp_path):
     whole = path.read_bytes()
     for cut in range(0, len(whole), 37):
         path.write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match="a.pt"):
+        with pytest.raises(ValueError, match=r"a.pt"):
             read_weights(path)
     np.savez(tmp_path / "b.npz", x=np.zeros(2))
-    with pytest.raises(ValueError, match="b.npz.*without the data.pkl"):
+    with pytest.raises(ValueError, match=r"b.npz.*without the data.pkl"):
         read_weights(tmp_path / "b.npz")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("archive/data.pkl", pickled({}))
@@ -433,5 +441,5 @@ def test_damaged_zips_are_named(tmp_path):
         read_weights(path)
     with pytest.raises(ValueError, match="directory"):
         read_weights(tmp_path)
-    with pytest.raises(FileNotFoundError, match="missing.pt"):
+    with pytest.raises(FileNotFoundError, match=r"missing.pt"):
         read_weights(tmp_path / "missing.pt")

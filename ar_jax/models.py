@@ -1,0 +1,120 @@
+"""Model folders: a `model.json` that says what the model is, and its parameters.
+
+Run folders and converted checkpoints are both of this kind, so every command takes either.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from ar_jax import __version__, codec
+from ar_jax.data import Info, read_info
+from ar_jax.train import checkpoint
+from ar_jax.typing import Params
+
+FORMAT = 1
+KINDS = ("tokenizer", "generator")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a model folder holds.
+
+    Attributes:
+      folder: where it lies.
+      kind: "tokenizer" or "generator".
+      module: the network.
+      info: of the data it was trained on.
+      settings: JSON-able extras: "sampling", "order", "tokenizer" (a folder, relative to this one), "origin", "data".
+    """
+
+    folder: Path
+    kind: str
+    module: nn.Module
+    info: Info
+    settings: dict[str, Any]
+
+    def params(self, dtype: Any = None, average: bool = True) -> Params:
+        """The parameters: those of a converted folder, or the newest checkpoint's moving average (if it keeps one).
+
+        Args:
+          dtype: floating type to cast to.
+          average: False takes the trained parameters instead of their average.
+        Raises:
+          ValueError: there is no checkpoint, or it is of another model.
+        """
+        like = jax.eval_shape(self.module.init_params, jax.random.key(0))
+        if (self.folder / "params").exists():
+            params = checkpoint.load_params(self.folder / "params", like)
+        else:
+            steps = checkpoint.Checkpoints(self.folder / "checkpoints").latest
+            if steps is None:
+                raise ValueError(f"{self.folder} has no complete checkpoint yet")
+            step = self.folder / "checkpoints" / str(steps)
+            part = "ema" if average and (step / "ema").exists() else "model"
+            params = checkpoint.load_params(step, like, part)
+        return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that numbers depend on."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {"ar_jax": __version__, **{name: importlib.metadata.version(name) for name in names}}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON under a temporary name, then renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def describe(folder: Path, kind: str, module: nn.Module, info: Info, settings: dict[str, Any]) -> Model:
+    """Writes the `model.json` of a folder."""
+    content = {
+        "format": FORMAT, "kind": kind, "module": codec.encode(module), "info": dataclasses.asdict(info),
+        "settings": settings, "versions": versions(),
+    }  # fmt: skip
+    write_json(folder / "model.json", content)
+    return Model(folder, kind, module, info, settings)
+
+
+def open_model(folder: str | os.PathLike, kind: str) -> Model:
+    """The model of a kind in a model folder, or in a run folder that has one of that kind as sub-folder.
+
+    Raises:
+      ValueError: there is none, or its `model.json` cannot be understood.
+    """
+    folder = Path(folder)
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; it must be one of {KINDS}")
+    for place in (folder, folder / kind):
+        if (place / "model.json").is_file():
+            found = _read(place)
+            if found.kind == kind:
+                return found
+    holds = f"holds a {_read(folder).kind}" if (folder / "model.json").is_file() else "holds no model.json"
+    what = "does not exist" if not folder.exists() else holds
+    raise ValueError(f"{folder} {what}; a {kind} is needed: the folder of a run of train.py or of ar_jax.convert")
+
+
+def _read(folder):
+    path = folder / "model.json"
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']} is not {FORMAT}, the one this version reads")
+        module = codec.decode(content["module"])
+        return Model(folder, content["kind"], module, read_info(content["info"]), content["settings"])
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, ValueError) as error:
+        raise ValueError(f"{path} is no model description: {error}") from error

@@ -1,0 +1,79 @@
+"""The training loop: it knows recipes, batches and checkpoints, and nothing of any method."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ar_jax.config import Stage
+from ar_jax.train.checkpoint import Checkpoints
+from ar_jax.train.log import Log
+from ar_jax.train.recipes import Recipe
+from ar_jax.train.sharding import batch_sharding, put_batch, replicated, shard
+from ar_jax.typing import Batch, PRNGKey
+
+
+def fit(
+    recipe: Recipe, stage: Stage, batches: Iterator[Batch], shown: Batch, folder: Path, mesh: jax.sharding.Mesh, key: PRNGKey
+) -> None:
+    """Trains until `stage.steps`, from the newest checkpoint in `folder` if there is one.
+
+    Args:
+      recipe: the method.
+      stage: length, log and checkpoint intervals.
+      batches: iterator of this process's share of batches, with `get_state` and `set_state`.
+      shown: held-out batch for pictures.
+      folder: of this stage.
+      mesh: from `make_mesh`.
+      key: of the whole stage; update i uses `fold_in(key, i)`, so a resumed run repeats nothing and skips nothing.
+    """
+    name, quiet = folder.name, jax.process_index() != 0
+    init_key, key, shown_key = jax.random.split(key, 3)
+    layout = shard(jax.eval_shape(recipe.init, init_key), mesh)
+    state = jax.jit(recipe.init, out_shardings=layout)(init_key)
+    checkpoints = Checkpoints(folder / "checkpoints", stage.keep)
+    if checkpoints.latest is not None:
+        state, meta = checkpoints.restore(state)
+        batches.set_state(meta["data"])
+    first = int(state.step)
+    if first >= stage.steps:
+        checkpoints.close()
+        print(f"{name}: all {stage.steps} updates are done (checkpoint {first} in {folder})")
+        return
+
+    frozen = jax.device_put(recipe.frozen, replicated(mesh))
+    update = jax.jit(recipe.update, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
+    preview = jax.jit(recipe.preview, out_shardings=replicated(mesh))
+    images = stage.preview_images - stage.preview_images % max(1, batch_sharding(mesh).mesh.size)
+    shown = {name: np.asarray(value)[:images] for name, value in shown.items()}
+    log = Log(folder, name, first, stage.steps, quiet)
+    if first:
+        log.say(f"{name}: resumed at update {first}")
+    advised = False
+    try:
+        for step in itertools.count(first + 1):
+            state, metrics = update(state, frozen, put_batch(next(batches), mesh), jax.random.fold_in(key, step))
+            log.step()
+            last = step == stage.steps
+            if step % stage.log_every == 0 or last:
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                values = log.metrics(step, values | {"lr": float(recipe.lr(step - 1))}, stage.batch)
+                warning = recipe.advice(values) if step > max(200, stage.log_every) and not advised else ""
+                if warning:
+                    advised = True
+                    log.say(f"warning: {name}, update {step}: {warning}")
+            if stage.preview_every and (step % stage.preview_every == 0 or last):
+                params = state.params["model"] if state.ema is None else state.ema
+                picture, values = jax.device_get(preview(params, frozen, put_batch(shown, mesh), shown_key))
+                if values:
+                    log.metrics(step, {f"held_out/{name}": float(value) for name, value in values.items()})
+                log.picture(step, picture, columns=10)
+            if step % stage.save_every == 0 or last:
+                checkpoints.save(state, {"data": batches.get_state()})
+            if last:
+                break
+    finally:
+        log.close()
+        checkpoints.close()

@@ -1,0 +1,105 @@
+"""What a training loop has to know of a method: how to begin, how to update, what to show."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ar_jax.config import GeneratorStage
+from ar_jax.decode.guidance import interval
+from ar_jax.decode.logits import Filter
+from ar_jax.decode.sequential import Knobs, sample_images
+from ar_jax.images import to_float, to_uint8
+from ar_jax.train.optim import make_optimiser, schedule
+from ar_jax.train.state import GradFn, TrainState, create, make_update
+from ar_jax.typing import Array, Batch, Float, Metrics, Params, PRNGKey, UInt8
+
+
+class Recipe(NamedTuple):
+    """A method, closed over everything it is made of; all functions may be jitted.
+
+    Attributes:
+      init: key -> state.
+      update: state, frozen, batch, key -> state, metrics.
+      preview: model parameters, frozen, batch, key -> uint8 images to look at, and metrics of a held-out batch.
+      frozen: parameters that are read but not trained.
+      lr: learning rate by update, for the log.
+      advice: metrics -> a warning in words, or "".
+    """
+
+    init: Callable[[PRNGKey], TrainState]
+    update: Callable[[TrainState, Params, Batch, PRNGKey], tuple[TrainState, Metrics]]
+    preview: Callable[[Params, Params, Batch, PRNGKey], tuple[UInt8[Array, "m h w c"], Metrics]]
+    frozen: Params
+    lr: Callable[[int], float]
+    advice: Callable[[dict[str, float]], str] = lambda metrics: ""
+
+
+# (model params, frozen, batch, key, step) -> (loss, metrics)
+LossFn = Callable[[Params, Params, Batch, PRNGKey, Array], tuple[Float[Array, ""], Metrics]]
+
+
+def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate: float) -> LossFn:
+    """Mean loss of a generator over the tokens of a batch.
+
+    `frozen` are the tokenizer's parameters. A batch holds "image" (uint8) or ready "tokens", and the condition.
+    """
+
+    def loss_fn(params, frozen, batch, key, step):
+        order_key, drop_key, loss_key, encode_key = jax.random.split(key, 4)
+        encoder = functools.partial(tokenizer.apply, {"params": frozen})
+        tokens = batch.get("tokens")
+        if tokens is None:
+            tokens = encoder(to_float(batch["image"]), key=encode_key, method="encode")
+        images = len(tokens)
+        loss, weight, metrics = generator.apply(
+            {"params": params}, tokens, batch, order_fn(generator.spec, order_key, images, step), method="loss",
+            embed=functools.partial(encoder, method="embed"),
+            drop=jax.random.bernoulli(drop_key, drop_rate, (images,)), rngs={"dropout": loss_key},
+        )  # fmt: skip
+        mean = (loss * weight).sum() / jnp.maximum(weight.sum(), 1)
+        return mean, {"loss": mean, **metrics}
+
+    return loss_fn
+
+
+def gradients(loss_fn: LossFn) -> GradFn:
+    """The gradient of a plain loss of `params["model"]`."""
+
+    def grad_fn(params, extra, frozen, batch, key, step):
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(params["model"], frozen, batch, key, step)
+        return {"model": grads}, extra, metrics
+
+    return grad_fn
+
+
+def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, frozen: Params) -> Recipe:
+    """Trains a generator on a frozen tokenizer's tokens."""
+    tx = make_optimiser(stage.optim, stage.steps)
+    grad_fn = gradients(generator_loss(generator, tokenizer, stage.order, stage.drop))
+
+    def init(key):
+        return create({"model": generator.init_params(key)}, {}, tx, stage.optim.ema)
+
+    def preview(params, frozen, batch, key):
+        order = stage.order(generator.spec, key, len(next(iter(batch.values()))), stage.steps)
+        steps, settings = len(order.sizes), stage.sampling
+        knobs = Knobs(
+            interval(settings.guidance, steps, settings.guidance_last), jnp.full(steps, settings.temperature),
+            Filter(settings.top_k, settings.top_p),
+        )  # fmt: skip
+        keys = jax.random.split(key, len(next(iter(batch.values()))))
+        images = sample_images(
+            generator, tokenizer, params, frozen, batch, order, knobs=knobs, keys=keys, guided=settings.guidance != 1
+        )
+        return to_uint8(images), {}
+
+    return Recipe(
+        init=init,
+        update=make_update(grad_fn, tx, ema=stage.optim.ema, accumulate=stage.optim.accumulate),
+        preview=preview,
+        frozen=frozen,
+        lr=schedule(stage.optim, stage.steps),
+    )

@@ -1,0 +1,93 @@
+"""The state of a training run and the one update that serves every recipe."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from ar_jax.typing import Array, Batch, Int, Metrics, Params, PRNGKey
+
+# (params, extra, frozen, batch, key, step) -> (gradients of params, extra, metrics)
+GradFn = Callable[
+    [Params, Params, Params, Batch, PRNGKey, Int[Array, ""]],
+    tuple[Params, Params, Metrics],
+]
+
+
+@struct.dataclass
+class TrainState:
+    """Everything a checkpoint holds.
+
+    Attributes:
+      step: int32 [], finished updates.
+      params: the networks by name; "model" is the one that is kept in the end.
+      ema: moving average of `params["model"]`, or None.
+      opt: optimiser state.
+      extra: what a recipe carries beside trained parameters (batch statistics, code usage).
+    """
+
+    step: Array
+    params: Params
+    ema: Params | None
+    opt: Any
+    extra: Params
+
+
+def create(params: Params, extra: Params, tx: optax.GradientTransformation, ema: float) -> TrainState:
+    # a copy: the update donates its state, and one buffer must not be given away twice
+    average = jax.tree.map(jnp.copy, params["model"]) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, average, tx.init(params), extra)
+
+
+def make_update(
+    grad_fn: GradFn,
+    tx: optax.GradientTransformation,
+    *,
+    ema: float = 0.0,
+    accumulate: int = 1,
+    after: Callable[[TrainState, PRNGKey], TrainState] = lambda state, key: state,
+) -> Callable[[TrainState, Params, Batch, PRNGKey], tuple[TrainState, Metrics]]:
+    """The training step: gradients (averaged over `accumulate` equal parts of the batch), optimiser, EMA.
+
+    Args:
+      grad_fn: the recipe.
+      tx: optimiser over the whole of `params`.
+      ema: decay per update; 0 keeps none.
+      accumulate: number of parts; the batch size is a multiple of it.
+      after: last change to the state, for recipes that edit parameters directly.
+
+    Returns:
+      update(state, frozen, batch, key) -> (state, metrics), to be jitted with its state donated.
+    """
+
+    def gradients(state, frozen, batch, key):
+        if accumulate == 1:
+            return grad_fn(state.params, state.extra, frozen, batch, key, state.step)
+
+        def part(carry, xs):
+            total, extra = carry
+            grads, extra, metrics = grad_fn(state.params, extra, frozen, *xs, state.step)
+            return (jax.tree.map(lambda t, g: t + g / accumulate, total, grads), extra), metrics
+
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        carry = (zeros, state.extra)
+        (grads, extra), metrics = jax.lax.scan(part, carry, (parts, jax.random.split(key, accumulate)))
+        return grads, extra, jax.tree.map(lambda m: m.mean(0), metrics)
+
+    def update(state, frozen, batch, key):
+        key, after_key = jax.random.split(key)
+        grads, extra, metrics = gradients(state, frozen, batch, key)
+        updates, opt = tx.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.ema
+        if ema:
+            average = jax.tree.map(lambda old, new: old + (1 - ema) * (new - old), state.ema, params["model"])
+        metrics["grad_norm"] = optax.tree.norm(grads["model"])
+        state = TrainState(state.step + 1, params, average, opt, extra)
+        return after(state, after_key), metrics
+
+    return update

@@ -1,0 +1,111 @@
+import json
+import sys
+import types
+from concurrent import futures
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from ar_jax.data import Data, batches, open_source
+from ar_jax.data.captions import left_pad
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    lines = []
+    for i, caption in enumerate(("one", "two words", "one")):
+        Image.new("RGB", (4, 4), (i, i, i)).save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"file": f"{i}.png", "caption": caption}))
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def _data(folder, text, **fields):
+    return Data(name="image_folder", path=str(folder), size=4, text=str(text), **{"text_rows": 3} | fields)
+
+
+FEATURES = np.arange(3 * 4 * 2, dtype=np.float32).reshape(3, 4, 2) + 1
+MASK = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]], bool)
+
+
+def test_rows_are_padded_on_the_left_and_cut_at_the_end():
+    features, mask = left_pad(FEATURES[1], MASK[1], 3)
+    assert features.tolist() == [[0, 0], [9, 10], [11, 12]]
+    assert mask.tolist() == [False, True, True]
+    assert left_pad(FEATURES[2], MASK[2], 3)[0].tolist() == FEATURES[2, :3].tolist()
+    assert left_pad(features, mask, 3)[0].tolist() == features.tolist()
+
+
+@pytest.mark.parametrize("end", [".npz", ".safetensors"])
+def test_features_of_a_file_stand_beside_their_images(captioned, end):
+    path = captioned / f"features{end}"
+    if end == ".npz":
+        np.savez(path, features=FEATURES.astype(np.float16), mask=MASK, encoder="minilm")
+    else:
+        save_file({"features": FEATURES, "mask": MASK}, path, {"encoder": "minilm"})
+    data = _data(captioned, path)
+    source = open_source(data)
+    assert (source.info.text, source.info.text_rows, source.info.text_width) == ("minilm", 3, 2)
+    batch = next(batches(source, data, batch=3, seed=0))
+    assert (batch["text"].dtype, batch["text_mask"].dtype) == (np.float32, bool)
+    for image, text, mask in zip(batch["image"], batch["text"], batch["text_mask"], strict=True):
+        expected = left_pad(FEATURES[image[0, 0, 0]], MASK[image[0, 0, 0]], 3)
+        np.testing.assert_array_equal(text, expected[0])
+        np.testing.assert_array_equal(mask, expected[1])
+    with futures.ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda i: source[i % 3]["text"], range(60)))
+    assert all((text == left_pad(FEATURES[i % 3], MASK[i % 3], 3)[0]).all() for i, text in enumerate(texts))
+
+
+def test_a_replaced_image_keeps_its_own_caption(captioned):
+    (captioned / "0.png").write_bytes(b"")
+    np.savez(captioned / "f.npz", features=FEATURES, mask=MASK)
+    record = open_source(_data(captioned, captioned / "f.npz", unreadable="skip"))[0]
+    assert record["caption"] == "two words"
+    assert record["text"].tolist() == left_pad(FEATURES[1], MASK[1], 3)[0].tolist()
+
+
+def test_features_that_do_not_fit_are_refused(captioned):
+    path = captioned / "f.npz"
+    with pytest.raises(FileNotFoundError, match=r"data\.text is"):
+        open_source(_data(captioned, path))
+    np.savez(path, features=FEATURES[:2], mask=MASK[:2])
+    with pytest.raises(ValueError, match=r"features \[2, 4, 2\].*needed are \[3 rows c\]"):
+        open_source(_data(captioned, path))
+    np.savez(path, features=FEATURES)
+    with pytest.raises(ValueError, match="must hold `features`"):
+        open_source(_data(captioned, path))
+    np.savez(path, features=np.array([None] * 3), mask=MASK)  # would need pickle
+    with pytest.raises(ValueError, match="must hold `features`"):
+        open_source(_data(captioned, path))
+    (captioned / "f.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match="must hold `features`"):
+        open_source(_data(captioned, captioned / "f.safetensors"))
+    with pytest.raises(ValueError, match="must be empty, minilm, or"):
+        open_source(_data(captioned, "t5"))
+
+
+def test_text_without_captions_is_refused(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="has no captions"):
+        open_source(_data(tmp_path, "minilm"))
+
+
+def test_minilm_encodes_each_caption_once(captioned, monkeypatch):
+    asked = []
+
+    def encode(captions, rows):
+        asked.extend(captions)
+        length = np.array([len(caption.split()) for caption in captions])
+        features = np.tile(length[:, None, None].astype(np.float32), (1, rows, 5))
+        return features, np.arange(rows) < length[:, None]
+
+    text = types.SimpleNamespace(minilm=types.SimpleNamespace(encode=encode))
+    monkeypatch.setitem(sys.modules, "ar_jax.text", text)
+    source = open_source(_data(captioned, "minilm"))
+    assert asked == ["one", "two words"]
+    assert (source.info.text, source.info.text_width) == ("minilm", 5)
+    assert [source[i]["text_mask"].sum() for i in range(3)] == [1, 2, 1]
+    assert source[1]["text"][:, 0].tolist() == [0, 2, 2]

@@ -1,0 +1,141 @@
+import itertools
+
+import grain
+import numpy as np
+import pytest
+from PIL import Image
+
+from ar_jax.data import Data, Info, Unreadable, batches, open_source
+from ar_jax.data.sources import Skipping
+
+
+class Numbered:
+    """Images whose label is their index, with a gradient so that crops and flips can be told apart."""
+
+    def __init__(self, count, bad=()):
+        self.count, self.bad, self.info = count, bad, Info(classes=count)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise Unreadable(f"nr {index}", "test")
+        ramp = np.arange(60, dtype=np.uint8).reshape(6, 10) + index
+        return {"image": np.repeat(ramp[..., None], 3, -1), "label": index}
+
+
+DATA = Data(size=4, crop="random", flip=True)
+
+
+def _take(count, *, records=12, batch=6, seed=0, process=0, processes=1, data=DATA):
+    stream = batches(Numbered(records), data, batch=batch, seed=seed,
+                     shard=grain.sharding.ShardOptions(process, processes))
+    return list(itertools.islice(stream, count))
+
+
+def _labels(taken):
+    return [label for batch in taken for label in batch["label"].tolist()]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_each_epoch_shows_each_image_once_over_all_processes(processes):
+    shares = [_take(4, process=i, processes=processes) for i in range(processes)]
+    assert all(len(batch["label"]) == 6 // processes for share in shares for batch in share)
+    epochs = [sorted(_labels([b for share in shares for b in share[2 * e : 2 * e + 2]])) for e in range(2)]
+    assert epochs == [list(range(12))] * 2
+
+
+def test_epochs_and_seeds_have_their_own_order():
+    first, second = _labels(_take(2)), _labels(_take(4))[12:]
+    assert first != second
+    assert first != list(range(12))
+    assert first != _labels(_take(2, seed=1))
+
+
+def test_batches_depend_on_the_seed_only():
+    for one, other in zip(_take(3), _take(3), strict=True):
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key])
+
+
+def test_images_do_not_depend_on_the_number_of_processes():
+    whole = _take(3)
+    halves = [_take(3, process=i, processes=2) for i in range(2)]
+    for step, batch in enumerate(whole):
+        for i in range(2):
+            np.testing.assert_array_equal(batch["image"][i::2], halves[i][step]["image"])
+
+
+def test_every_epoch_crops_anew():
+    taken = _take(20, records=1, batch=1)
+    assert len({batch["image"].tobytes() for batch in taken}) > 10
+
+
+def test_the_state_resumes_on_another_number_of_processes():
+    stream = batches(Numbered(12), DATA, batch=6, seed=0)
+    next(stream)
+    state = stream.get_state()
+    assert state == {"global_next_index": 6}
+    rest = [next(stream) for _ in range(2)]
+    for i in range(2):
+        other = batches(Numbered(12), DATA, batch=6, seed=0, shard=grain.sharding.ShardOptions(i, 2))
+        other.set_state(state)
+        for batch in rest:
+            np.testing.assert_array_equal(batch["image"][i::2], next(other)["image"])
+
+
+def test_batches_have_the_promised_types():
+    batch = _take(1)[0]
+    assert (batch["image"].shape, batch["image"].dtype) == ((6, 4, 4, 3), np.uint8)
+    assert (batch["label"].shape, batch["label"].dtype) == ((6,), np.int32)
+    unlabelled = Numbered(3)
+    unlabelled.info = Info()
+    assert set(next(batches(unlabelled, DATA, batch=3, seed=0))) == {"image"}
+
+
+def test_evaluation_is_one_pass_in_order_without_augmentation():
+    taken = list(batches(Numbered(7), DATA, batch=3, seed=0, train=False))
+    assert [len(batch["label"]) for batch in taken] == [3, 3, 1]
+    assert _labels(taken) == list(range(7))
+    again = list(batches(Numbered(7), DATA, batch=7, seed=5, train=False))
+    np.testing.assert_array_equal(np.concatenate([b["image"] for b in taken]), again[0]["image"])
+
+
+def test_half_of_the_images_are_flipped():
+    data = Data(size=6, crop="centre", flip=True)
+    images = np.concatenate([batch["image"] for batch in _take(100, records=1, batch=2, data=data)])
+    mirrored = images[:, 0, 0, 0] > images[:, 0, -1, 0]
+    assert 60 < mirrored.sum() < 140
+
+
+def test_a_batch_that_processes_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="batch is 5, which 2 processes"):
+        _take(1, batch=5, processes=2)
+    with pytest.raises(ValueError, match="batch is 0"):
+        _take(1, batch=0)
+
+
+def test_unreadable_images_stop_or_are_replaced_in_batches_too():
+    with pytest.raises(ValueError, match="cannot read nr 2"):
+        list(batches(Numbered(4, bad=[2]), DATA, batch=4, seed=0, train=False))
+    source = Skipping(Numbered(4, bad=[2]), limit=1)
+    assert _labels(batches(source, DATA, batch=4, seed=0, train=False)) == [0, 1, 3, 3]
+    assert source.unreadable == ["nr 2"]
+    source = Skipping(Numbered(4, bad=[1, 2]), limit=1)
+    with pytest.raises(ValueError, match="unreadable_limit=1"):
+        list(batches(source, DATA, batch=4, seed=0, train=False))
+
+
+def test_labels_outside_the_classes_are_refused():
+    source = Numbered(4)
+    source.info = Info(classes=3)
+    with pytest.raises(ValueError, match=r"label 3, outside 0\.\.2"):
+        list(batches(source, DATA, batch=4, seed=0, train=False))
+
+
+def test_a_folder_of_odd_images_becomes_batches(tmp_path):
+    for i, mode in enumerate(("RGB", "L", "RGBA", "P", "1", "LA")):
+        Image.new(mode, (5 + i, 20 - i)).save(tmp_path / f"{i}.png")
+    data = Data(name="image_folder", path=str(tmp_path), size=8, crop="random")
+    assert next(batches(open_source(data), data, batch=6, seed=0))["image"].shape == (6, 8, 8, 3)

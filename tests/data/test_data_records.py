@@ -1,0 +1,182 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ar_jax.data import Data, batches, open_records, open_source, write_shards
+from ar_jax.data.pack import pack
+
+
+def _records(count):
+    return [{"tokens": np.full((2, 3, 1), i, np.int32), "label": i % 2, "caption": f"nr {i}"}
+            for i in range(count)]
+
+
+def _values(folder):
+    records = open_records(folder)
+    return [int(records[i]["tokens"][0, 0, 0]) for i in range(len(records))]
+
+
+def test_records_come_back_in_order_and_type(tmp_path):
+    assert write_shards(tmp_path, _records(7), {"classes": 2, "note": "x"}, 3)
+    records = open_records(tmp_path)
+    assert (len(records), records.info["note"], records.info["count"]) == (7, "x", 7)
+    assert _values(tmp_path) == list(range(7))
+    assert records[5]["caption"] == "nr 5"
+    assert records[5]["tokens"].dtype == np.int32
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "info.json", *(f"shard-0000{i}-of-00003.array_record" for i in range(3))]
+    with pytest.raises(IndexError):
+        records[7]
+
+
+class _Interrupted(list):
+    """Fails at one record, and notes which slices were asked for."""
+
+    def __init__(self, records, at):
+        super().__init__(records)
+        self.at, self.asked = at, []
+
+    def __getitem__(self, rows):
+        self.asked.append(rows.start)
+        for i, record in zip(range(rows.start, rows.stop), super().__getitem__(rows), strict=True):
+            if i == self.at:
+                raise KeyboardInterrupt
+            yield record
+
+
+def test_an_interrupted_write_is_never_read_and_goes_on_where_it_stopped(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(tmp_path, _Interrupted(_records(6), at=3), {}, 3)
+    with pytest.raises(FileNotFoundError, match="interrupted: run the same command again"):
+        open_records(tmp_path)
+    again = _Interrupted(_records(6), at=None)
+    assert write_shards(tmp_path, again, {}, 3)
+    assert again.asked == [2, 4]  # shard 0, records 0 and 1, was whole
+    assert _values(tmp_path) == list(range(6))
+    done = _Interrupted(_records(6), at=0)
+    assert write_shards(tmp_path, done, {}, 3)
+    assert not done.asked
+
+
+def test_other_records_are_not_mixed_in(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(tmp_path, _Interrupted(_records(6), at=3), {"size": 1}, 3)
+    with pytest.raises(ValueError, match="unfinished attempt with other settings"):
+        write_shards(tmp_path, _records(6), {"size": 2}, 3)
+    write_shards(tmp_path, _records(6), {"size": 1}, 3)
+    with pytest.raises(ValueError, match="already holds other records"):
+        write_shards(tmp_path, _records(6), {"size": 2}, 3)
+
+
+def test_processes_may_share_the_shards(tmp_path):
+    assert not write_shards(tmp_path, _records(5), {}, 2, only=[1])
+    with pytest.raises(FileNotFoundError):
+        open_records(tmp_path)
+    assert write_shards(tmp_path, _records(5), {}, 2, only=[0])
+    assert _values(tmp_path) == list(range(5))
+
+
+def test_lost_or_foreign_shards_are_noticed(tmp_path):
+    write_shards(tmp_path / "a", _records(4), {}, 2)
+    write_shards(tmp_path / "b", _records(6), {}, 2)
+    shard = "shard-00001-of-00002.array_record"
+    (tmp_path / "b" / shard).replace(tmp_path / "a" / shard)
+    with pytest.raises(ValueError, match=r"holds 5 records, its info\.json says 4"):
+        open_records(tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        open_records(tmp_path / "b")
+    with pytest.raises(ValueError, match="no records"):
+        write_shards(tmp_path / "c", [], {}, 2)
+
+
+def _folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (12, 9, 3), np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+def _same(one, other):
+    assert len(one) == len(other)
+    assert one.info == other.info
+    for i in range(len(one)):
+        np.testing.assert_array_equal(np.asarray(one[i].pop("image")), np.asarray(other[i].pop("image")))
+        assert {k: v for k, v in one[i].items() if k != "image"} == {
+            k: v for k, v in other[i].items() if k != "image"}
+
+
+def test_packed_images_equal_the_folder(tmp_path):
+    folder = _folder(tmp_path)
+    pack(folder, tmp_path / "packed", shards=2)
+    data = Data(name="array_record", path=str(tmp_path / "packed"))
+    _same(open_source(data), open_source(Data(name="image_folder", path=str(folder))))
+    pack(folder, tmp_path / "small", size=6)
+    small = open_source(Data(name="array_record", path=str(tmp_path / "small")))
+    assert small[0]["image"].size == (6, 6)
+
+
+def test_captions_and_splits_survive_packing(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / split / "a.png")
+        line = json.dumps({"file": "a.png", "caption": split, "label": "x"})
+        (tmp_path / "images" / split / "captions.jsonl").write_text(line)
+    pack(tmp_path / "images", tmp_path / "packed")
+    for split, captions in (("train", ["train"]), ("test", ["val"]), ("all", ["train", "val"])):
+        data = Data(name="array_record", path=str(tmp_path / "packed"), split=split)
+        assert open_source(data).captions() == captions
+        folder = Data(name="image_folder", path=str(tmp_path / "images"), split=split)
+        _same(open_source(data), open_source(folder))
+
+
+def test_packing_finds_damaged_files_first(tmp_path, capsys):
+    folder = _folder(tmp_path)
+    (folder / "a" / "2.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"2\.png"):
+        pack(folder, tmp_path / "packed")
+    with pytest.raises(FileNotFoundError, match="interrupted"):
+        open_source(Data(name="array_record", path=str(tmp_path / "packed")))
+    pack(folder, tmp_path / "packed", unreadable="skip")  # the shard of this file alone ends up empty
+    assert len(open_source(Data(name="array_record", path=str(tmp_path / "packed")))) == 4
+    assert "left out 1" in capsys.readouterr().out
+
+
+def test_a_changed_folder_is_not_mixed_with_old_shards(tmp_path):
+    folder = _folder(tmp_path)
+    pack(folder, tmp_path / "packed")
+    (folder / "a" / "0.png").unlink()
+    with pytest.raises(ValueError, match="already holds other records"):
+        pack(folder, tmp_path / "packed")
+
+
+def test_token_caches_give_every_version_its_turn(tmp_path):
+    records = [{"tokens": np.arange(2 * 6).reshape(2, 3, 2) + 100 * i, "label": i} for i in range(2)]
+    write_shards(tmp_path, records, {"classes": 2}, 1)
+    data = Data(name="tokens", path=str(tmp_path))
+    source, seen = open_source(data), set()
+    stream = batches(source, data, batch=2, seed=0)
+    for _ in range(20):
+        batch = next(stream)
+        assert batch["tokens"].shape == (2, 3, 2)
+        assert batch["tokens"].dtype == np.int32
+        assert (batch["tokens"][:, 0, 0] // 100).tolist() == batch["label"].tolist()
+        seen |= set(batch["tokens"][:, 0, 0].tolist())
+    assert seen == {0, 6, 100, 106}
+    plain = next(batches(source, data, batch=2, seed=0, train=False))
+    assert plain["tokens"][:, 0, 0].tolist() == [0, 100]
+
+
+def test_continuous_tokens_are_float32(tmp_path):
+    write_shards(tmp_path, [{"tokens": np.ones((1, 4, 2), np.float16)}], {}, 1)
+    data = Data(name="tokens", path=str(tmp_path))
+    assert next(batches(open_source(data), data, batch=1, seed=0))["tokens"].dtype == np.float32
+
+
+def test_tokens_and_images_are_told_apart(tmp_path):
+    write_shards(tmp_path, _records(2), {"classes": 2}, 1)
+    with pytest.raises(ValueError, match=r"no image; is data\.name=tokens meant"):
+        open_source(Data(name="array_record", path=str(tmp_path)))

@@ -1,0 +1,141 @@
+"""Trains the tokenizer and the generator of a config, or goes on where the same command stopped.
+
+    python train.py CONFIG [--name.of.setting value ...]
+
+    python train.py configs/mnist5k_llamagen.py
+    python train.py configs/mnist5k_llamagen.py --name mine --generator.optim.lr 3e-4
+    python train.py CONFIG --help        all settings and their values
+
+The run folder (runs/NAME) holds checkpoints, pictures, TensorBoard logs and metrics.jsonl of both stages;
+`python sample.py runs/NAME` draws from it.
+"""
+
+import dataclasses
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+
+from ar_jax import codec
+from ar_jax.config import Experiment, Stage, load_config, parse
+from ar_jax.data import Data, Info, Source, batches, open_source
+from ar_jax.models import Model, describe, open_model, versions, write_json
+from ar_jax.train.checkpoint import save_params
+from ar_jax.train.gan import tokenizer_recipe
+from ar_jax.train.loop import fit
+from ar_jax.train.recipes import Recipe, generator_recipe
+from ar_jax.train.sharding import make_mesh
+from ar_jax.typing import Batch, PRNGKey
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        raise SystemExit(__doc__)
+    config, overrides = arguments[0], arguments[1:]
+    try:
+        train(parse(load_config(config), overrides, f"train.py {config}", __doc__), config, overrides)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"train.py: {error}") from error
+
+
+def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
+    """Runs both stages of an experiment."""
+    run = Path(experiment.out) / experiment.name
+    mesh = make_mesh(experiment.mesh)
+    source = open_source(experiment.data)
+    info = source.info
+    print(
+        f"{run}: {len(source)} images of {experiment.data.name}, {info.classes or 'no'} classes, "
+        f"mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}"
+    )
+    if jax.process_index() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(config, run / "config.py")
+        write_json(run / "run.json", {"config": config, "overrides": overrides, "versions": versions()})
+    tokenizer_key, generator_key = jax.random.split(jax.random.key(experiment.seed))
+
+    stage = experiment.tokenizer
+    tokenizer = prepare(stage, "tokenizer", run / "tokenizer", info, {"data": dataclasses.asdict(experiment.data)})
+    if stage.steps and not stage.path:
+        stage_fit(tokenizer_recipe(stage, tokenizer.module), stage, experiment, experiment.data, tokenizer, mesh, tokenizer_key)
+
+    stage = experiment.generator
+    if stage.module is None:
+        return
+    data = experiment.data
+    if stage.tokens:
+        data = dataclasses.replace(data, name="tokens", path=stage.tokens)
+        info = open_source(data).info
+    stage = dataclasses.replace(stage, module=stage.module.complete(tokenizer.module.spec, info))
+    settings = {
+        "tokenizer": "../tokenizer", "order": codec.encode(stage.order), "sampling": dataclasses.asdict(stage.sampling),
+        "data": dataclasses.asdict(data),
+    }  # fmt: skip
+    generator = prepare(stage, "generator", run / "generator", info, settings)
+    if stage.steps and not stage.path:
+        recipe = generator_recipe(stage, generator.module, tokenizer.module, tokenizer.params())
+        stage_fit(recipe, stage, experiment, data, generator, mesh, generator_key)
+
+
+def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -> Model:
+    """Describes the stage's network in its folder; with `stage.path`, copies that network there.
+
+    Raises:
+      ValueError: the folder already holds another network.
+    """
+    module = stage.module
+    given = open_model(stage.path, kind) if stage.path else None
+    if given:
+        module, info = given.module, given.info
+        settings = settings | {"origin": given.settings.get("origin", str(given.folder))}
+    if module is None:
+        raise ValueError(f"{kind}.module is not set; give a network in the config, or {kind}.path")
+    if (folder / "model.json").exists():
+        difference = codec.difference(codec.encode(open_model(folder, kind).module), codec.encode(module))
+        if difference:
+            raise ValueError(
+                f"{folder} already holds another {kind}: {difference}. Give --name for a new run, or remove the folder"
+            )
+    if given and not (folder / "params").exists():
+        save_params(folder / "params", given.params())
+    return describe(folder, kind, module, info, settings)
+
+
+def stage_fit(
+    recipe: Recipe, stage: Stage, experiment: Experiment, data: Data, model: Model, mesh: jax.sharding.Mesh, key: PRNGKey
+) -> None:
+    stream = batches(open_source(data), data, batch=stage.batch, seed=experiment.seed)
+    fit(recipe, stage, stream, held_out(data, stage.preview_images), model.folder, mesh, key)
+
+
+def held_out(data: Data, count: int) -> Batch:
+    """Images spread evenly over the held-out split, or over the training images if there is none."""
+    try:
+        source = open_source(dataclasses.replace(data, split="test"))
+    except (ValueError, FileNotFoundError):
+        source = open_source(data)
+    picked = Spread(source, min(count, len(source)))
+    return next(iter(batches(picked, data, batch=len(picked), seed=0, train=False)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """`count` evenly spaced records of a source."""
+
+    source: Source
+    count: int
+
+    @property
+    def info(self) -> Info:
+        return self.source.info
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict:
+        return self.source[index * len(self.source) // self.count]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
