@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,7 @@ from ar_jax.train.sharding import MeshShape
 class Stage:
     """One training: a network, its optimiser, its length."""
 
-    module: nn.Module | None = None
+    module: nn.Module = None  # not "| None": tyro would hide the fields of the module behind a choice
     """The network; its fields can be set one by one (`--generator.module.backbone.layers 12`)."""
     path: str = ""
     """Take the network from this run or converted folder instead of training it; its module replaces `module`."""
@@ -140,7 +141,9 @@ def load_config(path: str) -> Experiment:
 
 def parse(experiment: Experiment, arguments: list[str], prog: str, description: str) -> Experiment:
     """Applies dotted overrides; unknown names are refused with near ones suggested, `--help` lists all."""
-    return tyro.cli(
-        type(experiment), default=experiment, args=arguments, prog=prog, description=description,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The field .*module", UserWarning)  # stages without a network
+        return tyro.cli(
+            type(experiment), default=experiment, args=arguments, prog=prog, description=description,
+            config=(tyro.conf.FlagConversionOff,),
+        )  # fmt: skip

@@ -1,17 +1,24 @@
 """LlamaGen's released checkpoints: VQ-16 and VQ-8 tokenizers, class- and text-conditional transformers."""
 
 import re
+from typing import Any
 
+import flax.linen as nn
+
+from ar_jax import codec
 from ar_jax.convert.names import CONV, CONV1, LINEAR, PLAIN, Rule
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Caption, Label
 from ar_jax.nets.transformer import Transformer
+from ar_jax.orders import raster
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import TokenSpec, grid
 
 HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 2560: 40, 3200: 32, 4096: 32}  # by width; not in the file
-BUFFERS = {"quantize.codebook_used"}  # a log of recent codes, no part of the function; kept for the way back
+GUIDANCE = {768: 2.0, 1024: 2.0, 1280: 1.75, 1536: 1.75, 3200: 1.65}  # published scales of the class models, by width
+BUFFERS = {"tokenizer": {"quantize.codebook_used": (65536,)}}  # a log of recent codes, no part of the function
+FIXED = {"cls_embedding.uncond_embedding"}  # held as a parameter but never trained
 
 
 def gpt_rules(generator: Causal) -> list[Rule]:
@@ -110,10 +117,65 @@ def gpt(shapes: dict[str, tuple[int, ...]], tokens: int, heads: int = 0) -> Caus
 
 
 def recognise(shapes: dict[str, tuple[int, ...]]) -> str:
-    """ "tokenizer", "generator" or "" for files that are not LlamaGen's."""
-    if "quantize.embedding.weight" in shapes and any(key.startswith("encoder.conv_blocks.") for key in shapes):
+    """ "tokenizer", "generator" or "" for files that are not LlamaGen's, judged by a few keys; `build` may yet fail."""
+    if any(key.startswith(("encoder.conv_blocks.", "decoder.conv_blocks.")) for key in shapes):
         return "tokenizer"
-    if {"tok_embeddings.weight", "output.weight", "layers.0.attention.wqkv.weight"} <= shapes.keys():
+    if "tok_embeddings.weight" in shapes or any(key.endswith(".attention.wqkv.weight") for key in shapes):
         return "generator"
     return ""
 
+
+def build(kind: str, shapes: dict[str, tuple[int, ...]], *, size: int, heads: int, groups: int) -> nn.Module:
+    """The network of a file.
+
+    Args:
+      kind: what `recognise` said.
+      shapes: by key.
+      size: of the images in pixels; 0 if unknown.
+      heads, groups: 0 takes the published number.
+    Raises:
+      ValueError: something is needed that neither the file nor the caller knows.
+      KeyError: a key is missing.
+    """
+    if kind == "tokenizer":
+        return vqgan(shapes, size or 256, groups or 32)
+    if not size:
+        raise ValueError("the image size is not in the file; give its pixels, such as --size 256 or --size 384")
+    if size % 16:
+        raise ValueError(f"--size is {size}; it must be a multiple of 16 pixels, one token each")
+    return gpt(shapes, (size // 16) ** 2, heads)
+
+
+def describe(module: nn.Module) -> tuple[str, Info, dict[str, Any]]:
+    """A sentence about a network that `build` made, what it knows of its data, and settings of its model folder."""
+    if isinstance(module, VQGAN):
+        (height, width), (rows, columns) = module.size, module.grid
+        return f"{height}x{width} pixels to {rows}x{columns} codes out of {module.codes}", Info(), {}
+    backbone, conditioning = module.backbone, module.conditioning
+    if isinstance(conditioning, Caption):
+        encoder = "flan-t5-xl" if conditioning.features == 2048 else ""
+        info = Info(captions=True, text=encoder, text_rows=conditioning.rows, text_width=conditioning.features)
+        condition, sampling = f"{info.text_rows} caption rows of {info.text_width}", {"guidance": 7.5, "top_k": 1000}
+    else:
+        info = Info(classes=conditioning.classes)
+        scale = GUIDANCE.get(backbone.width)
+        condition, sampling = f"{info.classes} classes", {"guidance": scale} if scale else {}
+    _, rows, columns = module.spec.coords.max(0) + 1
+    words = (
+        f"{backbone.layers} layers of width {backbone.width} with {backbone.heads} heads, {rows}x{columns} tokens with "
+        f"{module.spec.codes[0]} codes, {condition}"
+    )
+    return words, info, {"order": codec.encode(raster), "sampling": sampling}
+
+
+def rules(module: nn.Module) -> list[Rule]:
+    """Names of a network's parameters in the released files.
+
+    Raises:
+      ValueError: LlamaGen has no such network.
+    """
+    if isinstance(module, VQGAN):
+        return vqgan_rules(module)
+    if type(module) is Causal and isinstance(module.conditioning, Caption | Label):
+        return gpt_rules(module)
+    raise ValueError(f"LlamaGen has no {type(module).__name__}")

@@ -105,7 +105,7 @@ class Causal(nn.Module):
         p = cond.rows.shape[1]
         x = jnp.concatenate([cond.rows, self.embedding(tokens[:, :-1, 0])], axis=1)
         steps = jnp.broadcast_to(jnp.arange(1, self.spec.n, dtype=jnp.int32), (len(x), self.spec.n - 1))
-        coords = jnp.concatenate([self._nowhere(p), self._coords(order)[:, :-1]], axis=1)
+        coords = jnp.pad(self._coords(order)[:, :-1], ((0, 0), (p, 0), (0, 0)), constant_values=NOWHERE)
         x = self.drop(x, deterministic=not self.has_rng("dropout"))
         h, _ = self.backbone(x, jnp.concatenate([cond.step, steps], axis=1), coords)
         return h[:, p - 1 :]

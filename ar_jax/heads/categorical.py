@@ -45,6 +45,6 @@ class Categorical(nn.Module):
 
     def sample(self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs, i: Index) -> Int[Array, "b m 1"]:
         """Draws a code per row of step `i`; guided rows (B = b * ways) are folded first."""
-        temperature = knobs.temperature[i]
-        logits = fold(self(h), h.shape[0] // keys.shape[0], knobs.guidance[i]) / jnp.maximum(temperature, 1e-5)
+        guidance, temperature = jnp.asarray(knobs.guidance)[i], jnp.asarray(knobs.temperature)[i]
+        logits = fold(self(h), h.shape[0] // keys.shape[0], guidance) / jnp.maximum(temperature, 1e-5)
         return draw(knobs.logits_fn(logits), keys, temperature)[..., None]

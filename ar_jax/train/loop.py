@@ -1,5 +1,6 @@
 """The training loop: it knows recipes, batches and checkpoints, and nothing of any method."""
 
+import collections
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,10 +52,13 @@ def fit(
     log = Log(folder, name, first, stage.steps, quiet)
     if first:
         log.say(f"{name}: resumed at update {first}")
-    advised = False
+    advised, running = False, collections.deque()
     try:
         for step in itertools.count(first + 1):
             state, metrics = update(state, frozen, put_batch(next(batches), mesh), jax.random.fold_in(key, step))
+            running.append(metrics)
+            if len(running) > 2:  # let the host run ahead by two updates, not by hundreds
+                jax.block_until_ready(running.popleft())
             log.step()
             last = step == stage.steps
             if step % stage.log_every == 0 or last:

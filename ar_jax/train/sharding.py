@@ -53,7 +53,7 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def shard(tree: Any, mesh: jax.sharding.Mesh, rules: Sequence[tuple[str, P]] = ()) -> Any:
+def shard(tree: Any, mesh: jax.sharding.Mesh, rules: Sequence[tuple[str, P]] = (), smallest: int = 2**10) -> Any:
     """Shardings of a tree of arrays or shapes.
 
     Args:
@@ -61,6 +61,7 @@ def shard(tree: Any, mesh: jax.sharding.Mesh, rules: Sequence[tuple[str, P]] = (
       mesh: from `make_mesh`.
       rules: (pattern searched in the leaf's path, spec of its last axes); the first match wins. A leaf no rule
         matches splits its largest divisible axis over fsdp.
+      smallest: arrays of fewer numbers stay whole.
     Raises:
       ValueError: a rule matches no leaf.
     """
@@ -74,7 +75,7 @@ def shard(tree: Any, mesh: jax.sharding.Mesh, rules: Sequence[tuple[str, P]] = (
                 return NamedSharding(mesh, P(*[None] * (leaf.ndim - len(spec)), *spec))
         parts = mesh.shape["fsdp"]
         divisible = [(size, -axis) for axis, size in enumerate(leaf.shape) if size % parts == 0 and size >= parts]
-        if parts == 1 or not divisible or np.prod(leaf.shape) < 2**10:
+        if parts == 1 or not divisible or np.prod(leaf.shape) < smallest:
             return NamedSharding(mesh, P())
         axis = -max(divisible)[1]
         return NamedSharding(mesh, P(*[None] * axis, "fsdp"))

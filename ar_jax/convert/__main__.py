@@ -1,0 +1,184 @@
+"""Released checkpoints to model folders, and back.
+
+`python -m ar_jax.convert FILE --to DIR`, `python -m ar_jax.convert DIR --back FILE.safetensors`.
+"""
+
+import inspect
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import numpy as np
+import tyro
+from orbax.checkpoint import v1 as ocp
+from tqdm import tqdm
+
+from ar_jax.convert.names import to_params, to_weights
+from ar_jax.convert.reader import read_weights, write_safetensors
+from ar_jax.convert.sources import export, identify
+from ar_jax.models import KINDS, Model, describe, open_model
+from ar_jax.train.checkpoint import save_params
+
+
+def convert(
+    path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE|DIR")],
+    *,
+    to: Path | None = None,
+    back: Path | None = None,
+    size: int = 0,
+    heads: int = 0,
+    groups: int = 0,
+    entry: str = "",
+    average: bool = True,
+) -> None:
+    """Converts a released checkpoint to a model folder (--to), or a model folder to released names (--back).
+
+    The file is recognised by its keys: .safetensors, or .pt as torch.save writes it. Torch is not needed and nothing
+    inside the file is executed. What does not fit a known network exactly is refused, with the first differing key.
+    Parameters are kept as float32: files in bfloat16 or float16 are widened, which loses nothing, and come back as
+    float32; float32 files come back bit for bit.
+
+    Examples:
+      python -m ar_jax.convert vq_ds16_c2i.pt --to checkpoints/vq_ds16_c2i
+      python -m ar_jax.convert vq_ds16_c2i.pt --to checkpoints/vq_ds16_c2i_384 --size 384
+      python -m ar_jax.convert c2i_B_384.pt --to checkpoints/c2i_B_384
+      python sample.py checkpoints/c2i_B_384 --tokenizer checkpoints/vq_ds16_c2i_384
+      python -m ar_jax.convert checkpoints/c2i_B_384 --back c2i_B_384.safetensors
+      python -m ar_jax.convert runs/mine/generator --back mine.safetensors
+
+    Args:
+      path: File to read; with --back a model folder, or a run folder of train.py.
+      to: Folder to write, new or empty.
+      back: .safetensors file to write under the original key names; it must not exist.
+      size: Side of the images in pixels, which the file does not hold. 0 takes 256, 384 or 512 from a file name
+        like c2i_B_384.pt; tokenizers default to 256. A generator works at one size only.
+      heads: Attention heads, which the file does not hold either. 0 takes the published number for the width.
+      groups: Groups of a tokenizer's norms. 0 takes the published number.
+      entry: Which weights of a .pt file, for example ema; "" takes model, module, state_dict or the top level.
+      average: Of a run folder, take the moving average of the weights if the run keeps one.
+    """
+    if (to is None) == (back is None):
+        raise ValueError("give either --to DIR (from a released file) or --back FILE (to one); --help shows examples")
+    if to is not None:
+        to_folder(path.expanduser(), to.expanduser(), size=size, heads=heads, groups=groups, entry=entry)
+    else:
+        to_file(path.expanduser(), back.expanduser(), average=average)
+
+
+def to_folder(path: Path, folder: Path, *, size: int = 0, heads: int = 0, groups: int = 0, entry: str = "") -> None:
+    """Writes the model folder of a released file, complete or not at all.
+
+    Raises:
+      ValueError: the file is not known, or the folder is not empty.
+      FileNotFoundError: no such file.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} is already there; give another folder or remove it")
+    weights = read_weights(path, entry or None)
+    hint = re.search(r"_(256|384|512)(?!\d)", path.stem)
+    try:
+        found = identify(
+            {key: value.shape for key, value in weights.items()}, size=size or int(hint[1] if hint else 0), heads=heads,
+            groups=groups,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    words, info, settings = found.source.describe(found.module)
+    print(f"{path}: {found.kind} of {found.family}, {words}; {found.trained:,} parameters in {len(weights)} entries")
+    buffers = {key: weights.pop(key) for key in found.buffers if key in weights}
+    origin = {"family": found.family, "file": path.name, "entry": entry, "buffers": list(buffers)}
+
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        describe(temporary, found.kind, found.module, info, {"origin": origin, **settings})
+        if buffers:
+            write_safetensors(temporary / "buffers.safetensors", buffers)
+        with tqdm(total=len(weights), desc="reading", unit="entry", disable=None) as progress:
+            params = to_params(Widened(weights, progress), found.params, found.rules)
+        del weights
+        print(f"writing {folder}")
+        context = ocp.Context()
+        context.memory.deepcopy_host_arrays = False  # nobody changes them meanwhile
+        with context:
+            save_params(temporary / "params", params)
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"{folder} is complete")
+
+
+class Widened(Mapping):
+    """Weights as float32, read when they are asked for."""
+
+    def __init__(self, weights: Mapping[str, np.ndarray], progress: tqdm):
+        self.weights, self.progress = weights, progress
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        value = self.weights[key]
+        if not np.can_cast(value.dtype, np.float32) or value.dtype.kind in "biu":
+            raise ValueError(f"{key} holds {value.dtype}, which float32 cannot keep; save the file in float32 first")
+        self.progress.update()
+        return value.astype(np.float32, copy=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def to_file(folder: Path, path: Path, *, average: bool = True) -> None:
+    """Writes the parameters of a model folder or run folder under the names of its family.
+
+    Raises:
+      ValueError: no family has such a network, the folder holds two models, or the file exists.
+    """
+    if path.suffix != ".safetensors":
+        raise ValueError(f"--back is {path}; it must be a file named *.safetensors")
+    if path.exists():
+        raise ValueError(f"{path} is already there; give another name or remove it")
+    model = _open(folder)
+    origin = model.settings.get("origin")
+    origin = origin if isinstance(origin, dict) else {}
+    found = export(model.module, model.kind, origin.get("family", ""))
+    print(f"{model.folder}: {found.kind} of {found.family}, {found.source.describe(found.module)[0]}")
+    weights = to_weights(model.params(average=average), found.rules)
+    kept = model.folder / "buffers.safetensors"
+    buffers = read_weights(kept) if kept.exists() else {}
+    for key in origin.get("buffers", found.buffers):  # the original loader may insist on them
+        weights[key] = buffers[key] if key in buffers else np.zeros(found.buffers[key], np.float32)
+    print(f"writing {path}: {found.trained:,} parameters")
+    write_safetensors(path, weights)
+
+
+def _open(folder: Path) -> Model:
+    models, errors = [], []
+    for kind in KINDS:
+        try:
+            models.append(open_model(folder, kind))
+        except ValueError as error:
+            errors.append(error)
+    if not models:
+        raise ValueError(f"{folder} holds no model: {errors[0]}")
+    if len(models) > 1:
+        raise ValueError(f"{folder} holds two models; give {' or '.join(str(model.folder) for model in models)}")
+    return models[0]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    prog = "python -m ar_jax.convert"
+    try:
+        tyro.cli(convert, args=arguments, prog=prog, description=inspect.cleandoc(convert.__doc__.split("Args:")[0]))
+    except (ValueError, OSError) as error:
+        sys.exit(f"{prog}: {error}")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed, and accelerators may have less memory
+    main()

@@ -1,0 +1,116 @@
+"""The families of released checkpoints.
+
+A family is a module with these names, and a line in `SOURCES`:
+
+    BUFFERS      kind -> {key: shape} of entries that are no part of the network; zeros where they are not known
+    FIXED        keys of parameters that are not trained
+    recognise    shapes by key -> "tokenizer", "generator" or ""
+    build        kind, shapes, and what files do not hold -> the network
+    describe     network -> a sentence, the `Info` of its data, settings of its model folder
+    rules        network -> the rules that name its parameters (`names.Rule`)
+"""
+
+import math
+from collections.abc import Mapping
+from types import ModuleType
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+
+from ar_jax.convert import llamagen
+from ar_jax.convert.names import Rule, differences, key_shapes
+from ar_jax.typing import Params
+
+SOURCES: dict[str, ModuleType] = {"llamagen": llamagen}
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Found(NamedTuple):
+    """A network that has a released form.
+
+    Attributes:
+      family: its name in `SOURCES`.
+      kind: "tokenizer" or "generator".
+      module: the network.
+      params: its tree of shapes.
+      rules: names of its parameters in the family's files.
+      keys: shapes by the family's keys, buffers aside.
+    """
+
+    family: str
+    kind: str
+    module: nn.Module
+    params: Params
+    rules: list[Rule]
+    keys: Shapes
+
+    @property
+    def source(self) -> ModuleType:
+        return SOURCES[self.family]
+
+    @property
+    def buffers(self) -> Shapes:
+        """Shapes of the entries a released file has beside the parameters."""
+        return self.source.BUFFERS.get(self.kind, {})
+
+    @property
+    def trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(math.prod(shape) for key, shape in self.keys.items() if key not in self.source.FIXED)
+
+
+def identify(shapes: Shapes, *, size: int = 0, heads: int = 0, groups: int = 0) -> Found:
+    """The network of a file, from the shapes of all its entries; every one of them has to fit.
+
+    Args:
+      size: of the images in pixels; 0 if unknown.
+      heads: of the attention; 0 takes the published number.
+      groups: of the group norms; 0 takes the published number.
+    Raises:
+      ValueError: the file is not known or is damaged; the first differing key is named.
+    """
+    kinds = {family: source.recognise(shapes) for family, source in SOURCES.items()}
+    family = next((family for family, kind in kinds.items() if kind), "")
+    if not family:
+        some = ", ".join(f"{key} {list(shape)}" for key, shape in list(shapes.items())[:3])
+        raise ValueError(
+            f"not a checkpoint of a known family ({', '.join(SOURCES)}); its {len(shapes)} entries begin with {some}"
+        )
+    kind = kinds[family]
+    refusal = f"looks like a {kind} of {family}, but "
+    try:
+        module = SOURCES[family].build(kind, shapes, size=size, heads=heads, groups=groups)
+        found = _named(family, kind, module)
+    except KeyError as error:
+        raise ValueError(f"{refusal}{error.args[0]} is missing") from error
+    except ValueError as error:
+        raise ValueError(f"{refusal}{error}") from error
+    buffers = {key: shape for key, shape in found.buffers.items() if key in shapes}
+    if difference := differences({**found.keys, **buffers}, shapes):
+        raise ValueError(f"{refusal}{difference}")
+    return found
+
+
+def export(module: nn.Module, kind: str, family: str = "") -> Found:
+    """The released form of a network.
+
+    Args:
+      family: the one it came from; else the first that knows such a network.
+    Raises:
+      ValueError: no family has such a network.
+    """
+    reasons = []
+    for name in [family] if family else SOURCES:
+        try:
+            return _named(name, kind, module)
+        except (KeyError, ValueError) as error:
+            reasons.append(f"{name}: {error}")
+    raise ValueError(f"this {type(module).__name__} has no released form; {'; '.join(reasons)}")
+
+
+def _named(family, kind, module):
+    rules = SOURCES[family].rules(module)
+    params = jax.eval_shape(module.init_params, jax.random.key(0))
+    return Found(family, kind, module, params, rules, key_shapes(params, rules))

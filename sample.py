@@ -1,0 +1,260 @@
+"""Draws images from a run of train.py or from a converted checkpoint.
+
+    python sample.py RUN [--name value ...]
+
+    python sample.py runs/mnist5k_llamagen                                  a grid, samples.png
+    python sample.py runs/mnist5k_llamagen --labels 3 7 --count 20 --guidance 3
+    python sample.py runs/emoji_llamagen --captions "red heart" "snowman"
+    python sample.py checkpoints/c2i_B_256 --tokenizer checkpoints/vq_ds16_c2i --count 50000 --out b256.npz
+
+What is written follows from --out: NAME.png is a grid, NAME.npz the uint8 array that the field's evaluators read, any
+other name a folder of PNG files. Run the same command again to go on after an interruption. An image depends on the
+seed and its number only, not on the batch size or the number of devices.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from ar_jax import codec
+from ar_jax.data import label_ids
+from ar_jax.decode.guidance import interval
+from ar_jax.decode.logits import Filter
+from ar_jax.decode.sequential import Knobs, sample_images
+from ar_jax.images import save_png, tile, to_uint8
+from ar_jax.models import Model, open_model, write_json
+from ar_jax.train.sharding import MeshShape, batch_sharding, make_mesh, replicated
+from ar_jax.typing import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to draw and where to put it."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run folder of train.py, or folder of a converted generator."""
+    tokenizer: str = ""
+    """Folder of the tokenizer, for converted generators; a run knows its own."""
+    labels: tuple[str, ...] = ()
+    """Classes by name or number, used in turn; all classes if left out."""
+    captions: tuple[str, ...] = ()
+    """Captions, used in turn."""
+    features: str = ""
+    """Caption features instead of captions: .npz with `features` [N rows c] and `mask` [N rows]."""
+    count: int = 100
+    """Number of images."""
+    batch: int = 25
+    """Images drawn at a time, over all devices."""
+    out: str = "samples.png"
+    """A .png (grid), a .npz, or a folder."""
+    columns: int = 0
+    """Of the grid; 0 chooses."""
+    seed: int = 0
+    guidance: float | None = None
+    """Classifier-free guidance scale; 1 is unguided. This and the next four: the model's own if left out."""
+    guidance_last: int | None = None
+    """Last guided decode step, counted from the step after the first token; -1 guides all."""
+    temperature: float | None = None
+    """Divides the logits; 0 is greedy."""
+    top_k: int | None = None
+    """Draw from the k most likely codes; 0 is off."""
+    top_p: float | None = None
+    """Draw from the most likely codes of this probability mass; 1 is off."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of parameters and matrix products of the generator."""
+    unroll: bool = True
+    """Lay the layers out one by one: faster loops on CPU, longer compilation."""
+    average: bool = True
+    """Use the moving average of the weights, if the checkpoint has one."""
+    mesh: MeshShape = MeshShape()
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments:
+        raise SystemExit(__doc__)
+    options = tyro.cli(Options, args=arguments, prog="sample.py", description=__doc__)
+    try:
+        sample(options)
+    except (ValueError, FileNotFoundError, OSError) as error:
+        raise SystemExit(f"sample.py: {error}") from error
+
+
+def sample(options: Options) -> None:
+    """Draws `options.count` images and writes them."""
+    model = open_model(options.run, "generator")
+    tokenizer = open_model(options.tokenizer or _own_tokenizer(model), "tokenizer")
+    if tokenizer.module.spec.codes != model.module.spec.codes or tokenizer.module.spec.n != model.module.spec.n:
+        raise ValueError(
+            f"the generator makes {model.module.spec.n} tokens with codes {model.module.spec.codes}, but the tokenizer "
+            f"{tokenizer.folder} has {tokenizer.module.spec.n} with {tokenizer.module.spec.codes}; give --tokenizer"
+        )
+    names, conditions = condition_table(model, options)
+    settings = model.settings.get("sampling", {})
+    chosen = {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
+    settings = {**SAMPLING, **settings, **chosen}
+
+    out, folder = Path(options.out), Path(options.out)
+    if out.suffix in (".png", ".npz"):
+        folder = out.with_name(f".{out.name}.parts")
+    identity = {
+        "run": str(model.folder.resolve()), "tokenizer": str(tokenizer.folder.resolve()), "seed": options.seed,
+        "sampling": settings, "conditions": names, "dtype": options.dtype, "average": options.average,
+    }  # fmt: skip
+    todo = _missing(folder, options.count, identity)
+    if len(todo):
+        mesh = make_mesh(options.mesh)
+        draw = make_sampler(model, tokenizer, settings, options, mesh)
+        with tqdm(total=options.count, initial=options.count - len(todo), unit="image", desc=str(out)) as bar:
+            for start in range(0, len(todo), options.batch):
+                ids = todo[start : start + options.batch]
+                padded = np.resize(ids, options.batch)  # the last batch too runs the one compiled program
+                images = draw({name: table[padded % len(names)] for name, table in conditions.items()}, padded)
+                for i, image in zip(ids, images, strict=False):
+                    save_png(_file(folder, i), image, {"condition": names[i % len(names)], "seed": str(options.seed)})
+                bar.update(len(ids))
+    _assemble(folder, out, options, len(names))
+    print(f"{options.count} images in {out}")
+
+
+SAMPLING = {"guidance": 1.0, "guidance_last": -1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+def make_sampler(
+    model: Model, tokenizer: Model, settings: dict, options: Options, mesh: jax.sharding.Mesh
+) -> Callable[[Batch, np.ndarray], np.ndarray]:
+    """Compiles generator and tokenizer into one program: (conditions, image numbers) -> uint8 [b h w 3]."""
+    share = mesh.shape["data"] * mesh.shape["fsdp"]
+    if options.batch < 1 or options.batch % share:
+        raise ValueError(f"--batch is {options.batch}; it must be a positive multiple of the {share} batch shares of the mesh")
+    generator, dtype = model.module, jnp.dtype(options.dtype).type
+    generator = generator.clone(backbone=generator.backbone.clone(dtype=dtype), head=generator.head.clone(dtype=dtype))
+    params, frozen = model.params(dtype=dtype, average=options.average), tokenizer.params(average=options.average)
+    if options.unroll:
+        generator, params = generator.unrolled(params)
+    params, frozen = jax.device_put((params, frozen), replicated(mesh))
+    order_fn = codec.decode(model.settings["order"])
+    logits_fn = Filter(settings["top_k"], settings["top_p"])
+
+    @jax.jit
+    def program(params, frozen, batch, ids):
+        root, order_key = jax.random.split(jax.random.key(options.seed))
+        keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(ids)
+        order = order_fn(generator.spec, order_key, len(ids), 0)
+        steps = len(order.sizes)
+        guidance = interval(settings["guidance"], steps, settings["guidance_last"])
+        knobs = Knobs(jnp.asarray(guidance), jnp.full(steps, settings["temperature"], jnp.float32), logits_fn)
+        return to_uint8(
+            sample_images(
+                generator, tokenizer.module, params, frozen, batch, order, knobs=knobs, keys=keys,
+                guided=settings["guidance"] != 1,
+            )  # fmt: skip
+        )
+
+    def draw(batch, ids):
+        batch, ids = jax.device_put((batch, ids.astype(np.uint32)), batch_sharding(mesh))
+        images = np.asarray(program(params, frozen, batch, ids))
+        return np.broadcast_to(images, (*images.shape[:3], 3))
+
+    return draw
+
+
+def condition_table(model: Model, options: Options) -> tuple[list[str], Batch]:
+    """The conditions to go through in turn: their names, and arrays whose first axis runs over them.
+
+    Raises:
+      ValueError: a label the model does not know, or the wrong kind of condition for it.
+    """
+    info = model.info
+    if info.text_width:
+        if options.labels:
+            raise ValueError("--labels given, but this model takes captions; give --captions")
+        if options.features:
+            with np.load(options.features, allow_pickle=False) as file:
+                text, mask = file["features"].astype(np.float32), file["mask"].astype(bool)
+            names = [f"features {i}" for i in range(len(text))]
+        elif not options.captions:
+            raise ValueError("this model takes captions; give --captions or --features")
+        elif info.text == "minilm":
+            from ar_jax.text.minilm import encode
+
+            names = list(options.captions)
+            text, mask = encode(names, info.text_rows)
+        else:
+            raise ValueError(f"this model was trained on features of {info.text!r}; give them with --features")
+        if text.shape[1:] != (info.text_rows, info.text_width) or mask.shape != text.shape[:2]:
+            raise ValueError(
+                f"--features has shapes {text.shape} and {mask.shape}; the model needs [N {info.text_rows} "
+                f"{info.text_width}] and [N {info.text_rows}]"
+            )
+        return names, {"text": text, "text_mask": mask}
+    if options.captions or options.features:
+        raise ValueError("captions given, but this model takes class labels; give --labels")
+    ids = label_ids(info, list(options.labels)) if options.labels else list(range(info.classes))
+    names = [info.class_names[i] if info.class_names else str(i) for i in ids]
+    return names, {"label": np.asarray(ids, np.int32)}
+
+
+def _own_tokenizer(model):
+    if "tokenizer" not in model.settings:
+        raise ValueError(f"{model.folder} holds a generator only; give its tokenizer with --tokenizer FOLDER")
+    return model.folder / model.settings["tokenizer"]
+
+
+def _file(folder: Path, i: int) -> Path:
+    return folder / f"{i:06d}.png"
+
+
+def _missing(folder: Path, count: int, identity: dict) -> np.ndarray:
+    """Numbers of the images still to draw; refuses a folder begun with other settings."""
+    if count < 1:
+        raise ValueError(f"--count is {count}; it must be at least 1")
+    note = folder / "sampling.json"
+    if note.exists():
+        if json.loads(note.read_text()) != identity:
+            raise ValueError(
+                f"{folder} holds images of another model or other settings (see {note}); remove it or give another --out"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and was not begun by sample.py; give another --out")
+    else:
+        write_json(note, identity)
+    return np.array([i for i in range(count) if not _file(folder, i).exists()], np.int64)
+
+
+def _assemble(folder: Path, out: Path, options: Options, conditions: int) -> None:
+    """Makes the grid or the .npz from the PNG files, under a temporary name, then removes them."""
+    if out == folder:
+        return
+    files = [_file(folder, i) for i in range(options.count)]
+    if out.suffix == ".png":
+        columns = options.columns or (conditions if 1 < conditions <= 20 else 0)
+        save_png(out, tile(np.stack([np.asarray(Image.open(file)) for file in files]), columns))
+    else:
+        first = np.asarray(Image.open(files[0]))
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *first.shape)}
+        temporary = out.with_name(f".{out.name}.tmp")
+        try:  # one image at a time: 50,000 of them need not fit in memory
+            with zipfile.ZipFile(temporary, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
+                np.lib.format.write_array_header_1_0(array, header)
+                for file in files:
+                    array.write(np.asarray(Image.open(file)).tobytes())
+            temporary.replace(out)
+        finally:
+            temporary.unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,219 @@
+import itertools
+import json
+import os
+import pathlib
+from collections import OrderedDict
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from test_reader import Storage, Tensor, save
+
+from ar_jax import models
+from ar_jax.convert.__main__ import main, to_file, to_folder
+from ar_jax.convert.sources import identify
+from ar_jax.data import Info
+from ar_jax.generators.causal import Causal
+from ar_jax.nets.conditioning import Label
+from ar_jax.nets.transformer import Transformer
+from ar_jax.tokens import TokenSpec, grid
+from ar_jax.train.checkpoint import save_params
+
+ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[3] / "shared" / "parity"))
+RELEASED = ("vq_ds", "c2i_", "t2i_")
+TINY = {
+    "llamagen_vq": {"size": 32, "groups": 2},
+    "llamagen_gpt_c2i": {"size": 48, "heads": 3},
+    "llamagen_gpt_t2i": {"size": 48, "heads": 3},
+}
+
+
+def manifests(ours):
+    found = sorted((ROOT / "manifests").glob("*.json"))
+    chosen = [path for path in found if path.name.startswith(RELEASED) == ours]
+    absent = pytest.param(None, marks=pytest.mark.skip(reason=f"no manifests at {ROOT}; set AR_JAX_PARITY"))
+    return [pytest.param(path, id=path.stem) for path in chosen] or [absent]
+
+
+def manifest(path):
+    content = json.loads(path.read_text())
+    return content, {key: tuple(shape) for key, shape in content["keys"].items()}
+
+
+@pytest.fixture
+def tiny():
+    """folder -> its weights"""
+    if not ROOT.exists():
+        pytest.skip(f"no fixtures at {ROOT}; set AR_JAX_PARITY")
+    return lambda folder: load_file(ROOT / folder / "weights.safetensors")
+
+
+@pytest.mark.parametrize("path", manifests(ours=True))
+def test_released_checkpoints_have_exactly_these_keys_and_sizes(path):
+    content, shapes = manifest(path)
+    sizes = content["hyperparameters"]
+    found = identify(shapes, size=sizes.get("image_size", 0))
+    buffers = {key: shapes[key] for key in content["buffers"] if key not in found.source.FIXED}
+    assert dict(found.buffers) == buffers
+    assert {**found.keys, **buffers} == shapes
+    assert found.trained == content["num_params"]
+    words, info, settings = found.source.describe(found.module)
+    if found.kind == "tokenizer":
+        assert found.module.codes == sizes["codebook_size"]
+    else:
+        assert found.module.spec.n == sizes["block_size"]
+        assert found.module.backbone.heads == sizes["n_head"]
+        assert info.classes == sizes.get("num_classes", 0)
+        assert settings["sampling"]["guidance"] > 1
+        assert f"{sizes['n_layer']} layers" in words
+
+
+@pytest.mark.parametrize("path", manifests(ours=False))
+def test_other_checkpoints_are_refused(path):
+    if path.stem in ("D-AR-L", "D-AR-XL"):
+        pytest.skip("its language model is LlamaGen's network, key for key")
+    with pytest.raises(ValueError, match=r"not a checkpoint of a known family|looks like a \w+ of llamagen, but"):
+        identify(manifest(path)[1], size=256)
+
+
+def torch_file(path, weights):
+    """What torch.save({"model": weights}) writes."""
+    tensors, storages = OrderedDict(), {}
+    kinds = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage"}
+    for i, (key, value) in enumerate(weights.items()):
+        strides = tuple(int(np.prod(value.shape[axis + 1 :])) for axis in range(value.ndim))
+        storage = Storage(str(i), kinds[str(value.dtype)])
+        tensors[key] = Tensor(storage, 0, value.shape, strides, False, OrderedDict())
+        storages[str(i)] = value
+    return save(path, {"model": tensors, "steps": 3}, storages)
+
+
+def assert_same(found, want):
+    assert found.keys() == want.keys()
+    for key, value in want.items():
+        assert found[key].dtype == value.dtype, key
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("folder", TINY)
+def test_there_and_back_changes_no_bit(tmp_path, tiny, folder, suffix, capsys):
+    weights = tiny(folder)
+    file = tmp_path / f"weights{suffix}"
+    if suffix == ".pt":
+        torch_file(file, weights)
+    else:
+        save_file(weights, file)
+    options = [str(word) for name, value in TINY[folder].items() for word in (f"--{name}", value)]
+    main([str(file), "--to", str(tmp_path / "model"), *options])
+    assert "of llamagen" in capsys.readouterr().out
+    main([str(tmp_path / "model"), "--back", str(tmp_path / "back.safetensors")])
+    assert_same(load_file(tmp_path / "back.safetensors"), weights)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([file.name, "model", "back.safetensors"])
+    kind = "tokenizer" if folder == "llamagen_vq" else "generator"
+    assert models.open_model(tmp_path / "model", kind).settings["origin"]["file"] == file.name
+
+
+def test_half_precision_is_widened(tmp_path, tiny):
+    half = {key: value.astype(ml_dtypes.bfloat16) for key, value in tiny("llamagen_gpt_c2i").items()}
+    to_folder(torch_file(tmp_path / "a.pt", half), tmp_path / "model", size=48, heads=3)
+    to_file(tmp_path / "model", tmp_path / "back.safetensors")
+    assert_same(load_file(tmp_path / "back.safetensors"), {key: value.astype("f4") for key, value in half.items()})
+
+
+def change(weights, key, value):
+    changed = {**weights, key: value}
+    return {key: value for key, value in changed.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("folder", "key", "value", "message"),
+    [
+        ("llamagen_gpt_c2i", "norm.weight", None, r"norm\.weight is missing"),
+        ("llamagen_gpt_c2i", "tok_embeddings.weight", None, r"tok_embeddings\.weight is missing"),
+        ("llamagen_gpt_c2i", "norm.weight", np.ones(47, "f4"), r"norm\.weight has shape \(47,\), expected \(48,\)"),
+        ("llamagen_gpt_c2i", "norm.bias", np.ones(48, "f4"), r"norm\.bias of shape \(48,\) is not part"),
+        ("llamagen_gpt_c2i", "norm.weight", np.ones(48, "f8"), r"norm\.weight holds float64"),
+        ("llamagen_vq", "encoder.conv_in.weight", None, r"encoder\.conv_in\.weight is missing"),
+        ("llamagen_vq", "decoder.mid.1.q.bias", None, r"decoder\.mid\.1\.q\.bias is missing"),
+        ("llamagen_vq", "quantize.codebook_used", np.ones(3, "f4"), r"quantize\.codebook_used has shape"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_its_first_difference(tmp_path, tiny, folder, key, value, message):
+    save_file(change(tiny(folder), key, value), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=message):
+        to_folder(tmp_path / "a.safetensors", tmp_path / "model", **TINY[folder])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_an_unknown_file_is_refused(tmp_path):
+    save_file({"blocks.0.weight": np.ones((2, 3), "f4")}, tmp_path / "a.safetensors")
+    with pytest.raises(SystemExit, match=r"not a checkpoint of a known family.*blocks\.0\.weight \[2, 3\]"):
+        main([str(tmp_path / "a.safetensors"), "--to", str(tmp_path / "model")])
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_image_size_comes_from_the_file_name_or_is_asked_for(tmp_path, tiny):
+    weights = tiny("llamagen_gpt_c2i")
+    save_file(weights, tmp_path / "c2i_T.safetensors")
+    with pytest.raises(ValueError, match="--size 256"):
+        to_folder(tmp_path / "c2i_T.safetensors", tmp_path / "model", heads=3)
+    with pytest.raises(ValueError, match="width 48 is not published; give --heads"):
+        to_folder(tmp_path / "c2i_T.safetensors", tmp_path / "model", size=48)
+    os.rename(tmp_path / "c2i_T.safetensors", tmp_path / "c2i_T_384.safetensors")
+    to_folder(tmp_path / "c2i_T_384.safetensors", tmp_path / "model", heads=3)
+    assert models.open_model(tmp_path / "model", "generator").module.spec.n == 24 * 24
+
+
+def test_nothing_is_overwritten(tmp_path, tiny):
+    save_file(tiny("llamagen_gpt_c2i"), tmp_path / "a.safetensors")
+    (tmp_path / "model").mkdir()
+    to_folder(tmp_path / "a.safetensors", tmp_path / "model", **TINY["llamagen_gpt_c2i"])  # an empty one is fine
+    with pytest.raises(ValueError, match="already there"):
+        to_folder(tmp_path / "a.safetensors", tmp_path / "model", **TINY["llamagen_gpt_c2i"])
+    with pytest.raises(ValueError, match="already there"):
+        to_file(tmp_path / "model", tmp_path / "a.safetensors")
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, tiny, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ar_jax.convert.__main__.save_params", full)
+    save_file(tiny("llamagen_gpt_c2i"), tmp_path / "a.safetensors")
+    with pytest.raises(SystemExit, match="No space left"):
+        main([str(tmp_path / "a.safetensors"), "--to", str(tmp_path / "model"), "--size", "48", "--heads", "3"])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def run_folder(path, conditioning):
+    """A generator as a run keeps it, without an origin."""
+    info = Info(classes=5)
+    module = Causal(Transformer(layers=2, width=16, heads=2, hidden=24), conditioning)
+    module = module.complete(TokenSpec(grid(2, 2), codes=(7,)), info)
+    numbers = itertools.count()
+    shapes = jax.eval_shape(module.init_params, jax.random.key(0))
+    params = jax.tree.map(lambda x: np.full(x.shape, next(numbers), x.dtype), shapes)
+    models.describe(path, "generator", module, info, {})
+    save_params(path / "params", params)
+    return params
+
+
+def test_a_network_trained_here_has_a_way_back(tmp_path):
+    params = run_folder(tmp_path / "run" / "generator", Label(16))
+    to_file(tmp_path / "run", tmp_path / "out.safetensors")
+    weights = load_file(tmp_path / "out.safetensors")
+    np.testing.assert_array_equal(weights["output.weight"], params["head"]["kernel"].T)
+    found = identify({key: value.shape for key, value in weights.items()}, size=32, heads=2)
+    assert found.kind == "generator"
+
+
+def test_a_folder_of_two_models_is_ambiguous(tmp_path):
+    run_folder(tmp_path / "generator", Label(16))
+    (tmp_path / "tokenizer").mkdir()
+    content = json.loads((tmp_path / "generator" / "model.json").read_text()) | {"kind": "tokenizer"}
+    (tmp_path / "tokenizer" / "model.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="holds two models"):
+        to_file(tmp_path, tmp_path / "out.safetensors")

@@ -1,0 +1,142 @@
+"""What holds for every method (DESIGN, section 9)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import CASES
+
+from ar_jax.decode.guidance import paired, widen
+from ar_jax.decode.logits import Filter
+from ar_jax.decode.sequential import Knobs, sample
+from ar_jax.orders import to_ranks
+from ar_jax.train.optim import Optim, make_optimiser
+from ar_jax.train.sharding import MeshShape, batch_sharding, make_mesh, shard
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+GUIDANCE, TEMPERATURE, FILTER = 1.7, 0.9, Filter(top_k=9, top_p=0.95)
+
+
+def knobs(steps):
+    return Knobs(jnp.full(steps, GUIDANCE), jnp.full(steps, TEMPERATURE), FILTER)
+
+
+def image_keys(count):
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(5)))(jnp.arange(count))
+
+
+@functools.cache
+def sampler(case, unroll=True):
+    generator = case.generator.clone(backbone=case.generator.backbone.clone(unroll=unroll))
+
+    @jax.jit
+    def run(params, batch, slot, keys):
+        order = case.order(generator.spec, None, case.images).replace(slot=slot)
+        return sample(generator, params, batch, order, knobs=knobs(len(order.sizes)), keys=keys, guided=True)
+
+    return run
+
+
+def sampled(case, images=slice(None), unroll=True):
+    batch = jax.tree.map(lambda x: x[images], case.batch)
+    slot = case.order(case.generator.spec, None, case.images).slot
+    slot = slot[images] if len(slot) > 1 else slot
+    params = case.generator.unrolled(case.params)[1] if unroll else case.params
+    return np.asarray(sampler(case, unroll)(params, batch, slot, image_keys(case.images)[images]))
+
+
+def hidden(case, tokens, guided=False):
+    """Hidden rows of a teacher-forced pass over tokens in slot order."""
+    order = case.order(case.generator.spec, None, case.images)
+
+    def run(self):
+        cond = self.condition(case.batch, jnp.zeros(case.images, bool))
+        if guided:
+            cond = paired(cond, self.condition(case.batch, jnp.ones(case.images, bool)))
+        ranked, ways = to_ranks(tokens, order), 2 if guided else 1
+        return self.hidden(
+            widen(ranked, ways), cond, order.replace(slot=widen(order.slot, ways if len(order.slot) > 1 else 1))
+        )
+
+    return case.generator.apply({"params": case.params}, method=run)
+
+
+@every_case
+def test_rows_do_not_see_their_own_or_later_tokens(case):
+    rank = case.generator.spec.n // 2
+    order = case.order(case.generator.spec, None, case.images)
+    later = np.zeros((case.images, case.generator.spec.n, 1), bool)
+    np.put_along_axis(later, np.broadcast_to(order.slot, later.shape[:2])[:, rank:, None], True, axis=1)
+    changed = np.where(later, (case.tokens + 1) % case.generator.spec.codes[0], case.tokens)
+    a, b = hidden(case, case.tokens), hidden(case, changed)
+    np.testing.assert_array_equal(a[:, : rank + 1], b[:, : rank + 1])
+    assert (np.abs(a - b)[:, rank + 1 :].max(axis=(1, 2)) > 1e-4).all(), "later rows must see the change"
+
+
+@every_case
+def test_cached_sampling_equals_a_redraw_from_the_teacher_forced_pass(case):
+    tokens = sampled(case)
+    order, n = case.order(case.generator.spec, None, case.images), case.generator.spec.n
+    keys = jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(n)))(
+        image_keys(case.images)
+    )
+    h = hidden(case, tokens, guided=True)
+    redraw = case.generator.apply({"params": case.params}, method=lambda self: self.head.sample(h, keys, knobs(n), 0))
+    np.testing.assert_array_equal(redraw, to_ranks(tokens, order))
+    assert len(np.unique(tokens)) > 3, "a constant would pass too"
+
+
+@every_case
+def test_stacked_and_unrolled_layers_draw_the_same(case):
+    np.testing.assert_array_equal(sampled(case), sampled(case, unroll=False))
+
+
+@every_case
+def test_an_image_does_not_depend_on_its_neighbours(case):
+    together = sampled(case)
+    for i in (0, case.images - 1):
+        np.testing.assert_array_equal(sampled(case, slice(i, i + 1)), together[i : i + 1])
+
+
+@every_case
+def test_images_are_the_same_on_four_devices_with_sharded_weights(case):
+    mesh = make_mesh(MeshShape(data=2, fsdp=2, tp=1), jax.devices()[:4])
+    params = case.generator.unrolled(case.params)[1]
+    params = jax.device_put(params, shard(params, mesh, smallest=16))
+    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(params))
+    batch, keys = jax.device_put((case.batch, image_keys(case.images)), batch_sharding(mesh))
+    slot = case.order(case.generator.spec, None, case.images).slot
+    np.testing.assert_array_equal(sampler(case)(params, batch, slot, keys), sampled(case))
+
+
+@every_case
+def test_loss_falls_and_every_parameter_moves(case):
+    generator, order = case.generator, case.order(case.generator.spec, None, case.images)
+    tx = make_optimiser(Optim(lr=1e-2, weight_decay=0.0), 100)
+    drop = jnp.array([False, True] * (case.images // 2))
+
+    def loss_fn(params):
+        loss, weight, _ = generator.apply(
+            {"params": params["model"]}, case.tokens, case.batch, order, drop=drop, method="loss"
+        )
+        return (loss * weight).sum() / weight.sum()
+
+    @jax.jit
+    def update(params, opt):
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, opt = tx.update(grads, opt, params)
+        return optax.apply_updates(params, updates), opt, loss
+
+    first = params = {"model": generator.init_params(jax.random.key(0))}
+    opt, losses = tx.init(params), []
+    for step in range(30):
+        params, opt, loss = update(params, opt)
+        losses.append(float(loss))
+        if step == 2:
+            moved = jax.tree.map(lambda a, b: bool((a != b).any()), first, params)
+            still = {jax.tree_util.keystr(p) for p, m in jax.tree_util.tree_leaves_with_path(moved) if not m}
+            assert all("uncond" in name for name in still), f"never moved: {still}"
+    assert losses[-1] < 0.8 * losses[0]
