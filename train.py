@@ -61,13 +61,14 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
         stage_fit(tokenizer_recipe(stage, tokenizer.module), stage, experiment, experiment.data, tokenizer, mesh, tokenizer_key)
 
     stage = experiment.generator
-    if stage.module is None:
+    if not stage.steps and not stage.path:
         return
     data = experiment.data
     if stage.tokens:
         data = dataclasses.replace(data, name="tokens", path=stage.tokens)
         info = open_source(data).info
-    stage = dataclasses.replace(stage, module=stage.module.complete(tokenizer.module.spec, info))
+    if stage.module is not None:
+        stage = dataclasses.replace(stage, module=stage.module.complete(tokenizer.module.spec, info))
     settings = {
         "tokenizer": "../tokenizer", "order": codec.encode(stage.order), "sampling": dataclasses.asdict(stage.sampling),
         "data": dataclasses.asdict(data),

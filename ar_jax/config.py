@@ -145,5 +145,5 @@ def parse(experiment: Experiment, arguments: list[str], prog: str, description: 
         warnings.filterwarnings("ignore", "The field .*module", UserWarning)  # stages without a network
         return tyro.cli(
             type(experiment), default=experiment, args=arguments, prog=prog, description=description,
-            config=(tyro.conf.FlagConversionOff,),
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),  # without the first, no near names
         )  # fmt: skip

@@ -45,19 +45,23 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(error) from error
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest state, laid out as `like` (arrays or shapes with shardings), and its facts.
+    def restore(self, like: TrainState, layout: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest state and its facts.
+
+        Args:
+          like: shapes, as `jax.eval_shape` gives them.
+          layout: shardings of the same structure.
 
         Raises:
           ValueError: the checkpoint holds another model; its first differing leaf is named.
         """
         step = self.latest
+        like = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), like, layout)
         parts = _parts(like)
         metadata = self._checkpointer.checkpointables_metadata(step)
         for name, part in parts.items():
             check(part, metadata.metadata.get(name), f"checkpoint {self._folder / str(step)}, {name}")
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts)
-        loaded = self._checkpointer.load_checkpointables(step, abstract)
+        loaded = self._checkpointer.load_checkpointables(step, parts)
         rest = loaded["training"]
         params = {"model": loaded["model"], **rest["params"]}
         state = TrainState(rest["step"], params, loaded.get("ema"), rest["opt"], rest["extra"])

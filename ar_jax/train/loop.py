@@ -32,17 +32,19 @@ def fit(
     """
     name, quiet = folder.name, jax.process_index() != 0
     init_key, key, shown_key = jax.random.split(key, 3)
-    layout = shard(jax.eval_shape(recipe.init, init_key), mesh)
-    state = jax.jit(recipe.init, out_shardings=layout)(init_key)
+    shapes = jax.eval_shape(recipe.init, init_key)
+    layout = shard(shapes, mesh)
     checkpoints = Checkpoints(folder / "checkpoints", stage.keep)
-    if checkpoints.latest is not None:
-        state, meta = checkpoints.restore(state)
-        batches.set_state(meta["data"])
-    first = int(state.step)
+    first = checkpoints.latest or 0
     if first >= stage.steps:
         checkpoints.close()
         print(f"{name}: all {stage.steps} updates are done (checkpoint {first} in {folder})")
         return
+    if first:
+        state, meta = checkpoints.restore(shapes, layout)
+        batches.set_state(meta["data"])
+    else:
+        state = jax.jit(recipe.init, out_shardings=layout)(init_key)
 
     frozen = jax.device_put(recipe.frozen, replicated(mesh))
     update = jax.jit(recipe.update, donate_argnums=0, out_shardings=(layout, replicated(mesh)))

@@ -72,8 +72,8 @@ def test_released_checkpoints_have_exactly_these_keys_and_sizes(path):
 
 @pytest.mark.parametrize("path", manifests(ours=False))
 def test_other_checkpoints_are_refused(path):
-    if path.stem in ("D-AR-L", "D-AR-XL"):
-        pytest.skip("its language model is LlamaGen's network, key for key")
+    if path.stem in ("D-AR-L", "D-AR-XL", "FlexVAE"):
+        pytest.skip("it is a network of LlamaGen's, key for key")
     with pytest.raises(ValueError, match=r"not a checkpoint of a known family|looks like a \w+ of llamagen, but"):
         identify(manifest(path)[1], size=256)
 

@@ -1,0 +1,237 @@
+"""Speed of a config beside what the machine can do.
+
+    python -m ar_jax.bench sample CONFIG [--batch 1]
+    python -m ar_jax.bench train CONFIG [--batch 4]
+
+    python -m ar_jax.bench sample configs/llamagen_b_256.py
+    python -m ar_jax.bench train configs/llamagen_b_256.py
+
+Weights are random, so no checkpoint is needed. The machine's limits are measured in the same run: the fastest of several
+matrix products, and the fastest reading of an array as large as the weights. Each figure is the best of the repetitions;
+compilation is reported apart.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import traverse_util
+
+from ar_jax.config import Experiment, load_config
+from ar_jax.data import Info
+from ar_jax.decode.guidance import interval
+from ar_jax.decode.logits import Filter
+from ar_jax.decode.sequential import Knobs, sample
+from ar_jax.images import to_uint8
+from ar_jax.train.optim import make_optimiser
+from ar_jax.train.recipes import generator_loss, gradients
+from ar_jax.train.state import create, make_update
+from ar_jax.typing import Batch, Params
+
+INFO = Info(classes=1000, captions=True, text="random", text_rows=120, text_width=2048)  # of ImageNet, of Flan-T5-XL
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    what: Annotated[Literal["sample", "train"], tyro.conf.Positional]
+    """Sampling images, or the training step of the generator."""
+    config: Annotated[str, tyro.conf.Positional]
+    """Config file."""
+    batch: int = 0
+    """Images at a time; 0 takes 1 for sampling and 4 for training."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products; sampling also keeps the parameters in it."""
+    guidance: float = 2.0
+    """Classifier-free guidance scale of the sampler; 1 halves the rows."""
+    top_k: int = 0
+    """Of the sampler; 0 is off."""
+    top_p: float = 1.0
+    """Of the sampler; 1 is off."""
+    repeat: int = 3
+    """Repetitions of which the best counts."""
+
+
+def main(arguments: list[str]) -> None:
+    options = tyro.cli(Options, args=arguments, prog="python -m ar_jax.bench", description=__doc__)
+    try:
+        experiment = load_config(options.config)
+        measure = {"sample": bench_sample, "train": bench_train}[options.what]
+        for name, value in measure(experiment, options).items():
+            print(f"{name:<34}{value}")
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"ar_jax.bench: {error}") from error
+
+
+def bench_sample(experiment: Experiment, options: Options) -> dict[str, str]:
+    """The token loop and the image decoder, against reading the weights once per step."""
+    generator, tokenizer, params, frozen = networks(experiment, options)
+    images, dtype = options.batch or 1, jnp.dtype(options.dtype)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    generator, params = generator.unrolled(params)
+    order = experiment.generator.order(generator.spec, jax.random.key(0), images, 0)
+    steps = len(order.sizes)
+    knobs = Knobs(
+        jnp.asarray(interval(options.guidance, steps)), jnp.ones(steps), Filter(options.top_k, options.top_p)
+    )  # fmt: skip
+
+    @jax.jit
+    def draw(params, batch, keys):
+        return sample(generator, params, batch, order, knobs=knobs, keys=keys, guided=options.guidance != 1)
+
+    @jax.jit
+    def decode(frozen, tokens):
+        return to_uint8(tokenizer.apply({"params": frozen}, tokens, method="decode"))
+
+    batch, keys = conditions(generator, images), jax.random.split(jax.random.key(1), images)
+    loop = Timer(draw, params, batch, keys)
+    pixels = Timer(decode, frozen, loop.result)
+    read = step_bytes(params)
+    bandwidth, peak = 0.0, 0.0
+    for _ in range(options.repeat):  # in turns, so that a busy moment of the machine hits all alike
+        bandwidth, peak = max(bandwidth, read_bandwidth(read)), max(peak, matmul_peak(dtype))
+        loop.run()
+        pixels.run()
+    rows = images * (2 if options.guidance != 1 else 1)
+    operations = 2 * rows * steps * read / dtype.itemsize
+    limit = steps * read / bandwidth
+    return {
+        "images, rows, steps": f"{images}, {rows}, {steps}",
+        "compile token loop, decoder": f"{loop.compile:.1f} s, {pixels.compile:.1f} s",
+        "token loop": f"{loop.best:.2f} s, {loop.best / steps * 1e3:.2f} ms a step",
+        "image decoder": f"{pixels.best:.2f} s",
+        "images/s (both)": f"{images / (loop.best + pixels.best):.3f}",
+        "weights read a step": f"{read / 1e6:.0f} MB",
+        "memory bandwidth, measured": f"{bandwidth / 1e9:.1f} GB/s",
+        "matmul peak, measured": f"{peak / 1e9:.0f} GFLOP/s",
+        "token loop, share of bandwidth": f"{limit / loop.best:.0%} (limit {limit:.2f} s)",
+        "token loop, share of matmul peak": f"{operations / loop.best / peak:.0%}",
+    }
+
+
+def bench_train(experiment: Experiment, options: Options) -> dict[str, str]:
+    """One update of the generator on ready tokens, against the matmul peak."""
+    images = options.batch or 4
+    generator, tokenizer, params, frozen = networks(experiment, options)
+    stage, dtype = experiment.generator, jnp.dtype(options.dtype)
+    tx = make_optimiser(stage.optim, max(stage.steps, stage.optim.warmup + 1))
+    loss = generator_loss(generator, tokenizer, stage.order, stage.drop)
+    update = make_update(gradients(loss), tx, ema=stage.optim.ema)
+    state = create({"model": params}, {}, tx, stage.optim.ema)
+    codes = generator.spec.codes[0]
+    tokens = jax.random.randint(jax.random.key(2), (images, generator.spec.n, len(generator.spec.codes)), 0, codes)
+    batch = conditions(generator, images) | {"tokens": tokens}
+    flops = step_flops(generator, params, images)
+    step = Timer(jax.jit(update, donate_argnums=0), state, frozen, batch, jax.random.key(3), carry=True)
+    peak = 0.0
+    for _ in range(options.repeat):
+        peak = max(peak, matmul_peak(dtype))
+        step.run()
+    return {
+        "images, tokens": f"{images}, {images * generator.spec.n}",
+        "compile": f"{step.compile:.1f} s",
+        "step": f"{step.best:.2f} s",
+        "steps/s, images/s": f"{1 / step.best:.3f}, {images / step.best:.3f}",
+        "model operations a step": f"{flops / 1e9:.0f} GFLOP",
+        "matmul peak, measured": f"{peak / 1e9:.0f} GFLOP/s",
+        "share of matmul peak": f"{flops / step.best / peak:.0%}",
+    }
+
+
+class Timer:
+    """Compiles a function once and keeps the best of its run times in seconds."""
+
+    def __init__(self, function: Callable, *arguments: Any, carry: bool = False):
+        start = time.perf_counter()
+        self._function = function.lower(*arguments).compile()
+        self.compile, self.best = time.perf_counter() - start, float("inf")
+        self._arguments, self._carry = arguments, carry
+        self.result = self._call()
+
+    def run(self) -> None:
+        start = time.perf_counter()
+        self._call()
+        self.best = min(self.best, time.perf_counter() - start)
+
+    def _call(self):
+        self.result = jax.block_until_ready(self._function(*self._arguments))
+        if self._carry:  # the first argument was donated
+            self._arguments = (self.result[0], *self._arguments[1:])
+        return self.result
+
+
+def networks(experiment: Experiment, options: Options) -> tuple[Any, Any, Params, Params]:
+    """Generator, tokenizer, and random parameters of both."""
+    if experiment.generator.module is None:
+        raise ValueError("the config has no generator")
+    tokenizer, dtype = experiment.tokenizer.module, jnp.dtype(options.dtype).type
+    generator = experiment.generator.module.complete(tokenizer.spec, INFO)
+    generator = generator.clone(backbone=generator.backbone.clone(dtype=dtype), head=generator.head.clone(dtype=dtype))
+    params, frozen = (jax.jit(net.init_params)(jax.random.key(0)) for net in (generator, tokenizer))
+    return generator, tokenizer, params, frozen
+
+
+def conditions(generator: Any, images: int) -> Batch:
+    return jax.tree.map(lambda x: jnp.repeat(x, images, axis=0), generator.conditioning.example())
+
+
+def step_bytes(params: Params) -> int:
+    """Bytes of the parameters that every decoding step reads: all but tables of which it reads a row, and conditions."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return sum(x.nbytes for name, x in flat.items() if not name.startswith(("embedding/", "conditioning/")))
+
+
+def step_flops(generator: Any, params: Params, images: int) -> int:
+    """Multiplications and additions of a training step: 6 a parameter and row, and causal attention."""
+    net, flat = generator.backbone, traverse_util.flatten_dict(params, sep="/")
+    weights = sum(x.size for name, x in flat.items() if not name.startswith(("embedding/", "conditioning/")))
+    rows = generator.spec.n - 1 + (generator.conditioning.example().get("text", np.zeros((1, 1))).shape[1])
+    attention = 6 * net.layers * net.width * rows**2  # half of 12: a row sees half of the rows
+    return images * (6 * weights * rows + attention)
+
+
+def matmul_peak(dtype: Any) -> float:
+    """Fastest of several matrix products, in operations per second."""
+    best = 0.0
+    for m, k, n in ((2048, 2048, 2048), (1024, 768, 2304), (1024, 2048, 768), (4096, 1024, 1024)):
+        a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
+        best = max(best, 2 * m * k * n / _best_time(_matmul, a, b))
+    return best
+
+
+def read_bandwidth(size: int) -> float:
+    """Fastest reading of `size` bytes by all cores, in bytes per second."""
+    parts = jax.local_device_count() if jax.default_backend() != "cpu" else 2
+    x = jnp.ones((8 * parts, size // 4 // (8 * parts)), jnp.float32)
+    return x.nbytes / _best_time(_total, x)
+
+
+@jax.jit
+def _matmul(a, b):
+    return a @ b
+
+
+@jax.jit
+def _total(x):
+    return x.sum(axis=1)
+
+
+def _best_time(function, *arguments, repeat=4):
+    best = float("inf")
+    jax.block_until_ready(function(*arguments))
+    for _ in range(repeat):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,273 @@
+"""Caches the tokens of a data set, so that a generator's training need not encode images.
+
+    python -m ar_jax.tokenize TOKENIZER --out OUT [--name value ...]
+
+    python -m ar_jax.tokenize runs/mnist5k_llamagen --out cache/mnist5k
+    python -m ar_jax.tokenize checkpoints/vq_ds16_c2i --data.name image_folder --data.path ~/imagenet/train \\
+        --crops 10 --out cache/imagenet_256
+    python train.py CONFIG --generator.tokens cache/mnist5k
+
+TOKENIZER is a run folder of train.py or a converted tokenizer. The data are those it was trained on, unless given.
+--crops 10 keeps, as LlamaGen does, ten crops of every image: the corners and the middle of the image centre-cropped
+to 1.1 times the size, and their mirror images. Training draws one of the versions each time it meets the image.
+
+OUT is a folder of ArrayRecord shards. If it is interrupted, run the same command again: finished shards are kept, and
+an unfinished OUT is never read. For data with splits, write OUT/train and (with --data.split test) OUT/test.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import sys
+from collections.abc import Iterator
+from concurrent import futures
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import numpy as np
+import tyro
+
+from ar_jax import codec
+from ar_jax.data import Data, Source, Unreadable, centre_crop, flip, open_records, open_source, ten_crop, write_shards
+from ar_jax.data.packed import tokens
+from ar_jax.images import to_float
+from ar_jax.models import Model, open_model
+from ar_jax.tokens import TokenSpec
+from ar_jax.train.sharding import make_mesh, put_batch, replicated
+from ar_jax.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to cache."""
+
+    out: str
+    """Folder to write, new or left by an interrupted run."""
+    data: Data = Data()
+    crops: Literal[1, 10] = 1
+    """Crops of an image: the centre, or ten crops including mirror images."""
+    scales: tuple[float, ...] = (1.1,)
+    """Of ten crops: what the image is centre-cropped to before, times data.size. LlamaGen draws half of its crops from
+    1.05; `--scales 1.1 1.05` keeps all twenty."""
+    flip: bool = False
+    """Keep the mirror image as a second version; ten crops have theirs."""
+    batch: int = 64
+    """Images (crops) encoded at a time by this process, over its devices; more need more memory. Changes no codes."""
+    shards: int = 16
+    """Number of files, and the parts of the work that are not done again after an interruption."""
+    dtype: Literal["", "float32", "bfloat16"] = ""
+    """Of the tokenizer's matrix products and convolutions; empty keeps the tokenizer's own."""
+    seed: int = 0
+    """For tokenizers that draw their tokens."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    prog = "python -m ar_jax.tokenize"
+    try:
+        if not arguments:
+            raise SystemExit(__doc__)
+        if arguments[0].startswith("-"):  # --help, or an option in the place of TOKENIZER
+            _parse(Data(), f"{prog} TOKENIZER", arguments)
+            raise ValueError("give TOKENIZER first, a run folder of train.py or a converted tokenizer")
+        model = open_model(arguments[0], "tokenizer")
+        tokenize(model, _parse(default_data(model), f"{prog} {arguments[0]}", arguments[1:]))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{prog}: {error}") from error
+
+
+def _parse(data, prog, arguments):
+    default = Options(out=tyro.MISSING, data=data)
+    return tyro.cli(Options, default=default, args=arguments, prog=prog, description=__doc__)
+
+
+def default_data(tokenizer: Model) -> Data:
+    """The images a tokenizer was trained on, or of its size, without random crops."""
+    known = tokenizer.settings.get("data", {"name": "image_folder"})
+    return Data(**known | {"size": max(tokenizer.module.size), "crop": "centre", "flip": False})
+
+
+def tokenize(tokenizer: Model, options: Options) -> None:
+    """Writes the cache, or this process's shards of it.
+
+    Raises:
+      ValueError: options that do not go together, or a folder that holds something else.
+    """
+    _check(tokenizer, options)
+    data = dataclasses.replace(options.data, unreadable="refuse")  # the others are left out here, not replaced
+    source = open_source(data)
+    params = tokenizer.params()
+    cache = Cache(tokenizer.module, params, source, options)
+    info = {
+        **dataclasses.asdict(source.info), "tokenizer": identity(tokenizer, params), "versions": cache.versions,
+        "dtype": options.dtype, "seed": options.seed, "scales": options.scales if options.crops == 10 else (),
+        "data": {name: getattr(data, name) for name in ("name", "path", "split", "size", "text", "text_rows")},
+    }  # fmt: skip
+    process, count = jax.process_index(), jax.process_count()
+    spec = tokenizer.module.spec
+    print(
+        f"{options.out}: {len(source)} images of {data.name} {data.path} ({data.split}), {cache.versions} of each, "
+        f"{spec.n} tokens of {_kind(spec)}, by {tokenizer.folder} on {len(jax.local_devices())} "
+        f"{jax.devices()[0].device_kind}"
+    )
+    complete = write_shards(options.out, cache, info, options.shards, only=range(process, options.shards, count))
+    if cache.left_out:
+        names = sorted(cache.left_out)
+        print(f"left out {len(names)} that cannot be read:", *names, sep="\n  ")
+    if complete:
+        print(f"{options.out} is complete: {len(open_records(options.out))} records")
+
+
+def _kind(spec):
+    return (
+        f"codes {' x '.join(map(str, spec.codes))} as {token_dtype(spec)}" if spec.codes else f"{spec.channels} numbers"
+    )
+
+
+def _check(tokenizer, options):
+    size, data = tokenizer.module.size, options.data
+    if size != (data.size, data.size):
+        raise ValueError(
+            f"data.size is {data.size}, but the tokenizer takes images of {size[0]}x{size[1]}; leave it out"
+        )
+    if data.flip or data.crop != "centre":
+        raise ValueError(
+            "a cache holds fixed versions of an image; instead of data.flip or data.crop, give --flip or --crops 10"
+        )
+    if options.flip and options.crops == 10:
+        raise ValueError("--crops 10 holds mirror images already; leave out --flip")
+    if options.crops == 10 and (not options.scales or min(options.scales) < 1):
+        raise ValueError(f"--scales is {options.scales}; ten crops need sizes of at least 1 times data.size")
+    if options.batch < 1:
+        raise ValueError(f"--batch is {options.batch}; it must be at least 1")
+    if data.name == "tokens":
+        raise ValueError("data.name is tokens, which are encoded already; give images")
+
+
+class Cache:
+    """The records of a slice of the images, encoded when asked for; `versions` of each image."""
+
+    def __init__(self, module: nn.Module, params: Params, source: Source, options: Options):
+        self.source, self.options = source, options
+        self.left_out: list[str] = []
+        self.versions = 10 * len(options.scales) if options.crops == 10 else 1 + options.flip
+        if options.dtype:
+            module = module.clone(dtype=jax.numpy.dtype(options.dtype).type)
+        self.dtype = token_dtype(module.spec)
+        # Every process encodes on its own devices: shards differ in length, so processes cannot step together.
+        self.mesh = make_mesh(devices=jax.local_devices())
+        self.images = max(1, options.batch // self.versions)  # of a batch, each in all versions
+        self.rows = -(-self.images * self.versions // self.mesh.size) * self.mesh.size
+        self.params = jax.device_put(params, replicated(self.mesh))
+        self.key = jax.random.key(options.seed)
+
+        @jax.jit
+        def encode(params, batch, key):
+            return module.apply({"params": params}, to_float(batch["image"]), key=key, method="encode")
+
+        self.encode = encode
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, rows: slice) -> Iterator[dict[str, Any]]:
+        waiting = None
+        for first, records in self._read(range(*rows.indices(len(self)))):
+            images = np.concatenate([record.pop("image") for record in records])
+            padded = np.resize(images, (self.rows, *images.shape[1:]))  # so that one program serves all batches
+            batch = put_batch({"image": padded}, self.mesh)
+            found = self.encode(self.params, batch, jax.random.fold_in(self.key, first))
+            if waiting:  # while the devices work on this batch, the one before is written
+                yield from self._records(*waiting)
+            waiting = records, found
+        if waiting:
+            yield from self._records(*waiting)
+
+    def _records(self, records, found):
+        found = np.asarray(found).astype(self.dtype)
+        for i, record in enumerate(records):
+            yield {"tokens": found[i * self.versions : (i + 1) * self.versions], **record}
+
+    def _read(self, todo):
+        """Batches of readable records with all versions as "image" uint8 [a h w 3], and the number of the first."""
+        todo = iter(todo)
+        with futures.ThreadPoolExecutor() as pool:
+            ahead = None  # the batch that is decoded while the one before is encoded
+            for some in itertools.chain(iter(lambda: list(itertools.islice(todo, self.images)), []), [None]):
+                running = some and (some[0], pool.map(self._record, some))
+                if ahead:
+                    records = [record for record in ahead[1] if record]
+                    if records:
+                        yield ahead[0], records
+                ahead = running
+
+    def _record(self, index):
+        try:
+            record = self.source[index]
+        except Unreadable as error:
+            if self.options.data.unreadable == "refuse":
+                raise
+            self.left_out.append(f"{error.name} ({error.reason})")
+            if len(self.left_out) > self.options.data.unreadable_limit:
+                raise ValueError(
+                    f"{len(self.left_out)} images cannot be read, more than data.unreadable_limit="
+                    f"{self.options.data.unreadable_limit}, such as {error.name}"
+                ) from error
+            return None
+        return record | {"image": self._augmented(record["image"])}
+
+    def _augmented(self, image):
+        size = self.options.data.size
+        if self.options.crops == 10:
+            return np.concatenate(
+                [ten_crop(centre_crop(image, int(scale * size)), size) for scale in self.options.scales]
+            )
+        image = centre_crop(image, size)
+        return np.stack([image, flip(image)] if self.options.flip else [image])
+
+
+def token_dtype(spec: TokenSpec) -> np.dtype:
+    """The smallest type kept for tokens: uint16 or int32 for codes, float32 for continuous ones."""
+    if not spec.codes:
+        return np.dtype(np.float32)
+    return np.dtype(np.uint16 if max(spec.codes) <= 2**16 else np.int32)
+
+
+def identity(tokenizer: Model, params: Params) -> dict[str, Any]:
+    """What makes tokens mean what they mean: the network (but not its precision), and a hash of its parameters."""
+    module = codec.encode(tokenizer.module)
+    module.pop("dtype", None)
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+    return {"folder": str(tokenizer.folder.resolve()), "module": module, "parameters": digest.hexdigest()}
+
+
+def check_cache(data: Data, tokenizer: Model) -> None:
+    """Refuses tokens that another tokenizer made.
+
+    Args:
+      data: names a cache (`data.name` is "tokens").
+      tokenizer: the one that shall decode them.
+    Raises:
+      ValueError: it is another network, or the same one with other parameters.
+    """
+    ours = identity(tokenizer, tokenizer.params())
+    for part in tokens(dataclasses.replace(data, text="")).parts:
+        made = part.info.get("tokenizer")
+        if made is None:
+            raise ValueError(
+                f"{part.folder} does not say which tokenizer made it; write it with python -m ar_jax.tokenize"
+            )
+        difference = codec.difference(made["module"], ours["module"])
+        if difference or made["parameters"] != ours["parameters"]:
+            raise ValueError(
+                f"{part.folder} was made by another tokenizer ({made['folder']}) than {tokenizer.folder}: "
+                f"{difference or 'their parameters differ'}. Cache the tokens again, or give the other tokenizer"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+import dataclasses
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from ar_jax import models, tokenize
+from ar_jax.data import Data, Info, batches, centre_crop, flip, open_records, open_source, ten_crop
+from ar_jax.images import to_float
+from ar_jax.tokenizers.vqgan import VQGAN
+from ar_jax.train.checkpoint import save_params
+
+SIZE, COUNT = 8, 10
+
+
+def tokenizer_folder(folder, images, seed=0):
+    """A tiny tokenizer with random weights, large enough that images differ in their codes."""
+    module = VQGAN((SIZE, SIZE), features=4, mult=(1, 1), res_blocks=0, latent=4, codes=32, code_features=4, groups=2)
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(module.init_params, jax.random.key(0))
+    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), shapes)
+    data = dataclasses.asdict(Data(name="image_folder", path=str(images), size=SIZE, crop="random", flip=True))
+    models.describe(folder, "tokenizer", module, Info(), {"data": data})
+    save_params(folder / "params", params)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tokenize")
+    rng = np.random.default_rng(0)
+    for i in range(COUNT):
+        file = root / "images" / f"class{i % 2}" / f"{i:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20 + i, 24, 3), np.uint8)).save(file)
+    tokenizer_folder(root / "vq", root / "images")
+    return root
+
+
+def cache(place, out, *options):
+    tokenize.main([str(place / "vq"), "--out", str(out), *map(str, options)])
+    return open_records(out)
+
+
+@functools.cache
+def encoder(folder):
+    model = models.open_model(folder, "tokenizer")
+    return jax.jit(lambda image: model.module.apply({"params": model.params()}, to_float(image), method="encode"))
+
+
+def encoded(place, image):
+    """Tokens of uint8 images, one by one and straight from the tokenizer."""
+    return np.concatenate([encoder(place / "vq")(jnp.asarray(one[None])) for one in image])
+
+
+def source_of(place):
+    return open_source(Data(name="image_folder", path=str(place / "images"), size=SIZE))
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_cached_tokens_are_those_of_the_tokenizer(place, tmp_path, capsys):
+    records, source = cache(place, tmp_path / "out", "--batch", 4, "--shards", 3), source_of(place)
+    assert len(records) == COUNT
+    for i in range(COUNT):
+        image = centre_crop(source[i]["image"], SIZE)
+        assert records[i]["tokens"].dtype == np.uint16
+        assert records[i]["label"] == source[i]["label"]
+        np.testing.assert_array_equal(records[i]["tokens"], encoded(place, image[None]))
+    assert len({records[i]["tokens"].tobytes() for i in range(COUNT)}) > COUNT // 2  # the test could fail
+    assert "1 of each, 16 tokens of codes 32 as uint16" in capsys.readouterr().out
+
+
+def test_mirror_images_are_second_versions(place, tmp_path):
+    records, source = cache(place, tmp_path / "out", "--flip", "--batch", 3), source_of(place)
+    image = centre_crop(source[4]["image"], SIZE)
+    np.testing.assert_array_equal(records[4]["tokens"], encoded(place, np.stack([image, flip(image)])))
+
+
+def test_ten_crops_of_every_scale_are_kept_in_order(place, tmp_path):
+    records = cache(place, tmp_path / "out", "--crops", 10, "--scales", 1.1, 1.3, "--batch", 7)
+    image = source_of(place)[3]["image"]
+    crops = np.concatenate([ten_crop(centre_crop(image, side), SIZE) for side in (8, 10)])
+    assert len(crops) == 20
+    np.testing.assert_array_equal(records[3]["tokens"], encoded(place, crops))
+
+
+def test_an_interrupted_cache_goes_on_to_the_same_files(place, tmp_path):
+    out = tmp_path / "out"
+    cache(place, out, "--batch", 4, "--shards", 3)
+    before = content(out)
+    info = json.loads((out / "info.json").read_text())
+    info.pop("count")
+    (out / "unfinished.json").write_text(json.dumps(info))
+    (out / "info.json").unlink()
+    (out / "shard-00001-of-00003.array_record").unlink()
+    with pytest.raises(FileNotFoundError, match="interrupted"):
+        open_records(out)
+    kept = (out / "shard-00000-of-00003.array_record").stat().st_mtime_ns
+    cache(place, out, "--batch", 4, "--shards", 3)
+    assert content(out) == before
+    assert (out / "shard-00000-of-00003.array_record").stat().st_mtime_ns == kept
+    with pytest.raises(SystemExit, match="already holds other records"):
+        cache(place, out, "--flip", "--shards", 3)
+
+
+def test_processes_share_the_shards(place, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    cache(place, whole, "--batch", 4, "--shards", 3)
+    params = models.open_model(place / "vq", "tokenizer").params()
+    monkeypatch.setattr(models.Model, "params", lambda self: params)  # Orbax would wait for the other process
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process in (1, 0):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        tokenize.main([str(place / "vq"), "--out", str(tmp_path / "out"), "--batch", "4", "--shards", "3"])
+        assert (tmp_path / "out" / "info.json").exists() == (process == 0)
+    assert content(tmp_path / "out") == content(whole)
+
+
+def test_training_reads_the_cache(place, tmp_path):
+    records = cache(place, tmp_path / "out", "--flip")
+    data = Data(name="tokens", path=str(tmp_path / "out"))
+    source = open_source(data)
+    assert source.info.classes == 2
+    seen = set()
+    stream = batches(source, data, batch=5, seed=0)
+    for _ in range(8):
+        batch = next(stream)
+        assert batch["tokens"].shape == (5, 16, 1)
+        assert batch["tokens"].dtype == np.int32
+        assert batch["label"].shape == (5,)
+        seen |= {row.astype(np.uint16).tobytes() for row in batch["tokens"]}
+    known = {version.tobytes() for i in range(COUNT) for version in records[i]["tokens"]}
+    assert seen <= known
+    assert len(seen) > COUNT  # both versions are drawn
+
+
+def test_another_tokenizer_is_refused(place, tmp_path):
+    cache(place, tmp_path / "out")
+    data = Data(name="tokens", path=str(tmp_path / "out"))
+    tokenize.check_cache(data, models.open_model(place / "vq", "tokenizer"))
+    moved = shutil.copytree(place / "vq", tmp_path / "moved")
+    settings = json.loads((moved / "model.json").read_text()) | {"settings": {}, "versions": {}}
+    (moved / "model.json").write_text(json.dumps(settings))
+    tokenize.check_cache(data, models.open_model(moved, "tokenizer"))  # the same one elsewhere
+
+    other = models.open_model(tokenizer_folder(tmp_path / "vq2", place / "images", seed=5), "tokenizer")
+    with pytest.raises(ValueError, match=r"made by another tokenizer .* their parameters differ"):
+        tokenize.check_cache(data, other)
+    wider = dataclasses.replace(other, module=other.module.clone(size=(32, 32)))
+    with pytest.raises(ValueError, match=r"module\.size is \[8, 8\] there and \[32, 32\] here"):
+        tokenize.check_cache(data, wider)
+
+
+def test_unreadable_images_are_refused_or_left_out(place, tmp_path, capsys):
+    images = shutil.copytree(place / "images", tmp_path / "images")
+    (images / "class1" / "03.png").write_bytes(b"broken")
+    options = ("--data.path", images, "--batch", 4, "--shards", 2)
+    with pytest.raises(SystemExit, match=r"03\.png"):
+        cache(place, tmp_path / "refused", *options)
+    assert not (tmp_path / "refused" / "info.json").exists()
+    records = cache(place, tmp_path / "out", *options, "--data.unreadable", "skip")
+    assert len(records) == COUNT - 1
+    assert "left out 1 that cannot be read" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"more than data\.unreadable_limit=0"):
+        cache(place, tmp_path / "limit", *options, "--data.unreadable", "skip", "--data.unreadable-limit", 0)
+
+
+def test_captions_and_their_features_are_kept(place, tmp_path):
+    images = shutil.copytree(place / "images", tmp_path / "images")
+    files = sorted(path.relative_to(images) for path in images.rglob("*.png"))
+    lines = [json.dumps({"file": str(file), "caption": f"number {i}"}) for i, file in enumerate(files)]
+    (images / "captions.jsonl").write_text("\n".join(lines))
+    features = np.random.default_rng(0).random((COUNT, 3, 5), np.float32)
+    np.savez(tmp_path / "text.npz", features=features, mask=np.ones((COUNT, 3), bool))
+    text = ("--data.path", images, "--data.text", tmp_path / "text.npz", "--data.text-rows", 3)
+    records = cache(place, tmp_path / "out", *text)
+    assert records[2]["caption"] == "number 2"
+    np.testing.assert_array_equal(records[2]["text"], features[2])
+    data = Data(name="tokens", path=str(tmp_path / "out"))
+    batch = next(batches(open_source(data), data, batch=4, seed=0))
+    assert batch["text"].shape == (4, 3, 5)
+    assert batch["text_mask"].all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.size", "32"], "data.size is 32, but the tokenizer takes images of 8x8"),
+        (["--data.flip"], "give --flip or --crops 10"),
+        (["--crops", "10", "--flip"], "leave out --flip"),
+        (["--crops", "10", "--scales", "0.9"], "at least 1 times"),
+        (["--batch", "0"], "must be at least 1"),
+        (["--shards", "0"], "must be at least 1"),
+        (["--data.name", "image_foldr"], "image_folder"),
+    ],
+)
+def test_bad_options_are_explained(place, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=message):
+        cache(place, tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="does not exist; a tokenizer is needed"):
+        tokenize.main([str(tmp_path / "nothing"), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="give TOKENIZER first"):
+        tokenize.main(["--out", str(tmp_path / "out")])
+
+
+def test_token_types():
+    spec = tokenize.TokenSpec(np.zeros((4, 3), np.int32), codes=(2**16,))
+    assert tokenize.token_dtype(spec) == np.uint16
+    assert tokenize.token_dtype(dataclasses.replace(spec, codes=(2**16 + 1,))) == np.int32
+    assert tokenize.token_dtype(dataclasses.replace(spec, codes=(), channels=16)) == np.float32
