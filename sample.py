@@ -137,7 +137,9 @@ def make_sampler(
     """Compiles generator and tokenizer into one program: (conditions, image numbers) -> uint8 [b h w 3]."""
     share = mesh.shape["data"] * mesh.shape["fsdp"]
     if options.batch < 1 or options.batch % share:
-        raise ValueError(f"--batch is {options.batch}; it must be a positive multiple of the {share} batch shares of the mesh")
+        raise ValueError(
+            f"--batch is {options.batch}; it must be a positive multiple of the {share} batch shares of the mesh"
+        )
     generator, dtype = model.module, jnp.dtype(options.dtype).type
     generator = generator.clone(backbone=generator.backbone.clone(dtype=dtype), head=generator.head.clone(dtype=dtype))
     params, frozen = model.params(dtype=dtype, average=options.average), tokenizer.params(average=options.average)
@@ -157,9 +159,16 @@ def make_sampler(
         knobs = Knobs(jnp.asarray(guidance), jnp.full(steps, settings["temperature"], jnp.float32), logits_fn)
         return to_uint8(
             sample_images(
-                generator, tokenizer.module, params, frozen, batch, order, knobs=knobs, keys=keys,
+                generator,
+                tokenizer.module,
+                params,
+                frozen,
+                batch,
+                order,
+                knobs=knobs,
+                keys=keys,
                 guided=settings["guidance"] != 1,
-            )  # fmt: skip
+            )
         )
 
     def draw(batch, ids):

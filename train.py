@@ -21,6 +21,7 @@ from ar_jax import codec
 from ar_jax.config import Experiment, Stage, load_config, parse
 from ar_jax.data import Data, Info, Source, batches, open_source
 from ar_jax.models import Model, describe, open_model, versions, write_json
+from ar_jax.tokenize import check_cache
 from ar_jax.train.checkpoint import save_params
 from ar_jax.train.gan import tokenizer_recipe
 from ar_jax.train.loop import fit
@@ -52,20 +53,28 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     if jax.process_index() == 0:
         run.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(config, run / "config.py")
-        write_json(run / "run.json", {"config": config, "overrides": overrides, "versions": versions()})
+        facts = {
+            "config": config,
+            "overrides": overrides,
+            "versions": versions(),
+            "experiment": codec.encode(experiment),
+        }
+        write_json(run / "run.json", facts)
     tokenizer_key, generator_key = jax.random.split(jax.random.key(experiment.seed))
 
     stage = experiment.tokenizer
     tokenizer = prepare(stage, "tokenizer", run / "tokenizer", info, {"data": dataclasses.asdict(experiment.data)})
     if stage.steps and not stage.path:
-        stage_fit(tokenizer_recipe(stage, tokenizer.module), stage, experiment, experiment.data, tokenizer, mesh, tokenizer_key)
+        recipe = tokenizer_recipe(stage, tokenizer.module)
+        stage_fit(recipe, stage, experiment, experiment.data, tokenizer, mesh, tokenizer_key)
 
     stage = experiment.generator
     if not stage.steps and not stage.path:
         return
     data = experiment.data
     if stage.tokens:
-        data = dataclasses.replace(data, name="tokens", path=stage.tokens)
+        data = dataclasses.replace(data, name="tokens", path=stage.tokens, text="")  # the cache holds the features
+        check_cache(data, tokenizer)
         info = open_source(data).info
     if stage.module is not None:
         stage = dataclasses.replace(stage, module=stage.module.complete(tokenizer.module.spec, info))
@@ -104,7 +113,13 @@ def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -
 
 
 def stage_fit(
-    recipe: Recipe, stage: Stage, experiment: Experiment, data: Data, model: Model, mesh: jax.sharding.Mesh, key: PRNGKey
+    recipe: Recipe,
+    stage: Stage,
+    experiment: Experiment,
+    data: Data,
+    model: Model,
+    mesh: jax.sharding.Mesh,
+    key: PRNGKey,
 ) -> None:
     stream = batches(open_source(data), data, batch=stage.batch, seed=experiment.seed)
     fit(recipe, stage, stream, held_out(data, stage.preview_images), model.folder, mesh, key)

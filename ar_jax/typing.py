@@ -9,7 +9,19 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import Bool, Float, Int, Key, UInt8, jaxtyped
 
 __all__ = [
-    "Array", "Batch", "Bool", "Float", "Index", "Int", "Key", "Metrics", "PRNGKey", "Params", "Tokens", "UInt8", "typed",
+    "Array",
+    "Batch",
+    "Bool",
+    "Float",
+    "Index",
+    "Int",
+    "Key",
+    "Metrics",
+    "PRNGKey",
+    "Params",
+    "Tokens",
+    "UInt8",
+    "typed",
 ]
 
 Array = jax.Array | np.ndarray

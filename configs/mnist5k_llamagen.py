@@ -1,7 +1,7 @@
-"""Quickstart: LlamaGen's method on 5,000 real digits, sized for two CPU cores.
+"""Quickstart: LlamaGen's method (arXiv:2406.06525) on 5,000 real digits, sized for two CPU cores.
 
-    python train.py configs/mnist5k_llamagen.py
-    python sample.py runs/mnist5k_llamagen
+python train.py configs/mnist5k_llamagen.py
+python sample.py runs/mnist5k_llamagen
 """
 
 from ar_jax.config import Experiment, GeneratorStage, Losses, Sampling, TokenizerStage
@@ -20,17 +20,17 @@ def get_config() -> Experiment:
         data=Data(name="mnist5k", size=32),
         tokenizer=TokenizerStage(
             module=VQGAN(
-                size=(32, 32), features=16, mult=(1, 2, 4), res_blocks=1, latent=32, codes=256, code_features=8, groups=8,
+                size=(32, 32), features=8, mult=(1, 2, 4), res_blocks=1, latent=32, codes=256, groups=4,
                 vq=VectorLoss(entropy=0.02),
             ),
             losses=Losses(lpips=0.0, adversarial=0.0),
-            steps=1500, batch=64, optim=Optim(lr=1e-3, weight_decay=0.0, warmup=100, schedule="cosine"),
-            preview_every=500, save_every=500,
+            steps=300, batch=64, optim=Optim(lr=2e-3, weight_decay=0.0, warmup=40, schedule="cosine"),
+            log_every=50, preview_every=150, save_every=150,
         ),
         generator=GeneratorStage(
-            module=Causal(Transformer(layers=4, width=192, heads=6, hidden=512, dropout=0.1), Label(192), dropout=0.1),
-            steps=2000, batch=64, optim=Optim(lr=1e-3, warmup=100, schedule="cosine", ema=0.995),
-            sampling=Sampling(guidance=2.0, top_k=0, top_p=1.0),
-            preview_every=1000, save_every=1000,
+            module=Causal(Transformer(layers=4, width=128, heads=4, hidden=384, dropout=0.1), Label(128), dropout=0.1),
+            steps=900, batch=64, optim=Optim(lr=2e-3, warmup=50, schedule="cosine", ema=0.99),
+            sampling=Sampling(guidance=3.0, temperature=0.8),
+            log_every=50, preview_every=300, save_every=300,
         ),
     )  # fmt: skip

@@ -47,7 +47,7 @@ def vq(meta, weights, io):
     image, z, readout = nhwc(io["image"]), nhwc(io["loss_z"]), nhwc(io["loss_readout"])
 
     latents = call(image, method="latents")
-    quant, index, _ = call(latents, method="quantise")
+    quant, _, _ = call(latents, method="quantise")
     tokens = jnp.asarray(io["code_indices"]).reshape(-1, tokenizer.spec.n, 1)
     _, loss_index, losses = call(z, method="quantise")
 
@@ -131,10 +131,15 @@ def greedy(generator, params, batch, scale, last=-1):
     generator, params = generator.unrolled(params)
     tokens = jax.jit(
         lambda params, batch: sample(
-            generator, params, batch, raster(generator.spec), embed=None, guided=scale > 1,
+            generator,
+            params,
+            batch,
+            raster(generator.spec),
+            embed=None,
+            guided=scale > 1,
             knobs=Knobs(jnp.asarray(interval(scale, n, last)), jnp.zeros(n)),
             keys=jax.random.split(jax.random.key(0), images),
-        )  # fmt: skip
+        )
     )(params, batch)
     return np.asarray(tokens[..., 0])
 
@@ -178,7 +183,7 @@ def t2i(meta, weights, io):
     generator, params = build_gpt(meta, weights)
     text, mask = jnp.asarray(io["text"]), jnp.asarray(io["text_mask"], bool)
     batch, bare = {"text": text, "text_mask": mask}, {"text": text, "text_mask": jnp.ones_like(mask)}
-    logits, loss = teacher_forced(generator, params, batch, io["tokens"])
+    logits, _ = teacher_forced(generator, params, batch, io["tokens"])
     drop = jnp.asarray(io["force_drop"], bool)
     dropped = generator.apply({"params": params}, batch, drop, method="condition")
     valid = batch | {"valid": jnp.asarray(io["valid"], jnp.float32)}

@@ -24,7 +24,9 @@ def _outputs():
             yield pytest.param(folder, "absent", [], id=f"{folder}/absent")
             continue
         for i, case in enumerate(json.loads(meta.read_text())["cases"]):
-            yield pytest.param(folder, case["function"], case["outputs"], id=f"{folder}/{i}-{'+'.join(case['outputs'])}")
+            yield pytest.param(
+                folder, case["function"], case["outputs"], id=f"{folder}/{i}-{'+'.join(case['outputs'])}"
+            )
 
 
 @functools.cache

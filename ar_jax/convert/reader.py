@@ -83,11 +83,15 @@ def write_safetensors(path: str | os.PathLike, weights: Mapping[str, Any]) -> No
         if not isinstance(key, str) or isinstance(value, Mapping):
             raise ValueError(
                 f"{path}: safetensors files are flat, but {key!r} holds a {type(value).__name__}; "
-                "give a dict from names to arrays")
+                "give a dict from names to arrays"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()  # with the usual permissions, which the library alone would not give
+        mode = temporary.stat().st_mode
         save_file({key: np.asarray(value, order="C") for key, value in weights.items()}, temporary)
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -131,8 +135,12 @@ class _Checkpoint(NamedTuple):
         storage, offset, shape, strides, dtype = tensor
         if not (isinstance(storage, _Storage) and storage.key in self.blocks and dtype in _DTYPES):
             raise _Refused(f"tensor {key!r} has no storage or an unknown dtype ({storage}, {dtype})")
-        if not (isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides)
-                and all(type(i) is int and i >= 0 for i in (offset, storage.first, *shape, *strides))):
+        if not (
+            isinstance(shape, tuple)
+            and isinstance(strides, tuple)
+            and len(shape) == len(strides)
+            and all(type(i) is int and i >= 0 for i in (offset, storage.first, *shape, *strides))
+        ):
             raise _Refused(f"tensor {key!r} has an impossible layout ({tensor})")
         dtype = _DTYPES[dtype]
         if 0 in shape:
@@ -166,8 +174,9 @@ def _read_zip(file: BinaryIO, data: np.ndarray) -> _Checkpoint:
         raise _Refused(f"the file is cut short or damaged ({error}); get it again") from error
     with archive:
         records = {record.filename: record for record in archive.infolist()}
-        roots = [name.removesuffix("data.pkl") for name in records
-                 if name.count("/") == 1 and name.endswith("/data.pkl")]
+        roots = [
+            name.removesuffix("data.pkl") for name in records if name.count("/") == 1 and name.endswith("/data.pkl")
+        ]
         if len(roots) != 1:
             raise _Refused(f"a zip file without the data.pkl of torch.save; it holds {sorted(records)[:5]}")
         root = roots[0]
@@ -235,8 +244,11 @@ def _pick(tree: Any, entry: str | None) -> dict[str, _Tensor]:
 
 
 def _holds_tensors(tree: Any) -> bool:
-    return isinstance(tree, dict) and bool(tree) and all(
-        isinstance(key, str) and isinstance(value, _Tensor) for key, value in tree.items())
+    return (
+        isinstance(tree, dict)
+        and bool(tree)
+        and all(isinstance(key, str) and isinstance(value, _Tensor) for key, value in tree.items())
+    )
 
 
 def _entries(tree: Any) -> str:
@@ -271,7 +283,8 @@ class _Unpickler(pickle.Unpickler):
             raise _Refused(
                 f"refused, because its pickle names {module}.{name}, which no weight file needs; "
                 "nothing was executed. If you trust its source, load it in torch and save the state dict as "
-                ".safetensors") from None
+                ".safetensors"
+            ) from None
 
     def persistent_load(self, identity: Any) -> _Storage:
         if self.table is not _TORCH:
@@ -371,15 +384,43 @@ def _latin(text: str, encoding: str) -> bytes:
 
 
 _CODES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"}
-_DTYPES = {name: np.dtype(name) for name in (
-    "float64", "float32", "float16", "complex64", "complex128", "int64", "int32", "int16", "int8",
-    "uint64", "uint32", "uint16", "uint8", "bool")}
-_DTYPES |= {name: np.dtype(getattr(ml_dtypes, name)) for name in (
-    "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")}
+_DTYPES = {
+    name: np.dtype(name)
+    for name in (
+        "float64",
+        "float32",
+        "float16",
+        "complex64",
+        "complex128",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint64",
+        "uint32",
+        "uint16",
+        "uint8",
+        "bool",
+    )
+}
+_DTYPES |= {
+    name: np.dtype(getattr(ml_dtypes, name))
+    for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+}
 _STORAGES = {
-    "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
-    "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
-    "ComplexFloat": "complex64", "ComplexDouble": "complex128"}
+    "Double": "float64",
+    "Float": "float32",
+    "Half": "float16",
+    "BFloat16": "bfloat16",
+    "Long": "int64",
+    "Int": "int32",
+    "Short": "int16",
+    "Char": "int8",
+    "Byte": "uint8",
+    "Bool": "bool",
+    "ComplexFloat": "complex64",
+    "ComplexDouble": "complex128",
+}
 _NUMPY = {
     "numpy ndarray": "ndarray",
     "numpy dtype": _Call(_Dtype),

@@ -1,7 +1,7 @@
 """Images, captions and cached tokens, from disk to batches of numpy arrays.
 
-    source = open_source(data)                          # random access to records
-    for batch in batches(source, data, batch=256, seed=0): ...
+source = open_source(data)                          # random access to records
+for batch in batches(source, data, batch=256, seed=0): ...
 """
 
 from ar_jax.data.base import Data, Info, Source, Unreadable, label_ids, read_info
@@ -10,6 +10,21 @@ from ar_jax.data.pipeline import batches
 from ar_jax.data.records import open_records, write_shards
 from ar_jax.data.sources import SOURCES, open_source
 
-__all__ = ["SOURCES", "Data", "Info", "Source", "Unreadable", "batches", "centre_crop", "flip", "label_ids",
-           "open_records", "open_source", "random_crop", "read_image", "read_info", "ten_crop",
-           "write_shards"]
+__all__ = [
+    "SOURCES",
+    "Data",
+    "Info",
+    "Source",
+    "Unreadable",
+    "batches",
+    "centre_crop",
+    "flip",
+    "label_ids",
+    "open_records",
+    "open_source",
+    "random_crop",
+    "read_image",
+    "read_info",
+    "ten_crop",
+    "write_shards",
+]

@@ -54,10 +54,10 @@ class Data:
 class Info:
     """What a data set says of itself; goes to JSON by `dataclasses.asdict` and comes back by `read_info`."""
 
-    classes: int = 0                    # 0: no labels
-    class_names: tuple[str, ...] = ()   # in label order; may be empty although there are labels
+    classes: int = 0  # 0: no labels
+    class_names: tuple[str, ...] = ()  # in label order; may be empty although there are labels
     captions: bool = False
-    text: str = ""                      # the encoder of the caption features, "" without
+    text: str = ""  # the encoder of the caption features, "" without
     text_rows: int = 0
     text_width: int = 0
 
@@ -105,8 +105,7 @@ def folder_of(data: Data) -> Path:
         raise ValueError(f"data.path is empty; data.name={data.name} needs the folder to read")
     folder = Path(data.path).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"data.path is {data.path!r}, which is not a folder; data.name={data.name} "
-                                "needs one")
+        raise FileNotFoundError(f"data.path is {data.path!r}, which is not a folder; data.name={data.name} needs one")
     return folder
 
 
@@ -120,8 +119,10 @@ def split_folders(folder: Path, split: str) -> list[Path]:
     if test and train.is_dir():
         return {"train": [train], "test": [test], "all": [train, test]}[split]
     if split == "test":
-        raise ValueError(f"data.split is test, but {folder} has no sub-folders train/ and val/ or test/; "
-                         "make them, or set data.split to all")
+        raise ValueError(
+            f"data.split is test, but {folder} has no sub-folders train/ and val/ or test/; "
+            "make them, or set data.split to all"
+        )
     return [folder]
 
 
@@ -146,5 +147,8 @@ def _label_id(info: Info, name: str) -> int:
         return int(name)
     near = [info.class_names[lower.index(n)] for n in difflib.get_close_matches(name.lower(), lower, 3, 0.5)]
     near = near or [known for known in info.class_names if name and name.lower() in known.lower()][:3]
-    raise ValueError(f"no class {name!r}; " + (f"near ones: {', '.join(near)}; " if near else "")
-                     + f"give a {'name or ' if info.class_names else ''}number from 0 to {info.classes - 1}")
+    raise ValueError(
+        f"no class {name!r}; "
+        + (f"near ones: {', '.join(near)}; " if near else "")
+        + f"give a {'name or ' if info.class_names else ''}number from 0 to {info.classes - 1}"
+    )

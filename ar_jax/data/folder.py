@@ -9,8 +9,7 @@ from typing import Any
 from ar_jax.data.base import Data, Info, folder_of, split_folders
 from ar_jax.data.images import read_image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2",
-            ".avif")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 CAPTION_FILES = ("captions.jsonl", "captions.csv")
 
 
@@ -28,8 +27,9 @@ class ImageFiles:
 
     def about(self, index: int) -> dict[str, Any]:
         """The record without its image."""
-        return (({"label": self.labels[index]} if self.labels else {})
-                | ({"caption": self._captions[index]} if self._captions else {}))
+        return ({"label": self.labels[index]} if self.labels else {}) | (
+            {"caption": self._captions[index]} if self._captions else {}
+        )
 
     def captions(self) -> list[str]:
         return self._captions
@@ -62,13 +62,17 @@ def _from_folders(root: Path, folders: list[Path], every: list[Path]) -> ImageFi
     images = [image for each in found.values() for image in each]
     chosen = [image for folder in folders for image in found[folder]]
     if not chosen:
-        raise ValueError(f"data.path={root}: no images in {', '.join(map(str, folders))} "
-                         f"(looked for {' '.join(SUFFIXES)} at any depth)")
+        raise ValueError(
+            f"data.path={root}: no images in {', '.join(map(str, folders))} "
+            f"(looked for {' '.join(SUFFIXES)} at any depth)"
+        )
     names = sorted({name for _, name in images if name})
     stray = [file for file, name in images if not name]
     if names and stray:
-        raise ValueError(f"data.path={root}: {len(stray)} of {len(images)} images, such as {stray[0]}, lie "
-                         f"beside class folders such as {names[0]}; move them into a class or elsewhere")
+        raise ValueError(
+            f"data.path={root}: {len(stray)} of {len(images)} images, such as {stray[0]}, lie "
+            f"beside class folders such as {names[0]}; move them into a class or elsewhere"
+        )
     number = {name: i for i, name in enumerate(names)}
     labels = [number[name] for _, name in chosen if name]
     info = Info(classes=len(names), class_names=tuple(names))
@@ -81,8 +85,11 @@ def _find_images(folder: Path) -> list[tuple[str, str]]:
     for base, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         within = os.path.relpath(base, folder).split(os.sep)[0].removeprefix(".")
-        images += [(os.path.join(base, name), within) for name in sorted(names)
-                   if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        images += [
+            (os.path.join(base, name), within)
+            for name in sorted(names)
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        ]
     return images
 
 
@@ -97,8 +104,10 @@ def _from_captions(rows: list[tuple], chosen: list[tuple]) -> ImageFiles:
         classes, number = len(names), {name: i for i, name in enumerate(names)}
     else:
         some = ", ".join(list(dict.fromkeys(map(repr, labels)))[:6])
-        raise ValueError("labels in a caption file must be given for every image or for none, either all as "
-                         f"numbers from 0 or all as names; found {some}")
+        raise ValueError(
+            "labels in a caption file must be given for every image or for none, either all as "
+            f"numbers from 0 or all as names; found {some}"
+        )
     info = Info(classes=classes, class_names=tuple(names), captions=True)
     files, captions, labels = (list(column) for column in zip(*chosen, strict=True))
     return ImageFiles(files, [number[label] for label in labels] if classes else [], captions, info)

@@ -51,8 +51,9 @@ def centre_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     return image[top : top + size, left : left + size]
 
 
-def random_crop(image: Image.Image | np.ndarray, size: int, rng: np.random.Generator, min_fraction: float,
-                max_fraction: float = 1.0) -> np.ndarray:
+def random_crop(
+    image: Image.Image | np.ndarray, size: int, rng: np.random.Generator, min_fraction: float, max_fraction: float = 1.0
+) -> np.ndarray:
     """ADM's random crop: a window anywhere, its side between the two fractions of the short side."""
     side = int(rng.integers(math.ceil(size / max_fraction), math.ceil(size / min_fraction) + 1))
     image = _shrink(image, side)
@@ -73,8 +74,7 @@ def ten_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     image = np.asarray(image)
     bottom, right = image.shape[0] - size, image.shape[1] - size
     if min(bottom, right) < 0:
-        raise ValueError(f"ten_crop to {size} pixels needs a larger image than "
-                         f"{image.shape[1]}x{image.shape[0]}")
+        raise ValueError(f"ten_crop to {size} pixels needs a larger image than {image.shape[1]}x{image.shape[0]}")
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
     crops = np.stack([image[top : top + size, left : left + size] for top, left in corners])
     return np.concatenate([crops, flip(crops)])

@@ -24,9 +24,14 @@ from ar_jax.data.images import centre_crop, read_image
 from ar_jax.data.records import open_records, write_shards
 
 
-def pack(folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
-         out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")], *,
-         shards: int = 16, size: int = 0, unreadable: Literal["refuse", "skip"] = "refuse") -> None:
+def pack(
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+    *,
+    shards: int = 16,
+    size: int = 0,
+    unreadable: Literal["refuse", "skip"] = "refuse",
+) -> None:
     """Packs a folder of images, with their classes or captions, into ArrayRecord shards.
 
     Every image is decoded once, so damaged files are found now and not in the middle of training. If it is
@@ -105,7 +110,6 @@ def _describe(source: ImageFiles, folder: Path, size: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        tyro.cli(pack, prog="python -m ar_jax.data.pack",
-                 description=inspect.cleandoc(pack.__doc__.split("Args:")[0]))
+        tyro.cli(pack, prog="python -m ar_jax.data.pack", description=inspect.cleandoc(pack.__doc__.split("Args:")[0]))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

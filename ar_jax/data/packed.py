@@ -53,13 +53,14 @@ def _open(data: Data, key: str, other: str) -> Packed:
     parts = [open_records(folder) for folder in folders]
     infos = [read_info(part.info) for part in parts]
     if any(info != infos[0] for info in infos):
-        raise ValueError(f"data.path={root}: the splits {', '.join(map(str, folders))} disagree on classes "
-                         "or captions; write them from one data set")
+        raise ValueError(
+            f"data.path={root}: the splits {', '.join(map(str, folders))} disagree on classes "
+            "or captions; write them from one data set"
+        )
     source = Packed(parts, infos[0])
     if not len(source):
         raise ValueError(f"data.path={root} holds no records; write it anew")
     found = source.read(0)[2]
     if key not in found:
-        raise ValueError(f"data.path={root} holds {' and '.join(found)}, no {key}; is "
-                         f"data.name={other} meant?")
+        raise ValueError(f"data.path={root} holds {' and '.join(found)}, no {key}; is data.name={other} meant?")
     return source

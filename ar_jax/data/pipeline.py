@@ -12,8 +12,15 @@ from ar_jax.data.base import Data, Info, Source
 from ar_jax.data.images import centre_crop, flip, random_crop
 
 
-def batches(source: Source, data: Data, *, batch: int, seed: int, train: bool = True,
-            shard: grain.sharding.ShardOptions | None = None) -> Iterator[dict[str, np.ndarray]]:
+def batches(
+    source: Source,
+    data: Data,
+    *,
+    batch: int,
+    seed: int,
+    train: bool = True,
+    shard: grain.sharding.ShardOptions | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
     """An iterator of batches with `get_state()` and `set_state()`.
 
     A batch has, of what the source offers, "image" uint8 [b size size 3], "label" int32 [b], "text" float32
@@ -32,8 +39,7 @@ def batches(source: Source, data: Data, *, batch: int, seed: int, train: bool = 
     if batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
     if len(source) == 0:
-        raise ValueError(f"data.name={data.name} data.path={data.path!r} has no records of "
-                         f"data.split={data.split}")
+        raise ValueError(f"data.name={data.name} data.path={data.path!r} has no records of data.split={data.split}")
     # A thread makes whole batches, so this is also the number of batches made ahead.
     threads = min(os.cpu_count() or 1, 32)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
@@ -50,8 +56,7 @@ def batches(source: Source, data: Data, *, batch: int, seed: int, train: bool = 
     return iter(grain.experimental.ElasticIterator(records, batch, shard, read_options=options))
 
 
-def _augmented(record: dict[str, Any], rng: np.random.Generator, *, data: Data, info: Info
-               ) -> dict[str, np.ndarray]:
+def _augmented(record: dict[str, Any], rng: np.random.Generator, *, data: Data, info: Info) -> dict[str, np.ndarray]:
     if "tokens" in record:
         return _numbers(record, info) | {"tokens": _tokens(record, int(rng.integers(len(record["tokens"]))))}
     if data.crop == "random":
@@ -79,7 +84,9 @@ def _numbers(record: dict[str, Any], info: Info) -> dict[str, np.ndarray]:
     kept = {key: record[key] for key in ("text", "text_mask") if key in record}
     if info.classes:
         if not 0 <= record["label"] < info.classes:
-            raise ValueError(f"a record has the label {record['label']}, outside 0..{info.classes - 1}; "
-                             "test images without labels cannot be used here")
+            raise ValueError(
+                f"a record has the label {record['label']}, outside 0..{info.classes - 1}; "
+                "test images without labels cannot be used here"
+            )
         kept["label"] = np.int32(record["label"])
     return kept

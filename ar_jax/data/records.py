@@ -23,8 +23,9 @@ class Sliceable(Protocol):
     def __getitem__(self, rows: slice) -> Iterable[dict[str, Any]]: ...
 
 
-def write_shards(out: str | os.PathLike, records: Sliceable, info: dict[str, Any], shards: int, *,
-                 only: Container[int] | None = None) -> bool:
+def write_shards(
+    out: str | os.PathLike, records: Sliceable, info: dict[str, Any], shards: int, *, only: Container[int] | None = None
+) -> bool:
     """Writes records (dictionaries of arrays, bytes, strings and numbers) and `info` to a folder of shards.
 
     Shard i holds a fixed, contiguous range of the records and gets its name when it is whole, and info.json
@@ -55,8 +56,7 @@ def write_shards(out: str | os.PathLike, records: Sliceable, info: dict[str, Any
         raise ValueError(f"{out} already holds other records; give another folder or delete it")
     if (out / "unfinished.json").exists():
         if _read_json(out / "unfinished.json") != plan:
-            raise ValueError(f"{out} holds an unfinished attempt with other settings; delete it or repeat "
-                             "them")
+            raise ValueError(f"{out} holds an unfinished attempt with other settings; delete it or repeat them")
     elif out.exists() and any(out.glob("shard-*")):
         raise ValueError(f"{out} holds shards of unknown origin; give another folder or delete it")
     out.mkdir(parents=True, exist_ok=True)
@@ -89,19 +89,25 @@ class Records:
         self.folder = Path(folder)
         if not (self.folder / "info.json").exists():
             unfinished = (self.folder / "unfinished.json").exists()
-            raise FileNotFoundError(f"{self.folder} has no info.json; " + (
-                "its writer was interrupted: run the same command again" if unfinished else
-                "write records with python -m ar_jax.data.pack or python -m ar_jax.tokenize"))
+            raise FileNotFoundError(
+                f"{self.folder} has no info.json; "
+                + (
+                    "its writer was interrupted: run the same command again"
+                    if unfinished
+                    else "write records with python -m ar_jax.data.pack or python -m ar_jax.tokenize"
+                )
+            )
         self.info = _read_json(self.folder / "info.json")
         paths = [self.folder / _shard_name(i, self.info["shards"]) for i in range(self.info["shards"])]
         for path in paths:
             if not path.exists():
-                raise FileNotFoundError(f"{path} is missing; copy it again, or delete the folder and write "
-                                        "it anew")
+                raise FileNotFoundError(f"{path} is missing; copy it again, or delete the folder and write it anew")
         self._source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
         if len(self._source) != self.info["count"]:
-            raise ValueError(f"{self.folder} holds {len(self._source)} records, its info.json says "
-                             f"{self.info['count']}; delete the folder and write it anew")
+            raise ValueError(
+                f"{self.folder} holds {len(self._source)} records, its info.json says "
+                f"{self.info['count']}; delete the folder and write it anew"
+            )
 
     def __len__(self) -> int:
         return len(self._source)

@@ -13,8 +13,15 @@ from ar_jax.data.folder import image_folder
 from ar_jax.data.packed import array_record, tokens
 from ar_jax.data.tfds import tfds
 
-SOURCES = {"mnist5k": mnist5k, "image_folder": image_folder, "array_record": array_record, "tfds": tfds,
-           "idx": idx, "emoji": emoji, "tokens": tokens}
+SOURCES = {
+    "mnist5k": mnist5k,
+    "image_folder": image_folder,
+    "array_record": array_record,
+    "tfds": tfds,
+    "idx": idx,
+    "emoji": emoji,
+    "tokens": tokens,
+}
 
 
 def open_source(data: Data) -> Source:
@@ -27,8 +34,10 @@ def open_source(data: Data) -> Source:
     """
     if data.name not in SOURCES:
         near = difflib.get_close_matches(data.name, SOURCES, 1)
-        raise ValueError(f"data.name is {data.name!r}; it must be one of {', '.join(SOURCES)}"
-                         + (f"; is {near[0]} meant?" if near else ""))
+        raise ValueError(
+            f"data.name is {data.name!r}; it must be one of {', '.join(SOURCES)}"
+            + (f"; is {near[0]} meant?" if near else "")
+        )
     source = SOURCES[data.name](data)
     if data.text:
         source = with_text(source, data)
@@ -71,5 +80,6 @@ class Skipping:
             names = [name for _, name in sorted(self._bad.items())]
         logging.warning("skipped %s, which cannot be read (%s)", error.name, error.reason)
         if len(names) > self.limit:
-            raise ValueError(f"{len(names)} records cannot be read, more than data.unreadable_limit="
-                             f"{self.limit}: {', '.join(names)}") from error
+            raise ValueError(
+                f"{len(names)} records cannot be read, more than data.unreadable_limit={self.limit}: {', '.join(names)}"
+            ) from error

@@ -42,8 +42,10 @@ def tfds(data: Data) -> Tfds:
         raise ValueError("data.name=tfds needs tensorflow-datasets: pip install ar_jax[tfds]") from error
     folder = folder_of(data)
     if not (folder / "dataset_info.json").exists():
-        raise FileNotFoundError(f"data.path={folder} has no dataset_info.json; give the folder of a prepared "
-                                "version, like .../flowers/1.0.0")
+        raise FileNotFoundError(
+            f"data.path={folder} has no dataset_info.json; give the folder of a prepared "
+            "version, like .../flowers/1.0.0"
+        )
     builder = tensorflow_datasets.builder_from_directory(str(folder))
     features, splits = builder.info.features, list(builder.info.splits)
     if "image" not in features:
@@ -51,14 +53,15 @@ def tfds(data: Data) -> Tfds:
     test = [split for split in ("validation", "test") if split in splits][:1]
     wanted = {"train": ["train"], "test": test, "all": ["train", *test]}[data.split]
     if not wanted or not set(wanted) <= set(splits):
-        raise ValueError(f"data.split is {data.split}, but data.path={folder} has the splits "
-                         f"{', '.join(splits)}")
+        raise ValueError(f"data.split is {data.split}, but data.path={folder} has the splits {', '.join(splits)}")
     encoded = {"image": tensorflow_datasets.decode.SkipDecoding()}  # our reader treats all data sets alike
     try:
         source = builder.as_data_source("+".join(wanted), decoders=encoded)
     except NotImplementedError as error:
-        raise ValueError(f"data.path={folder} is not in ArrayRecord format; prepare it with "
-                         "file_format='array_record' (this needs TensorFlow, once)") from error
+        raise ValueError(
+            f"data.path={folder} is not in ArrayRecord format; prepare it with "
+            "file_format='array_record' (this needs TensorFlow, once)"
+        ) from error
     label = dict(features).get("label")
     names = getattr(label, "names", None) or ()  # ClassLabel has both, a plain number neither
     caption = next((key for key in ("caption", "text") if key in features), "")

@@ -62,7 +62,9 @@ class Causal(nn.Module):
     def init_params(self, key: PRNGKey) -> Params:
         drop = jnp.zeros(1, bool)
         tokens = jnp.zeros((1, self.spec.n, 1), jnp.int32)
-        return self.init(key, tokens, self.conditioning.example(), raster(self.spec), drop=drop, method="loss")["params"]
+        return self.init(key, tokens, self.conditioning.example(), raster(self.spec), drop=drop, method="loss")[
+            "params"
+        ]
 
     def setup(self):
         self.embedding = nn.Embed(self.spec.codes[0], self.backbone.width, embedding_init=init)

@@ -25,7 +25,9 @@ class Categorical(nn.Module):
 
     def complete(self, spec: TokenSpec) -> "Categorical":
         if len(spec.codes) != 1:
-            raise ValueError(f"Categorical needs tokens of one discrete code, but the tokenizer gives codes {spec.codes}")
+            raise ValueError(
+                f"Categorical needs tokens of one discrete code, but the tokenizer gives codes {spec.codes}"
+            )
         return self.clone(codes=spec.codes[0])
 
     @nn.compact

@@ -93,4 +93,3 @@ class Caption(nn.Module):
         rows = nn.Dense(self.width, use_bias=False, kernel_init=init, name="fc2")(hidden)
         place = np.arange(1 - self.rows, 1, dtype=np.int32)
         return Cond(rows, jnp.where(jnp.asarray(batch["text_mask"], bool), place, PADDING))
-

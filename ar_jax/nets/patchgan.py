@@ -33,13 +33,16 @@ class PatchGan(nn.Module):
 
     def init_stats(self) -> Params:
         """Mean 0 and variance 1, before any training."""
-        return {f"norm{i}": {"mean": jnp.zeros(self._width(i)), "var": jnp.ones(self._width(i))}
-                for i in range(1, self.num_layers + 1)}
+        return {
+            f"norm{i}": {"mean": jnp.zeros(self._width(i)), "var": jnp.ones(self._width(i))}
+            for i in range(1, self.num_layers + 1)
+        }
 
     @nn.compact
     @typed
-    def __call__(self, x: Float[Array, "b h w 3"], stats: Params, train: bool
-                 ) -> tuple[Float[Array, "b H W 1"], Params]:
+    def __call__(
+        self, x: Float[Array, "b h w 3"], stats: Params, train: bool
+    ) -> tuple[Float[Array, "b H W 1"], Params]:
         """Logits of patches, high for real ones.
 
         Args:
@@ -63,9 +66,16 @@ class PatchGan(nn.Module):
     def _conv(self, x: Array, name: str, width: int, stride: int, bias: bool = False) -> Array:
         bound = (16 * x.shape[-1]) ** -0.5  # torch's initial biases
         return nn.Conv(
-            width, (4, 4), stride, padding=1, use_bias=bias, dtype=self.dtype, name=name,
+            width,
+            (4, 4),
+            stride,
+            padding=1,
+            use_bias=bias,
+            dtype=self.dtype,
+            name=name,
             kernel_init=nn.initializers.normal(0.02),
-            bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound))(x)
+            bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
+        )(x)
 
 
 class BatchNorm(nn.Module):
@@ -98,8 +108,9 @@ def patchgan_params(weights: dict[str, np.ndarray]) -> tuple[Params, Params]:
     convs = [layer for layer in ordered if layer["weight"].ndim == 4]
     norms = [layer for layer in ordered if "running_mean" in layer]
     if len(convs) < 3 or len(norms) != len(convs) - 2:
-        raise ValueError("PatchGAN weights need keys main.* of convolutions and the batch norms between; got "
-                         f"{sorted(weights)[:5]}")
+        raise ValueError(
+            f"PatchGAN weights need keys main.* of convolutions and the batch norms between; got {sorted(weights)[:5]}"
+        )
     params, stats = {}, {}
     for i, layer in enumerate(convs):
         params[f"conv{i}"] = {"kernel": layer["weight"].transpose(2, 3, 1, 0)}

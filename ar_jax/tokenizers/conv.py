@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from ar_jax.typing import Array, Float, typed
 
-
 init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # the +-1/sqrt(fan_in) these networks start from
 
 

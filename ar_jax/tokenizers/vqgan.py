@@ -104,7 +104,9 @@ class VQGAN(nn.Module):
         """What the quantiser sees, before any normalisation."""
         return self.quant(self.encoder(image))
 
-    def quantise(self, latents: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h w c"], Int[Array, "b h w"], Metrics]:
+    def quantise(
+        self, latents: Float[Array, "b h w c"]
+    ) -> tuple[Float[Array, "b h w c"], Int[Array, "b h w"], Metrics]:
         z = latents.astype(jnp.float32)
         return vector_quantise(normalise(z) if self.l2_norm else z, self._codes(), self.vq)
 

@@ -130,7 +130,9 @@ def check(like: Any, found: Any, where: str) -> None:
     def flat(tree):
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
         return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(np.shape(leaf) if leaf.shape is None else leaf.shape)
+            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(
+                np.shape(leaf) if leaf.shape is None else leaf.shape
+            )
             for path, leaf in leaves
             if hasattr(leaf, "shape")
         }
@@ -138,8 +140,12 @@ def check(like: Any, found: Any, where: str) -> None:
     want, have = flat(like), flat(found)
     for name in [*want, *have]:
         if name not in have:
-            raise ValueError(f"{where}: leaf {name} of shape {want[name]} is missing; the config and the checkpoint differ")
+            raise ValueError(
+                f"{where}: leaf {name} of shape {want[name]} is missing; the config and the checkpoint differ"
+            )
         if name not in want:
             raise ValueError(f"{where}: leaf {name} of shape {have[name]} is not part of the configured model")
         if want[name] != have[name]:
-            raise ValueError(f"{where}: leaf {name} has shape {have[name]}, but the configured model needs {want[name]}")
+            raise ValueError(
+                f"{where}: leaf {name} has shape {have[name]}, but the configured model needs {want[name]}"
+            )

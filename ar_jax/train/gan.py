@@ -29,14 +29,19 @@ MEMORY = 0.99  # decay of the code frequencies behind the logged perplexity
 def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
     """Trains a tokenizer that has `autoencode` and one codebook, as `VQGAN`."""
     losses = stage.losses
-    judge = patchgan.PatchGan(losses.discriminator_features, losses.discriminator_layers) if losses.adversarial else None
+    judge = (
+        patchgan.PatchGan(losses.discriminator_features, losses.discriminator_layers) if losses.adversarial else None
+    )
     frozen = find_lpips(losses.lpips_weights or None) if losses.lpips else {}
     tx = make_optimiser(stage.optim, stage.steps, ("model", "discriminator") if judge else ("model",))
 
     def init(key):
         model_key, judge_key = jax.random.split(key)
         params = {"model": tokenizer.init_params(model_key)}
-        extra = {"age": jnp.zeros(tokenizer.codes, jnp.int32), "frequency": jnp.full(tokenizer.codes, 1 / tokenizer.codes)}
+        extra = {
+            "age": jnp.zeros(tokenizer.codes, jnp.int32),
+            "frequency": jnp.full(tokenizer.codes, 1 / tokenizer.codes),
+        }
         if losses.reset_after:
             extra["latents"] = jnp.zeros((tokenizer.codes, tokenizer.code_features))
         if judge:
@@ -58,9 +63,12 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
     return Recipe(
         init=init,
         update=make_update(
-            tokenizer_gradients(tokenizer, judge, losses), tx, ema=stage.optim.ema, accumulate=stage.optim.accumulate,
+            tokenizer_gradients(tokenizer, judge, losses),
+            tx,
+            ema=stage.optim.ema,
+            accumulate=stage.optim.accumulate,
             after=after,
-        ),  # fmt: skip
+        ),
         preview=preview,
         frozen=frozen,
         lr=schedule(stage.optim, stage.steps),

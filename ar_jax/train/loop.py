@@ -17,7 +17,13 @@ from ar_jax.typing import Batch, PRNGKey
 
 
 def fit(
-    recipe: Recipe, stage: Stage, batches: Iterator[Batch], shown: Batch, folder: Path, mesh: jax.sharding.Mesh, key: PRNGKey
+    recipe: Recipe,
+    stage: Stage,
+    batches: Iterator[Batch],
+    shown: Batch,
+    folder: Path,
+    mesh: jax.sharding.Mesh,
+    key: PRNGKey,
 ) -> None:
     """Trains until `stage.steps`, from the newest checkpoint in `folder` if there is one.
 

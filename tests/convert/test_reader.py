@@ -255,12 +255,8 @@ def test_torch_writes_what_is_read(tmp_path):
         weights = read_weights(tmp_path / name)
         assert weights.keys() == expected.keys()
         for key, value in expected.items():
-            assert (
-                str(value.dtype) == f"torch.{weights[key].dtype}"
-            )
-            assert (
-                tuple(value.shape) == weights[key].shape
-            )
+            assert str(value.dtype) == f"torch.{weights[key].dtype}"
+            assert tuple(value.shape) == weights[key].shape
             np.testing.assert_array_equal(weights[key].astype("f8"), value.detach().double().numpy())
         assert name == "old.pt" or np.shares_memory(weights["tied"], weights["0.weight"])
 
@@ -399,9 +395,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(Exception, match="object"):
         write_safetensors(path, {"x": np.array([object()])})
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
-    assert read_weights(path)[
-        "x"
-    ].size == 2
+    assert read_weights(path)["x"].size == 2
 
 
 @pytest.mark.parametrize(

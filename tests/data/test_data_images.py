@@ -51,8 +51,13 @@ def test_ten_crop_is_corners_centre_and_their_mirrors():
     crops = ten_crop(image, 2)
     assert crops.shape == (10, 2, 2, 3)
     assert crops.dtype == np.uint8
-    assert crops[:5, :, :, 0].tolist() == [[[0, 1], [5, 6]], [[3, 4], [8, 9]], [[10, 11], [15, 16]],
-                                           [[13, 14], [18, 19]], [[6, 7], [11, 12]]]
+    assert crops[:5, :, :, 0].tolist() == [
+        [[0, 1], [5, 6]],
+        [[3, 4], [8, 9]],
+        [[10, 11], [15, 16]],
+        [[13, 14], [18, 19]],
+        [[6, 7], [11, 12]],
+    ]
     np.testing.assert_array_equal(crops[5:], flip(crops[:5]))
     assert crops[5, 0, :, 0].tolist() == [1, 0]
     with pytest.raises(ValueError, match="larger image than 5x4"):

@@ -29,8 +29,9 @@ DATA = Data(size=4, crop="random", flip=True)
 
 
 def _take(count, *, records=12, batch=6, seed=0, process=0, processes=1, data=DATA):
-    stream = batches(Numbered(records), data, batch=batch, seed=seed,
-                     shard=grain.sharding.ShardOptions(process, processes))
+    stream = batches(
+        Numbered(records), data, batch=batch, seed=seed, shard=grain.sharding.ShardOptions(process, processes)
+    )
     return list(itertools.islice(stream, count))
 
 

@@ -9,8 +9,7 @@ from ar_jax.data.pack import pack
 
 
 def _records(count):
-    return [{"tokens": np.full((2, 3, 1), i, np.int32), "label": i % 2, "caption": f"nr {i}"}
-            for i in range(count)]
+    return [{"tokens": np.full((2, 3, 1), i, np.int32), "label": i % 2, "caption": f"nr {i}"} for i in range(count)]
 
 
 def _values(folder):
@@ -26,7 +25,9 @@ def test_records_come_back_in_order_and_type(tmp_path):
     assert records[5]["caption"] == "nr 5"
     assert records[5]["tokens"].dtype == np.int32
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "info.json", *(f"shard-0000{i}-of-00003.array_record" for i in range(3))]
+        "info.json",
+        *(f"shard-0000{i}-of-00003.array_record" for i in range(3)),
+    ]
     with pytest.raises(IndexError):
         records[7]
 
@@ -105,8 +106,7 @@ def _same(one, other):
     assert one.info == other.info
     for i in range(len(one)):
         np.testing.assert_array_equal(np.asarray(one[i].pop("image")), np.asarray(other[i].pop("image")))
-        assert {k: v for k, v in one[i].items() if k != "image"} == {
-            k: v for k, v in other[i].items() if k != "image"}
+        assert {k: v for k, v in one[i].items() if k != "image"} == {k: v for k, v in other[i].items() if k != "image"}
 
 
 def test_packed_images_equal_the_folder(tmp_path):

@@ -112,9 +112,17 @@ def test_a_caption_file_above_the_splits_does_not_mix_them(tmp_path):
     assert _open(tmp_path, split="test").captions() == ["test/b.png"]
 
 
-@pytest.mark.parametrize("line", [
-    '{"file": "../a.png", "caption": ""}', '{"file": "/etc/a.png", "caption": ""}',
-    '{"file": "x/../../a.png", "caption": ""}', '{"file": "a.png"}', "[1]", "{"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"file": "../a.png", "caption": ""}',
+        '{"file": "/etc/a.png", "caption": ""}',
+        '{"file": "x/../../a.png", "caption": ""}',
+        '{"file": "a.png"}',
+        "[1]",
+        "{",
+    ],
+)
 def test_bad_caption_lines_are_refused_by_number(tmp_path, line):
     (tmp_path / "captions.jsonl").write_text('{"file": "a.png", "caption": ""}\n' + line)
     with pytest.raises(ValueError, match=r"captions\.jsonl line 2"):
@@ -235,16 +243,19 @@ def test_emoji_have_names_groups_and_colours():
 
 def _fake_tfds(monkeypatch, records, splits=("train", "test"), array_record=True):
     class Builder:
-        info = types.SimpleNamespace(splits=dict.fromkeys(splits), features={
-            "image": None, "label": types.SimpleNamespace(num_classes=2, names=["no", "yes"]), "text": None})
+        info = types.SimpleNamespace(
+            splits=dict.fromkeys(splits),
+            features={"image": None, "label": types.SimpleNamespace(num_classes=2, names=["no", "yes"]), "text": None},
+        )
 
         def as_data_source(self, split, decoders):
             if not array_record:
                 raise NotImplementedError
             return records[split]
 
-    module = types.SimpleNamespace(builder_from_directory=lambda path: Builder(),
-                                   decode=types.SimpleNamespace(SkipDecoding=object))
+    module = types.SimpleNamespace(
+        builder_from_directory=lambda path: Builder(), decode=types.SimpleNamespace(SkipDecoding=object)
+    )
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", module)
 
 
@@ -275,8 +286,7 @@ def test_tfds_without_the_package_names_the_extra(tmp_path, monkeypatch):
 def test_unknown_names_and_values_are_refused():
     with pytest.raises(ValueError, match="is image_folder meant"):
         open_source(Data(name="image-folder"))
-    bad = {"split": "valid", "size": 0, "crop": "center", "min_fraction": 0.0, "unreadable": "x",
-           "text_rows": 0}
+    bad = {"split": "valid", "size": 0, "crop": "center", "min_fraction": 0.0, "unreadable": "x", "text_rows": 0}
     for field, value in bad.items():
         with pytest.raises(ValueError, match=f"data.{field} is"):
             Data(**{field: value})

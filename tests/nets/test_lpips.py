@@ -53,8 +53,9 @@ def state_dict(torchvision=False):
         *_, inside, outside = shapes[f"convs_{n}"]["kernel"].shape
         weights[f"{name}.weight"] = np.tile(rng.normal(size=(outside, inside, 1, 1)), (3, 3))
         weights[f"{name}.bias"] = rng.normal(size=outside)
-    lins = {f"lin{k}.model.1.weight": rng.uniform(size=(1, shapes[f"lins_{k}"]["kernel"].shape[0], 1, 1))
-            for k in range(5)}
+    lins = {
+        f"lin{k}.model.1.weight": rng.uniform(size=(1, shapes[f"lins_{k}"]["kernel"].shape[0], 1, 1)) for k in range(5)
+    }
     return {k: np.asarray(v, np.float16) for k, v in weights.items()}, lins
 
 

@@ -65,9 +65,14 @@ def test_running_statistics_follow_torch():
 
 
 def test_weights_round_trip(params):
-    weights = {"main.0.weight": np.zeros((3, 3, 4, 4)), "main.0.bias": np.zeros(3),
-               "main.2.weight": np.zeros((6, 3, 4, 4)), "main.5.weight": np.zeros((12, 6, 4, 4)),
-               "main.8.weight": np.zeros((1, 12, 4, 4)), "main.8.bias": np.zeros(1)}
+    weights = {
+        "main.0.weight": np.zeros((3, 3, 4, 4)),
+        "main.0.bias": np.zeros(3),
+        "main.2.weight": np.zeros((6, 3, 4, 4)),
+        "main.5.weight": np.zeros((12, 6, 4, 4)),
+        "main.8.weight": np.zeros((1, 12, 4, 4)),
+        "main.8.bias": np.zeros(1),
+    }
     for i, c in (3, 6), (6, 12):
         names = "weight", "bias", "running_mean", "running_var"
         weights |= {f"main.{i}.{name}": np.ones(c) for name in names}
@@ -83,11 +88,13 @@ def test_losses_by_hand():
     real, fake = jnp.array([2.0, 0.0]), jnp.array([-2.0, 1.0])
     assert patchgan.hinge_discriminator(real, fake) == 0.5 * (0.5 + 1.0)
     assert patchgan.hinge_generator(fake) == 0.5
-    np.testing.assert_allclose(patchgan.vanilla_discriminator(real, fake),
-                               (np.log1p(np.exp([-2, 0, -2, 1])).sum()) / 4, rtol=1e-6)
+    np.testing.assert_allclose(
+        patchgan.vanilla_discriminator(real, fake), (np.log1p(np.exp([-2, 0, -2, 1])).sum()) / 4, rtol=1e-6
+    )
     np.testing.assert_allclose(patchgan.non_saturating_generator(fake), np.log1p(np.e) + 0.5, rtol=1e-6)
-    np.testing.assert_allclose(patchgan.non_saturating_discriminator(real, fake),
-                               0.5 * (np.log1p(np.e) - 1 + np.log(2)), rtol=1e-6)
+    np.testing.assert_allclose(
+        patchgan.non_saturating_discriminator(real, fake), 0.5 * (np.log1p(np.e) - 1 + np.log(2)), rtol=1e-6
+    )
 
 
 def test_initial_values():
