@@ -33,7 +33,7 @@ def gpt_rules(generator: Causal) -> list[Rule]:
         ("backbone/blocks/down/kernel", layer + "feed_forward.w2.weight", LINEAR),
         ("backbone/norm/scale", "norm.weight", PLAIN),
         ("embedding/embedding", "tok_embeddings.weight", PLAIN),
-        ("head/kernel", "output.weight", LINEAR),
+        ("head/readout/kernel", "output.weight", LINEAR),
         ("conditioning/embedding", "cls_embedding.embedding_table.weight", PLAIN),
         (r"conditioning/(fc[12])/kernel", r"cls_embedding.cap_proj.\1.weight", LINEAR),
         ("conditioning/uncond", "cls_embedding.uncond_embedding", PLAIN),

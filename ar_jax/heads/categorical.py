@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ar_jax.decode.guidance import fold
 from ar_jax.decode.logits import draw
+from ar_jax.nets.linear import Linear
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Float, Index, Int, Key, typed
 
@@ -30,14 +31,13 @@ class Categorical(nn.Module):
             )
         return self.clone(codes=spec.codes[0])
 
-    @nn.compact
+    def setup(self):
+        self.readout = Linear(self.codes, self.dtype, jnp.float32, nn.initializers.zeros)
+
     @typed
     def __call__(self, h: Float[Array, "B m d"]) -> Float[Array, "B m v"]:
         """Logits, float32."""
-        kernel = self.param("kernel", nn.initializers.zeros, (h.shape[-1], self.codes))
-        return jnp.einsum(
-            "bmd,dv->bmv", h.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32
-        )
+        return self.readout(h)
 
     def loss(self, h: Float[Array, "b m d"], target: Int[Array, "b m 1"]) -> Float[Array, "b m"]:
         """Cross entropy in nats."""

@@ -9,6 +9,7 @@ from flax import struct
 from jax import lax
 
 from ar_jax.nets.attention import PADDING, attend, visible
+from ar_jax.nets.linear import Linear
 from ar_jax.nets.positions import rotary, rotate
 from ar_jax.typing import Array, Float, Index, Int, Params, typed
 
@@ -54,7 +55,7 @@ class Block(nn.Module):
 
     def setup(self):
         def dense(features):
-            return nn.Dense(features, use_bias=False, kernel_init=init, dtype=self.dtype)
+            return Linear(features, self.dtype)
 
         self.attention_norm, self.mlp_norm = RMSNorm(self.eps), RMSNorm(self.eps)
         self.qkv, self.out = dense(3 * self.width), dense(self.width)
