@@ -12,6 +12,7 @@ compilation is reported apart.
 """
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from ar_jax.decode.guidance import interval
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sequential import Knobs, sample
 from ar_jax.images import to_uint8
+from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.train.optim import make_optimiser
 from ar_jax.train.recipes import generator_loss, gradients
 from ar_jax.train.state import create, make_update
@@ -172,6 +174,8 @@ def networks(experiment: Experiment, options: Options) -> tuple[Any, Any, Params
     if experiment.generator.module is None:
         raise ValueError("the config has no generator")
     tokenizer, dtype = experiment.tokenizer.module, jnp.dtype(options.dtype).type
+    if tokenizer is None:  # the config takes a released one from a folder, which need not be there
+        tokenizer = VQGAN(size=(experiment.data.size,) * 2)
     generator = experiment.generator.module.complete(tokenizer.spec, INFO)
     generator = generator.clone(backbone=generator.backbone.clone(dtype=dtype), head=generator.head.clone(dtype=dtype))
     params, frozen = (jax.jit(net.init_params)(jax.random.key(0)) for net in (generator, tokenizer))
@@ -208,9 +212,9 @@ def matmul_peak(dtype: Any) -> float:
 
 def read_bandwidth(size: int) -> float:
     """Fastest reading of `size` bytes by all cores, in bytes per second."""
-    parts = jax.local_device_count() if jax.default_backend() != "cpu" else 2
-    x = jnp.ones((8 * parts, size // 4 // (8 * parts)), jnp.float32)
-    return x.nbytes / _best_time(_total, x)
+    x = jnp.ones(size // 4 // 2**16 * 2**16, jnp.float32)
+    # which of these keeps all cores busy differs from machine to machine
+    return max(x.nbytes / _best_time(_total, x.reshape(rows, -1)) for rows in (1, 2, os.cpu_count() or 1, 2**10))
 
 
 @jax.jit
