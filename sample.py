@@ -76,6 +76,8 @@ class Options:
     """Of parameters and matrix products of the generator."""
     unroll: bool = True
     """Lay the layers out one by one: faster loops on CPU, longer compilation."""
+    segments: int = 1
+    """Parts in which the cache grows: more read less memory and compile longer."""
     average: bool = True
     """Use the moving average of the weights, if the checkpoint has one."""
     mesh: MeshShape = MeshShape()
@@ -168,6 +170,7 @@ def make_sampler(
                 knobs=knobs,
                 keys=keys,
                 guided=settings["guidance"] != 1,
+                segments=options.segments,
             )
         )
 

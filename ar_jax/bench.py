@@ -57,6 +57,8 @@ class Options:
     """Of the sampler; 0 is off."""
     top_p: float = 1.0
     """Of the sampler; 1 is off."""
+    segments: int = 4
+    """Parts in which the sampler's cache grows."""
     repeat: int = 3
     """Repetitions of which the best counts."""
 
@@ -86,7 +88,16 @@ def bench_sample(experiment: Experiment, options: Options) -> dict[str, str]:
 
     @jax.jit
     def draw(params, batch, keys):
-        return sample(generator, params, batch, order, knobs=knobs, keys=keys, guided=options.guidance != 1)
+        return sample(
+            generator,
+            params,
+            batch,
+            order,
+            knobs=knobs,
+            keys=keys,
+            guided=options.guidance != 1,
+            segments=options.segments,
+        )
 
     @jax.jit
     def decode(frozen, tokens):

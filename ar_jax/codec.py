@@ -74,8 +74,11 @@ def _find(name, kind):
         thing = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError):
         raise ValueError(f"a checkpoint names {name!r}, which this version of {PACKAGE} does not have") from None
-    if not isinstance(thing, kind) or (kind is type and not dataclasses.is_dataclass(thing)):
-        raise ValueError(f"a checkpoint names {name!r}, which is no {'dataclass' if kind is type else 'function'}")
+    ours = getattr(thing, "__module__", "").split(".")[0] == PACKAGE  # not merely imported by a module of ours
+    if not ours or not isinstance(thing, kind) or (kind is type and not dataclasses.is_dataclass(thing)):
+        raise ValueError(
+            f"a checkpoint names {name!r}, which is no {'dataclass' if kind is type else 'function'} of it"
+        )
     return thing
 
 

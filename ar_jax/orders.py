@@ -54,18 +54,36 @@ def to_slots(tokens: Tokens, order: Order) -> Tokens:
     return jnp.take_along_axis(tokens, jnp.argsort(order.slot, axis=-1)[..., None], axis=1)
 
 
-def scan_steps(sizes: tuple[int, ...], fn: Callable[[State, Index, Index, int], State], state: State) -> State:
-    """Runs `fn(state, step, first rank, size)` for every step; neighbours of equal size share one `lax.scan`."""
+def scan_steps(
+    sizes: tuple[int, ...],
+    fn: Callable[[State, Index, Index, int], State],
+    state: State,
+    *,
+    grow: Callable[[State, int], State] = lambda state, ranks: state,
+    segments: int = 1,
+) -> State:
+    """Runs `fn(state, step, first rank, size)` for every step; neighbours of equal size share one `lax.scan`.
+
+    Args:
+      sizes: ranks revealed by each step.
+      fn: one step.
+      state: what is handed from step to step.
+      grow: called before every scan with the number of ranks known after it; makes room for them in the state.
+      segments: scans that a run of equal steps is cut into, so that `grow` can keep a cache no longer than needed;
+        more segments read less and compile longer.
+    """
     step = first = 0
     for size, run in itertools.groupby(sizes):
         count = len(list(run))
-        if count == 1:
-            state = fn(state, step, first, size)
-        else:
+        for part in np.array_split(np.arange(count), min(segments, count)):
+            state = grow(state, first + len(part) * size)
+            if len(part) == 1:
+                state = fn(state, step, first, size)
+            else:
 
-            def body(carry, i, step=step, first=first, size=size):
-                return fn(carry, step + i, first + i * size, size), None
+                def body(carry, i, step=step, first=first, size=size):
+                    return fn(carry, step + i, first + i * size, size), None
 
-            state, _ = lax.scan(body, state, jnp.arange(count))
-        step, first = step + count, first + count * size
+                state, _ = lax.scan(body, state, jnp.arange(len(part)))
+            step, first = step + len(part), first + len(part) * size
     return state

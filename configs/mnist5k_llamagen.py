@@ -28,8 +28,8 @@ def get_config() -> Experiment:
             log_every=50, preview_every=150, save_every=150,
         ),
         generator=GeneratorStage(
-            module=Causal(Transformer(layers=4, width=128, heads=4, hidden=384, dropout=0.1), Label(128), dropout=0.1),
-            steps=900, batch=64, optim=Optim(lr=2e-3, warmup=50, schedule="cosine", ema=0.99),
+            module=Causal(Transformer(layers=4, width=128, heads=4, hidden=384), Label(128)),
+            steps=700, batch=64, optim=Optim(lr=2e-3, warmup=50, schedule="cosine", ema=0.99),
             sampling=Sampling(guidance=3.0, temperature=0.8),
             log_every=50, preview_every=300, save_every=300,
         ),

@@ -110,7 +110,8 @@ def cached(generator, params, batch, tokens):
     call = functools.partial(generator.apply, {"params": params})
     cond, uncond = (call(batch, jnp.full(b, drop), method="condition") for drop in (False, True))
     cond = paired(cond, uncond)
-    state = call(cond, order, b, method="begin").replace(tokens=jnp.asarray(tokens)[..., None])
+    state = call(call(cond, order, b, method="begin"), generator.spec.n, cond, method="grow")
+    state = state.replace(tokens=jnp.asarray(tokens)[..., None])
 
     def row(self, state, rank):
         h, cache = self.row(state, rank, cond, order)

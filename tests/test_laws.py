@@ -29,23 +29,25 @@ def image_keys(count):
 
 
 @functools.cache
-def sampler(case, unroll=True):
+def sampler(case, unroll=True, segments=1):
     generator = case.generator.clone(backbone=case.generator.backbone.clone(unroll=unroll))
 
     @jax.jit
     def run(params, batch, slot, keys):
         order = case.order(generator.spec, None, case.images).replace(slot=slot)
-        return sample(generator, params, batch, order, knobs=knobs(len(order.sizes)), keys=keys, guided=True)
+        return sample(
+            generator, params, batch, order, knobs=knobs(len(order.sizes)), keys=keys, guided=True, segments=segments
+        )
 
     return run
 
 
-def sampled(case, images=slice(None), unroll=True):
+def sampled(case, images=slice(None), unroll=True, segments=1):
     batch = jax.tree.map(lambda x: x[images], case.batch)
     slot = case.order(case.generator.spec, None, case.images).slot
     slot = slot[images] if len(slot) > 1 else slot
     params = case.generator.unrolled(case.params)[1] if unroll else case.params
-    return np.asarray(sampler(case, unroll)(params, batch, slot, image_keys(case.images)[images]))
+    return np.asarray(sampler(case, unroll, segments)(params, batch, slot, image_keys(case.images)[images]))
 
 
 def hidden(case, tokens, guided=False):
@@ -92,6 +94,11 @@ def test_cached_sampling_equals_a_redraw_from_the_teacher_forced_pass(case):
 @every_case
 def test_stacked_and_unrolled_layers_draw_the_same(case):
     np.testing.assert_array_equal(sampled(case), sampled(case, unroll=False))
+
+
+@every_case
+def test_a_growing_cache_draws_the_same(case):
+    np.testing.assert_array_equal(sampled(case), sampled(case, segments=3))
 
 
 @every_case

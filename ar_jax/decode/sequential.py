@@ -40,11 +40,12 @@ def sample(
     knobs: Knobs,
     keys: Key[Array, "b"],
     guided: bool,
+    segments: int = 1,
 ) -> Tokens:
     """Draws the tokens of one image per key.
 
     Args:
-      generator: a Linen module with methods `condition`, `begin` and `step`.
+      generator: a Linen module with methods `condition`, `begin`, `grow` and `step`.
       params: its parameters.
       batch: conditions, first axis b.
       order: what each step reveals.
@@ -52,6 +53,7 @@ def sample(
       knobs: guidance, temperature, filter.
       keys: one per image; the draw of a rank uses `fold_in(key, rank)`, so an image does not depend on its neighbours.
       guided: run every image with and without its condition.
+      segments: the cache grows in so many parts (see `scan_steps`).
 
     Returns:
       Tokens in slot order.
@@ -69,8 +71,12 @@ def sample(
             state, i, first, size, cond=cond, order=order, embed=embed, knobs=knobs, keys=rank_keys, method="step"
         )
 
+    def grow(state, ranks):
+        return call(state, ranks, cond, method="grow")
+
     state = call(cond, order, images, method="begin")
-    return to_slots(scan_steps(order.sizes, step, state).tokens, order)
+    state = scan_steps(order.sizes, step, state, grow=grow, segments=segments)
+    return to_slots(state.tokens, order)
 
 
 def sample_images(
@@ -84,11 +90,13 @@ def sample_images(
     knobs: Knobs,
     keys: Key[Array, "b"],
     guided: bool,
+    segments: int = 1,
 ) -> Float[Array, "b h w c"]:
     """Draws tokens with a generator and decodes them: `sample`, then the tokenizer's `decode`."""
     decoder = functools.partial(tokenizer.apply, {"params": tokenizer_params})
     tokens = sample(
         generator, params, batch, order, embed=functools.partial(decoder, method="embed"), knobs=knobs, keys=keys,
         guided=guided,
+        segments=segments,
     )  # fmt: skip
     return decoder(tokens, method="decode")

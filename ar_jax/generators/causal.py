@@ -116,10 +116,14 @@ class Causal(nn.Module):
         """Feeds all condition rows but the last into an empty cache."""
         self._check(order)
         rows, p, _ = cond.rows.shape
-        cache = self.backbone.empty_cache(rows, p - 1 + self.spec.n)
+        cache = self.backbone.empty_cache(rows).grow(p - 1)
         if p > 1:
             _, cache = self.backbone(cond.rows[:, :-1], cond.step[:, :-1], self._nowhere(p - 1), cache=cache)
         return State(jnp.zeros((images, self.spec.n, 1), jnp.int32), cache)
+
+    def grow(self, state: State, ranks: int, cond: Cond) -> State:
+        """Makes room in the cache for the first `ranks` ranks."""
+        return state.replace(cache=state.cache.grow(cond.rows.shape[1] - 1 + ranks))
 
     def step(
         self,

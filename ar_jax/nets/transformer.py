@@ -29,6 +29,16 @@ class Cache:
     v: Any
     step: Array
 
+    def grow(self, rows: int) -> "Cache":
+        """The same cache with room for `rows` rows in all."""
+        more = rows - self.step.shape[1]
+
+        def longer(x):
+            return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])
+
+        step = jnp.pad(self.step, ((0, 0), (0, more)), constant_values=PADDING)
+        return Cache(*jax.tree.map(longer, (self.k, self.v)), step)
+
 
 class RMSNorm(nn.Module):
     """x / rms(x), computed in float32, times a learned scale."""
@@ -125,13 +135,14 @@ class Transformer(nn.Module):
             )(*sizes)
         self.norm = RMSNorm(self.eps)
 
-    def empty_cache(self, batch: int, rows: int) -> Cache:
-        shape = (batch, self.heads, rows, self.width // self.heads)
+    def empty_cache(self, batch: int) -> Cache:
+        """A cache without rows; `Cache.grow` makes room."""
+        shape = (batch, self.heads, 0, self.width // self.heads)
         if self.unroll:
             k, v = ([jnp.zeros(shape, self.dtype) for _ in range(self.layers)] for _ in "kv")
         else:
             k, v = (jnp.zeros((self.layers, *shape), self.dtype) for _ in "kv")
-        return Cache(k, v, jnp.full((batch, rows), PADDING))
+        return Cache(k, v, jnp.full((batch, 0), PADDING))
 
     @typed
     def __call__(

@@ -1,5 +1,6 @@
 """Checkpoints of a training run: written in the background, complete or absent, restored onto any mesh."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class Checkpoints:
             folder.absolute(), preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )  # fmt: skip
-        self._folder, self._pending = folder, None
+        self._folder, self._pending, self._reported = folder, None, False
 
     @property
     def latest(self) -> int | None:
@@ -80,9 +81,12 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            # Orbax raises a failed save a second time, without a word of what to do
+            with contextlib.suppress(*[Exception] * self._reported):
+                self._checkpointer.close()
 
     def _failed(self, error):
+        self._reported = True
         return ValueError(
             f"could not write a checkpoint to {self._folder}: {error}. Nothing half-written is kept; the newest complete "
             f"checkpoint is step {self.latest}. Free some space and run the same command again"

@@ -1,11 +1,11 @@
 """What a run tells: a progress bar, a JSON line and TensorBoard scalars per period, pictures."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from ar_jax.images import save_png, tile
@@ -23,7 +23,7 @@ class Log:
         if not quiet:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-            self._board = SummaryWriter(str(folder))
+            self._board = _summary_writer()(str(folder))
         self._since, self._seen = time.perf_counter(), first
 
     def step(self) -> None:
@@ -60,3 +60,16 @@ class Log:
         if not self._quiet:
             self._file.close()
             self._board.close()
+
+
+def _summary_writer():
+    """tensorboardX's class, without the torch that it would import wherever it finds one."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return SummaryWriter

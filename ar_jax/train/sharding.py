@@ -36,7 +36,8 @@ def make_mesh(shape: MeshShape = MeshShape(), devices: Sequence[Any] | None = No
     devices = jax.devices() if devices is None else devices
     sizes = [shape.data, shape.fsdp, shape.tp]
     rest = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) > 1 or rest < 1 or len(devices) % rest or (-1 not in sizes and rest != len(devices)):
+    fits = len(devices) % rest == 0 if -1 in sizes and rest else rest == len(devices)
+    if sizes.count(-1) > 1 or min(sizes) < -1 or not fits:
         raise ValueError(
             f"mesh (data, fsdp, tp) = {tuple(sizes)} does not fit {len(devices)} devices; the sizes must multiply to "
             f"that number, and at most one may be -1 (fill)"

@@ -95,18 +95,21 @@ def test_a_filter_refuses_settings_outside_their_range(settings, message):
         Filter(**settings)
 
 
+drawn_from = jax.jit(draw)
+
+
 def keys(images, tokens, seed=0):
     return jax.random.split(jax.random.key(seed), (images, tokens))
 
 
 def test_temperature_zero_draws_the_largest():
     logits = rows(4, 3, 17)
-    np.testing.assert_array_equal(draw(logits, keys(4, 3), jnp.zeros(())), logits.argmax(-1))
+    np.testing.assert_array_equal(drawn_from(logits, keys(4, 3), jnp.zeros(())), logits.argmax(-1))
 
 
 def test_draws_occur_as_often_as_their_softmax_says():
     logits, count = np.float32([1.0, 0.0, -np.inf, 2.0, -1.0, 0.5]), 20000
-    drawn = draw(np.tile(logits, (count, 1, 1)), keys(count, 1), jnp.ones(()))
+    drawn = drawn_from(np.tile(logits, (count, 1, 1)), keys(count, 1), jnp.ones(()))
     p = np.exp(logits) / np.exp(logits).sum()
     seen = np.bincount(np.asarray(drawn)[:, 0], minlength=6) / count
     assert (np.abs(seen - p) <= 4.5 * np.sqrt(p * (1 - p) / count)).all(), (seen, p)
@@ -115,9 +118,9 @@ def test_draws_occur_as_often_as_their_softmax_says():
 
 def test_a_draw_depends_on_its_own_key_only():
     logits = rows(6, 2, 17)
-    together = draw(logits, keys(6, 2), jnp.ones(()))
-    np.testing.assert_array_equal(draw(logits[3:4], keys(6, 2)[3:4], jnp.ones(())), together[3:4])
-    assert (np.asarray(together) != np.asarray(draw(logits, keys(6, 2, seed=1), jnp.ones(())))).any()
+    together = drawn_from(logits, keys(6, 2), jnp.ones(()))
+    np.testing.assert_array_equal(drawn_from(logits[3:4], keys(6, 2)[3:4], jnp.ones(())), together[3:4])
+    assert (np.asarray(together) != np.asarray(drawn_from(logits, keys(6, 2, seed=1), jnp.ones(())))).any()
 
 
 def test_paired_puts_each_condition_before_its_unconditional_row():

@@ -178,9 +178,9 @@ def test_codes_have_unit_length_with_l2_norm_and_are_the_codebook_without():
 
 
 def test_cosine_search_ignores_the_length_of_latents():
-    module, params = tiny()
+    _, params = tiny()
     grid = normal(1, 8, 12, 3, seed=4)
-    quantise = lambda z: module.apply({"params": params}, z, method="quantise")[1]  # noqa: E731
+    quantise = lambda z: method("quantise")(z)[1]  # noqa: E731
     np.testing.assert_array_equal(quantise(grid), quantise(50 * grid))
     unit = params["codebook"] / np.linalg.norm(params["codebook"], axis=-1, keepdims=True)
     cosine = np.einsum("bhwc,vc->bhwv", grid, unit)
