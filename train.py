@@ -10,6 +10,7 @@ The run folder (runs/NAME) holds checkpoints, pictures, TensorBoard logs and met
 `python sample.py runs/NAME` draws from it.
 """
 
+import contextlib
 import dataclasses
 import shutil
 import sys
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> None:
     config, overrides = arguments[0], arguments[1:]
     try:
         train(parse(load_config(config), overrides, f"train.py {config}", __doc__), config, overrides)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"train.py: {error}") from error
 
 
@@ -50,9 +51,23 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
         f"{run}: {len(source)} images of {experiment.data.name}, {info.classes or 'no'} classes, "
         f"mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}"
     )
+    tokenizer_settings = {"data": dataclasses.asdict(experiment.data)}
+    tokenizer = prepare(experiment.tokenizer, "tokenizer", run / "tokenizer", info, tokenizer_settings)
+    stage, data, generator = experiment.generator, experiment.data, None
+    if stage.steps or stage.path:  # both networks are known to fit before either is trained
+        if stage.tokens:
+            data = dataclasses.replace(data, name="tokens", path=stage.tokens, text="")  # the cache holds the features
+            info = open_source(data).info
+        if stage.module is not None:
+            stage = dataclasses.replace(stage, module=stage.module.complete(tokenizer.module.spec, info))
+        settings = {
+            "tokenizer": "../tokenizer", "order": codec.encode(stage.order),
+            "sampling": dataclasses.asdict(stage.sampling), "data": dataclasses.asdict(data),
+        }  # fmt: skip
+        generator = prepare(stage, "generator", run / "generator", info, settings)
     if jax.process_index() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(config, run / "config.py")
+        with contextlib.suppress(shutil.SameFileError):
+            shutil.copyfile(config, run / "config.py")
         facts = {
             "config": config,
             "overrides": overrides,
@@ -60,30 +75,14 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
             "experiment": codec.encode(experiment),
         }
         write_json(run / "run.json", facts)
+
     tokenizer_key, generator_key = jax.random.split(jax.random.key(experiment.seed))
-
-    stage = experiment.tokenizer
-    tokenizer = prepare(stage, "tokenizer", run / "tokenizer", info, {"data": dataclasses.asdict(experiment.data)})
-    if stage.steps and not stage.path:
-        recipe = tokenizer_recipe(stage, tokenizer.module)
-        stage_fit(recipe, stage, experiment, experiment.data, tokenizer, mesh, tokenizer_key)
-
-    stage = experiment.generator
-    if not stage.steps and not stage.path:
-        return
-    data = experiment.data
-    if stage.tokens:
-        data = dataclasses.replace(data, name="tokens", path=stage.tokens, text="")  # the cache holds the features
+    if experiment.tokenizer.steps and not experiment.tokenizer.path:
+        recipe = tokenizer_recipe(experiment.tokenizer, tokenizer.module)
+        stage_fit(recipe, experiment.tokenizer, experiment, experiment.data, tokenizer, mesh, tokenizer_key)
+    if generator and stage.tokens:
         check_cache(data, tokenizer)
-        info = open_source(data).info
-    if stage.module is not None:
-        stage = dataclasses.replace(stage, module=stage.module.complete(tokenizer.module.spec, info))
-    settings = {
-        "tokenizer": "../tokenizer", "order": codec.encode(stage.order), "sampling": dataclasses.asdict(stage.sampling),
-        "data": dataclasses.asdict(data),
-    }  # fmt: skip
-    generator = prepare(stage, "generator", run / "generator", info, settings)
-    if stage.steps and not stage.path:
+    if generator and not stage.path:
         recipe = generator_recipe(stage, generator.module, tokenizer.module, tokenizer.params())
         stage_fit(recipe, stage, experiment, data, generator, mesh, generator_key)
 

@@ -24,13 +24,13 @@ def get_config() -> Experiment:
                 vq=VectorLoss(entropy=0.02),
             ),
             losses=Losses(lpips=0.0, adversarial=0.0),
-            steps=300, batch=64, optim=Optim(lr=2e-3, weight_decay=0.0, warmup=40, schedule="cosine"),
-            log_every=50, preview_every=150, save_every=150,
+            steps=250, batch=64, optim=Optim(lr=2e-3, weight_decay=0.0, warmup=40, schedule="cosine"),
+            log_every=50, preview_every=125, save_every=125,
         ),
         generator=GeneratorStage(
             module=Causal(Transformer(layers=4, width=128, heads=4, hidden=384), Label(128)),
-            steps=700, batch=64, optim=Optim(lr=2e-3, warmup=50, schedule="cosine", ema=0.99),
-            sampling=Sampling(guidance=3.0, temperature=0.8),
-            log_every=50, preview_every=300, save_every=300,
+            steps=500, batch=64, optim=Optim(lr=2e-3, warmup=50, schedule="cosine", ema=0.99),
+            sampling=Sampling(guidance=2.5, temperature=0.9),
+            log_every=50, preview_every=250, save_every=250,
         ),
     )  # fmt: skip

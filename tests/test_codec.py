@@ -99,7 +99,7 @@ class Outside:
 
 @pytest.mark.parametrize("value", [Outside(), nn.Dense(3), lambda x: x, np.linalg.norm])
 def test_what_lies_outside_the_package_is_not_written(value):
-    with pytest.raises(ValueError, match="lies outside ar_jax|cannot be written to JSON"):
+    with pytest.raises(ValueError, match=r"lies outside ar_jax|cannot be written to JSON"):
         codec.encode(value)
 
 
@@ -160,5 +160,5 @@ def test_names_inside_the_package_must_be_of_the_right_kind(value, message):
 def test_names_that_a_module_of_ours_merely_imports_are_refused(value):
     module, _, name = next(iter(value.values())).partition(":")
     assert hasattr(importlib.import_module(module), name), "take another example"
-    with pytest.raises(ValueError, match="which is no (function|dataclass) of it"):
+    with pytest.raises(ValueError, match=r"which is no (function|dataclass) of it"):
         codec.decode(value)

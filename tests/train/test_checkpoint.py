@@ -88,8 +88,7 @@ def test_a_state_comes_back_bit_for_bit(states, saved):
 def test_a_state_without_average_comes_back_without(states, tmp_path):
     plain = states[1].replace(ema=None)
     with opened(tmp_path) as checkpoints:
-        checkpoints.save(plain, {})
-        checkpoints.wait()
+        save_and_wait(checkpoints, plain)
         like = shapes().replace(ema=None)
         state, meta = checkpoints.restore(like, shard(like, one_device()))
     assert_same(state, plain)
@@ -133,7 +132,7 @@ def test_the_first_leaf_of_another_model_is_named(saved, sizes, message):
 def test_the_leaf_of_another_optimiser_is_named(saved):
     like = shapes()
     like = like.replace(opt=optax.sgd(0.1).init(like.params))
-    with opened(saved) as checkpoints, pytest.raises(ValueError, match="training: leaf opt/0.* is not part of"):
+    with opened(saved) as checkpoints, pytest.raises(ValueError, match=r"training: leaf opt/0.* is not part of"):
         checkpoints.restore(like, shard(like, one_device()))
 
 
@@ -172,14 +171,18 @@ def full_disk(allowed):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def save_and_wait(checkpoints, state):
+    checkpoints.save(state, {})
+    checkpoints.wait()
+
+
 @pytest.mark.parametrize("allowed", [0, 2000], ids=["nothing can be written", "the arrays cannot be written"])
 def test_a_full_disk_is_reported_and_leaves_the_newest_checkpoint_as_it_was(states, tmp_path, allowed):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(states[1], META)
         checkpoints.wait()
         with full_disk(allowed), pytest.raises(ValueError, match="could not write a checkpoint") as caught:
-            checkpoints.save(states[2], {})
-            checkpoints.wait()
+            save_and_wait(checkpoints, states[2])
         assert "newest complete checkpoint is step 1" in str(caught.value)
         assert "Free some space" in str(caught.value)
         assert checkpoints.latest == 1
@@ -194,10 +197,12 @@ def test_a_full_disk_is_reported_and_leaves_the_newest_checkpoint_as_it_was(stat
 
 
 def test_a_full_disk_is_reported_by_close_too(states, tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+    def run():
+        with opened(tmp_path) as checkpoints:
+            checkpoints.save(states[1], {})
+
     with full_disk(2000), pytest.raises(ValueError, match="could not write a checkpoint"):
-        checkpoints.save(states[1], {})
-        checkpoints.close()
+        run()
     with opened(tmp_path) as checkpoints:
         assert checkpoints.latest is None
 

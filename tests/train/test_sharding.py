@@ -13,6 +13,7 @@ from ar_jax.train.optim import Optim
 from ar_jax.train.recipes import generator_recipe
 from ar_jax.train.sharding import MeshShape, make_mesh, put_batch, replicated, shard
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 FOUR = (2, 2, 1)
 
 

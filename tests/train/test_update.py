@@ -21,6 +21,7 @@ from ar_jax.train.optim import NO_DECAY, Optim, make_optimiser, schedule
 from ar_jax.train.recipes import generator_loss, gradients
 from ar_jax.train.state import TrainState, create, make_update
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 CASE = CASES["llamagen_label"]
 
 

@@ -1,0 +1,510 @@
+"""The two commands end to end: a tiny tokenizer and generator of real digits."""
+
+import contextlib
+import json
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+
+import sample
+import train
+from ar_jax.data import Info
+from ar_jax.models import open_model, write_json
+from ar_jax.train.checkpoint import save_params
+from ar_jax.train.sharding import make_mesh
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+CONFIG = """
+from ar_jax.config import Experiment, GeneratorStage, Losses, Sampling, TokenizerStage
+from ar_jax.data import Data
+from ar_jax.generators.causal import Causal
+from ar_jax.nets.conditioning import Label
+from ar_jax.nets.transformer import Transformer
+from ar_jax.tokenizers.vqgan import VQGAN
+from ar_jax.train.optim import Optim
+
+
+def get_config():
+    return Experiment(
+        name="whole",
+        data=Data(name="mnist5k", size=32, crop="random"),
+        tokenizer=TokenizerStage(
+            module=VQGAN((32, 32), features=4, mult=(1, 1, 2), res_blocks=0, latent=4, codes=16, code_features=4, groups=2),
+            losses=Losses(lpips=0.0, adversarial=0.0),
+            steps=4, batch=8, optim=Optim(lr=1e-3), log_every=2, preview_every=4, preview_images=4, save_every=2,
+        ),
+        generator=GeneratorStage(
+            module=Causal(Transformer(2, 16, 2, hidden=24, dropout=0.1), Label(16), dropout=0.1),
+            steps=6, batch=8, optim=Optim(lr=1e-2, ema=0.5), log_every=3, preview_every=6, preview_images=4,
+            save_every=3, sampling=Sampling(guidance=2.0),
+        ),
+    )
+"""
+QUIET = ("--tokenizer.preview-every", "0", "--generator.preview-every", "0")
+
+
+def one_device(shape):
+    return make_mesh(shape, jax.devices()[:1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    """One device unless a test says otherwise, and no program of this file is compiled twice."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_mesh", one_device)
+        patch.setattr(sample, "make_mesh", one_device)
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("train")
+    (root / "tiny.py").write_text(CONFIG)
+    return root
+
+
+def trained(place, *overrides):
+    train.main([str(place / "tiny.py"), "--out", str(place), *map(str, overrides)])
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    trained(place)
+    return place / "whole"
+
+
+def metrics(run, stage):
+    return [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def refused(command, *arguments):
+    """The message of a command that must fail, and its exit code."""
+    with pytest.raises(SystemExit) as caught:
+        command([str(argument) for argument in arguments])
+    assert caught.value.code not in (None, 0)
+    return str(caught.value.code)
+
+
+@contextlib.contextmanager
+def full_disk(allowed):
+    """No file can grow beyond `allowed` bytes, for root too: writes then fail as they do on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, hard))  # Python ignores the signal that comes with it
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# train.py
+
+
+def test_a_run_folder_holds_both_stages_and_how_they_came_about(run, place):
+    for stage, steps in (("tokenizer", ["2", "4"]), ("generator", ["3", "6"])):
+        assert (run / stage / "model.json").is_file()
+        assert sorted(path.name for path in (run / stage / "checkpoints").iterdir() if path.is_dir()) == steps
+        assert list((run / stage).glob("events.out.tfevents*"))
+    assert (run / "config.py").read_text() == CONFIG
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["overrides"] == ["--out", str(place)]
+    assert facts["versions"]["jax"] == jax.__version__
+    assert facts["experiment"]["generator"]["optim"]["lr"] == 1e-2
+    model = open_model(run, "generator")
+    assert model.info.classes == model.module.conditioning.classes == 10
+    assert model.module.spec.n == 64
+    assert model.settings["sampling"]["guidance"] == 2.0
+
+
+def test_metrics_tell_loss_gradient_pace_and_quality(run):
+    tokenizer, generator = metrics(run, "tokenizer"), metrics(run, "generator")
+    assert [line["step"] for line in tokenizer] == [2, 4, 4]
+    assert [line["step"] for line in generator] == [3, 6]
+    pace = {"loss", "grad_norm", "lr", "images_per_second", "steps_per_second"}
+    for line in (*tokenizer[:2], *generator):
+        assert pace <= line.keys()
+        assert all(np.isfinite(value) for value in line.values())
+        assert line["images_per_second"] == pytest.approx(8 * line["steps_per_second"], rel=1e-3)
+    assert {"psnr", "usage", "code_perplexity", "reconstruction", "codebook", "commit"} <= tokenizer[0].keys()
+    held_out = {"held_out/psnr", "held_out/ssim", "held_out/usage", "held_out/code_perplexity"}
+    assert tokenizer[2].keys() == {"step"} | held_out
+    assert 0 < tokenizer[2]["held_out/usage"] <= 1
+    assert generator[0]["loss"] == pytest.approx(np.log(16), abs=0.7)  # 16 codes, hardly trained
+    assert generator[0]["lr"] == 0.01
+
+
+def test_previews_are_grids_of_reconstructions_and_of_samples(run):
+    with Image.open(run / "tokenizer" / "samples" / "0000004.png") as sheet:
+        assert (sheet.size, sheet.mode) == ((10 * 34 + 2, 34 + 2), "RGB")  # 4 images, each beside its reconstruction
+        shown = np.asarray(sheet)[2:34, 2:34]
+    source = train.open_source(open_data(run, split="test"))
+    np.testing.assert_array_equal(shown, source[0]["image"])
+    with Image.open(run / "generator" / "samples" / "0000006.png") as sheet:
+        drawn = np.asarray(sheet)[2:34]
+    assert len({drawn[:, 2 + 34 * i : 34 + 34 * i].tobytes() for i in range(4)}) == 4, "four different images"
+
+
+def open_data(run, **changes):
+    data = open_model(run, "tokenizer").settings["data"]
+    return train.Data(**data | changes)
+
+
+def test_the_same_command_again_trains_nothing_and_says_so(run, place, capsys):
+    before = content(run)
+    trained(place)
+    said = capsys.readouterr().out
+    assert "tokenizer: all 4 updates are done (checkpoint 4" in said
+    assert "generator: all 6 updates are done (checkpoint 6" in said
+    assert content(run) == before
+
+
+def test_a_run_stopped_twice_ends_in_the_same_numbers_as_one_that_was_not(run, place, capsys):
+    name = ("--name", "stopped", *QUIET)
+    trained(place, *name, "--tokenizer.steps", 2, "--generator.steps", 0)
+    assert not (place / "stopped" / "generator" / "checkpoints").exists()
+    trained(place, *name, "--generator.steps", 3)
+    trained(place, *name)
+    said = capsys.readouterr()
+    assert "tokenizer: resumed at update 2" in said.out + said.err
+    assert "generator: resumed at update 3" in said.out + said.err
+    for stage in ("tokenizer", "generator"):
+        for average in (True, False):
+            whole, stopped = (open_model(folder, stage).params(average=average) for folder in (run, place / "stopped"))
+            jax.tree.map(np.testing.assert_array_equal, whole, stopped)
+        last = [line for line in metrics(run, stage) if "loss" in line][-1]
+        again = [line for line in metrics(place / "stopped", stage) if "loss" in line][-1]
+        assert (again["step"], again["loss"]) == (last["step"], last["loss"])
+    different = jax.tree.map(
+        lambda a, b: bool((a != b).any()),
+        open_model(run, "generator").params(),
+        open_model(run, "generator").params(average=False),
+    )
+    assert any(jax.tree.leaves(different)), "the average must differ from the weights"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (("--generator.module.backbone.layers", 3), "another generator: module.backbone.layers is 2 there and 3 here"),
+        (("--tokenizer.module.codes", 32), "another tokenizer: module.codes is 16 there and 32 here"),
+    ],
+)
+def test_another_network_in_the_same_run_is_refused_and_its_first_field_named(run, place, override, message):
+    before = content(run)
+    said = refused(train.main, place / "tiny.py", "--out", place, *override)
+    assert message in said
+    assert "Give --name for a new run" in said
+    assert content(run) == before, "what the run folder says of itself must stay true"
+
+
+def test_a_mistyped_override_is_refused_with_the_near_name(place, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main([str(place / "tiny.py"), "--generator.optim.weight-deca", "0.1"])
+    assert caught.value.code not in (None, 0)
+    said = capsys.readouterr()
+    assert "--generator.optim.weight-decay" in said.out + said.err
+    assert not Path("runs/whole").exists()
+
+
+def test_a_value_of_the_wrong_kind_is_refused(place, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main([str(place / "tiny.py"), "--generator.steps", "many"])
+    assert caught.value.code not in (None, 0)
+    said = capsys.readouterr()
+    assert "generator.steps" in said.out + said.err
+
+
+@pytest.mark.parametrize("name", ["configs/none.py", "none", "tests"])
+def test_an_unknown_config_is_refused(name):
+    assert f"'{name}' is no config file" in refused(train.main, name)
+
+
+def test_a_file_without_get_config_is_refused(tmp_path):
+    (tmp_path / "other.py").write_text("x = 1\n")
+    assert "defines no get_config()" in refused(train.main, tmp_path / "other.py")
+
+
+def test_the_config_kept_in_a_run_folder_goes_on_with_the_run(run, place, capsys):
+    train.main([str(run / "config.py"), "--out", str(place)])
+    assert "generator: all 6 updates are done" in capsys.readouterr().out
+    assert (run / "config.py").read_text() == CONFIG
+
+
+def test_a_disk_that_fills_up_while_checkpointing_ends_the_run_and_keeps_its_newest_checkpoint(run, place, capsys):
+    shutil.copytree(run, place / "full")
+    more = (place / "tiny.py", "--out", place, "--name", "full", *QUIET, "--generator.steps", 7)
+    with full_disk(5000):
+        said = refused(train.main, *more)
+    assert "train.py: could not write a checkpoint" in said
+    assert "newest complete checkpoint is step 6" in said
+    kept, whole = (open_model(folder, "generator").params() for folder in (place / "full", run))
+    jax.tree.map(np.testing.assert_array_equal, kept, whole)
+    train.main([str(word) for word in more])
+    said = capsys.readouterr()
+    assert "generator: resumed at update 6" in said.out + said.err
+    assert (place / "full" / "generator" / "checkpoints" / "7").is_dir()
+
+
+# sample.py
+
+
+def sampled(run, out, *options):
+    sample.main([str(run), "--out", str(out), *map(str, options)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def drawn(run, place):
+    """Twelve images as an .npz, drawn five at a time."""
+    return sampled(run, place / "twelve.npz", "--count", 12, "--batch", 5)
+
+
+def images_of(file):
+    with np.load(file) as arrays:
+        assert arrays.files == ["arr_0"]
+        return arrays["arr_0"]
+
+
+def test_an_npz_holds_uint8_images_and_nothing_else_is_left(drawn, place):
+    images = images_of(drawn)
+    assert (images.dtype, images.shape) == (np.uint8, (12, 32, 32, 3))
+    assert len({image.tobytes() for image in images}) == 12
+    assert not list(place.glob(".twelve*"))
+
+
+def assert_same_images(a, b):
+    """Tokens are the same to the bit; decoded in batches of another size, a pixel may round to the next of 256 levels."""
+    apart = np.abs(images_of(a).astype(int) - images_of(b))
+    assert apart.max() <= 1
+    assert (apart > 0).mean() < 1e-3
+
+
+def test_images_do_not_depend_on_the_batch_size(run, drawn, tmp_path):
+    assert_same_images(sampled(run, tmp_path / "a.npz", "--count", 12, "--batch", 2), drawn)
+
+
+def test_images_do_not_depend_on_the_number_of_devices(run, drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "make_mesh", make_mesh)
+    assert jax.device_count() == 8
+    assert_same_images(sampled(run, tmp_path / "a.npz", "--count", 12, "--batch", 8), drawn)
+    said = refused(sample.main, run, "--out", tmp_path / "b.npz", "--batch", 12)
+    assert "--batch is 12; it must be a positive multiple of the 8 batch shares" in said
+
+
+def test_a_grid_shows_the_images_row_by_row(run, drawn, tmp_path):
+    out = sampled(run, tmp_path / "grid.png", "--count", 12, "--batch", 5)
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+    with Image.open(out) as sheet:
+        pixels = np.asarray(sheet)
+    assert pixels.shape == (2 * 34 + 2, 10 * 34 + 2, 3)  # a column per class
+    for i, image in enumerate(images_of(drawn)):
+        y, x = 2 + 34 * (i // 10), 2 + 34 * (i % 10)
+        np.testing.assert_array_equal(pixels[y : y + 32, x : x + 32], image)
+    assert (pixels[:2] == 255).all()
+
+
+def test_a_folder_of_images_can_be_completed_but_not_mixed(run, drawn, tmp_path, capsys):
+    out = sampled(run, tmp_path / "images", "--count", 12, "--batch", 5)
+    files = {path.name: path for path in out.glob("*.png")}
+    assert sorted(files) == [f"{i:06d}.png" for i in range(12)]
+    for i, image in enumerate(images_of(drawn)):
+        with Image.open(out / f"{i:06d}.png") as file:
+            np.testing.assert_array_equal(np.asarray(file), image)
+            assert file.text == {"condition": str(i % 10), "seed": "0"}
+
+    before, times = content(out), {name: path.stat().st_mtime_ns for name, path in files.items()}
+    gone = ("000001.png", "000007.png", "000011.png")
+    for name in gone:
+        files[name].unlink()
+    sampled(run, out, "--count", 12, "--batch", 5)
+    assert content(out) == before
+    assert [name for name in files if files[name].stat().st_mtime_ns != times[name]] == list(gone)
+
+    for other in (("--seed", 1), ("--guidance", 3), ("--labels", 3), ("--no-average",)):
+        assert "images of another model or other settings" in refused(sample.main, run, "--out", out, *other)
+    assert content(out) == before
+
+
+def test_a_folder_of_other_files_is_left_alone(run, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert "was not begun by sample.py" in refused(sample.main, run, "--out", tmp_path)
+    assert content(tmp_path) == {"thesis.tex": b"mine"}
+
+
+def test_labels_are_used_in_turn(run, drawn, tmp_path):
+    out = sampled(run, tmp_path / "images", "--labels", 3, 3, 7, "--count", 5, "--batch", 5)
+    conditions = [Image.open(out / f"{i:06d}.png").text["condition"] for i in range(5)]
+    assert conditions == ["3", "3", "7", "3", "3"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--labels", "33"), "no class '33'; near ones: 3; give a name or number from 0 to 9"),
+        (("--captions", "a red heart"), "captions given, but this model takes class labels; give --labels"),
+        (("--features", "x.npz"), "captions given, but this model takes class labels"),
+        (("--count", "0"), "--count is 0; it must be at least 1"),
+        (("--batch", "0"), "--batch is 0; it must be a positive multiple"),
+        (("--top-p", "1.5"), r"top_p must lie in (0, 1], got 1.5"),
+        (("--top-k", "-2"), "top_k must be 0 (off) or positive, got -2"),
+        (("--tokenizer", "nowhere"), "nowhere does not exist; a tokenizer is needed"),
+    ],
+)
+def test_bad_requests_are_refused_in_words(run, tmp_path, options, message):
+    assert message in refused(sample.main, run, "--out", tmp_path / "x.png", *options)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_run_that_is_none_is_refused(tmp_path):
+    assert f"{tmp_path / 'no'} does not exist; a generator is needed" in refused(sample.main, tmp_path / "no")
+    assert "holds no model.json; a generator is needed" in refused(sample.main, tmp_path)
+
+
+def test_a_generator_without_a_checkpoint_says_so(run, tmp_path):
+    (tmp_path / "generator").mkdir()
+    shutil.copy(run / "generator" / "model.json", tmp_path / "generator")
+    said = refused(sample.main, tmp_path, "--tokenizer", run, "--out", tmp_path / "x.png")
+    assert "has no complete checkpoint yet" in said
+
+
+def test_a_generator_without_a_tokenizer_asks_for_one(run, drawn, tmp_path):
+    model = open_model(run, "generator")
+    settings = {name: value for name, value in model.settings.items() if name != "tokenizer"}
+    train.describe(tmp_path / "gpt", "generator", model.module, model.info, settings)
+    save_params(tmp_path / "gpt" / "params", model.params())
+    said = refused(sample.main, tmp_path / "gpt", "--out", tmp_path / "x.npz")
+    assert "holds a generator only; give its tokenizer with --tokenizer FOLDER" in said
+    assert "holds a generator; a tokenizer is needed" in refused(
+        sample.main, tmp_path / "gpt", "--tokenizer", tmp_path / "gpt", "--out", tmp_path / "x.npz"
+    )
+    out = sampled(tmp_path / "gpt", tmp_path / "x.npz", "--tokenizer", run, "--count", 12, "--batch", 5)
+    np.testing.assert_array_equal(images_of(out), images_of(drawn))
+
+
+def test_a_tokenizer_of_other_codes_is_refused(run, tmp_path):
+    model = open_model(run, "tokenizer")
+    train.describe(tmp_path, "tokenizer", model.module.clone(codes=17), Info(), {})
+    said = refused(sample.main, run, "--tokenizer", tmp_path, "--out", tmp_path / "x.png")
+    assert "the generator makes 64 tokens with codes (16,)" in said
+    assert "has 64 with (17,); give --tokenizer" in said
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.npz"])
+def test_a_disk_that_fills_up_at_the_end_leaves_no_half_written_file(run, drawn, tmp_path, name):
+    request = (run, "--out", tmp_path / name, "--count", 12, "--batch", 5)
+    sampled(run, tmp_path / "images", *request[3:])
+    largest = max(path.stat().st_size for path in (tmp_path / "images").iterdir())
+    shutil.rmtree(tmp_path / "images")
+    with full_disk(largest + 100):  # every image fits, all of them do not
+        assert "File too large" in refused(sample.main, *request)
+    assert [path.name for path in tmp_path.iterdir()] == [f".{name}.parts"]
+    assert len(list((tmp_path / f".{name}.parts").glob("*.png"))) == 12
+    sample.main(list(map(str, request)))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    if name == "x.npz":
+        np.testing.assert_array_equal(images_of(tmp_path / name), images_of(drawn))
+
+
+def test_a_disk_that_fills_up_between_images_leaves_whole_images_only(run, drawn, tmp_path, monkeypatch):
+    out, save = tmp_path / "images", Image.Image.save
+
+    def failing(self, file, **options):
+        if len(list(out.glob("0*.png"))) == 7:
+            file.write(b"\x89PNG half")
+            raise OSError(28, "No space left on device")
+        save(self, file, **options)
+
+    monkeypatch.setattr(Image.Image, "save", failing)
+    assert "No space left on device" in refused(sample.main, run, "--out", out, "--count", 12, "--batch", 5)
+    assert sorted(path.name for path in out.iterdir()) == [f"{i:06d}.png" for i in range(7)] + ["sampling.json"]
+    monkeypatch.undo()
+    monkeypatch.setattr(sample, "make_mesh", one_device)
+    sampled(run, out, "--count", 12, "--batch", 5)
+    for i, image in enumerate(images_of(drawn)):
+        np.testing.assert_array_equal(np.asarray(Image.open(out / f"{i:06d}.png")), image)
+
+
+def test_a_failed_rename_leaves_the_old_description_whole(tmp_path, monkeypatch):
+    write_json(tmp_path / "model.json", {"a": 1})
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(tmp_path / "model.json", {"a": 2})
+    assert content(tmp_path) == {"model.json": b'{\n "a": 1\n}\n'}
+
+
+def described(run, folder, change):
+    """A folder whose model.json is that of the run's generator, changed."""
+    value = json.loads((run / "generator" / "model.json").read_text())
+    folder.mkdir()
+    (folder / "model.json").write_text(json.dumps(change(value)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "3", '{"format": 1}', '{"format": 99}', '{"format": 1, "kind": "generator", "module": 3}'],
+)
+def test_a_damaged_description_is_named(tmp_path, text):
+    (tmp_path / "model.json").write_text(text)
+    assert f"{tmp_path / 'model.json'} is no model description" in refused(sample.main, tmp_path)
+
+
+def test_a_description_cut_short_is_named(run, tmp_path):
+    text = (run / "generator" / "model.json").read_text()
+    (tmp_path / "model.json").write_text(text[: len(text) // 2])
+    assert f"{tmp_path / 'model.json'} is no model description" in refused(sample.main, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"type": "os:system", "command": "touch hacked"},
+        {"function": "os:system"},
+        {"type": "tensorflow.keras:Sequential"},
+        {"type": "antigravity:fly"},
+    ],
+)
+@pytest.mark.parametrize("where", ["module", "conditioning", "order"])
+def test_a_hostile_description_is_refused_and_nothing_of_it_is_imported(run, tmp_path, monkeypatch, hostile, where):
+    def change(value):
+        if where == "module":
+            return value | {"module": hostile}
+        if where == "conditioning":
+            return value | {"module": value["module"] | {"conditioning": hostile}}
+        return value | {"settings": value["settings"] | {"order": hostile}}
+
+    monkeypatch.chdir(tmp_path)
+    folder = described(run, tmp_path / "model", change)
+    if where == "order":
+        save_params(folder / "params", open_model(run, "generator").params())
+    said = refused(sample.main, folder, "--tokenizer", run)
+    assert f"a checkpoint names {next(iter(hostile.values()))!r}; only things inside ar_jax are allowed" in said
+    assert not {"antigravity", "tensorflow"} & sys.modules.keys()
+    assert not Path("hacked").exists()
