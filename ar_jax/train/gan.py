@@ -6,7 +6,6 @@ from typing import Any
 import dm_pix
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from ar_jax.config import Losses, TokenizerStage
@@ -113,9 +112,8 @@ def tokenizer_gradients(tokenizer: Any, judge: patchgan.PatchGan | None, losses:
                 lambda recon: _fool(judge, params["discriminator"], extra["stats"], recon, generator_loss), has_aux=True
             )(recon)
             scale = 1.0
-            if losses.adaptive:  # gradients at the last convolution only; XLA drops the rest of these pulls
-                last = lambda push: optax.tree.norm(pull((push, jnp.zeros_like(quantiser)))[0]["decoder"]["conv_out"])  # noqa: E731
-                scale = jnp.clip(last(push) / (last(blame) + 1e-4), 0, 1e4)
+            if losses.adaptive:
+                scale = jnp.clip(_at_last(pull, push, quantiser) / (_at_last(pull, blame, quantiser) + 1e-4), 0, 1e4)
             push = push + weight * scale * blame
 
             def judge_loss(discriminator):
@@ -135,6 +133,12 @@ def tokenizer_gradients(tokenizer: Any, judge: patchgan.PatchGan | None, losses:
         return grads, extra, metrics
 
     return grad_fn
+
+
+def _at_last(pull, push, quantiser):
+    """Norm of the gradient at the decoder's last convolution; XLA drops the rest of this backward pass."""
+    (grads,) = pull((push, jnp.zeros_like(quantiser)))
+    return jnp.linalg.norm(grads["decoder"]["conv_out"]["kernel"])
 
 
 def _fool(judge, discriminator, stats, recon, loss):

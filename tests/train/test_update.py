@@ -248,7 +248,7 @@ def explicit():
 def test_adaptive_weight_is_the_ratio_of_the_gradients_at_the_last_convolution():
     _, _, metrics = adversarial_gradients()(START - 1)
     (_, _, verdict), pixels, _, blame = explicit()
-    at = lambda grads: optax.tree.norm(grads["decoder"]["conv_out"])  # noqa: E731
+    at = lambda grads: optax.tree.norm(grads["decoder"]["conv_out"]["kernel"])  # noqa: E731
     ratio = at(pixels) / (at(blame) + 1e-4)
     np.testing.assert_allclose(metrics["adversarial_weight"], 0.5 * ratio, rtol=1e-4)
     np.testing.assert_allclose(metrics["adversarial"], verdict, rtol=1e-5)
