@@ -171,11 +171,16 @@ def _perplexity(extra):
 def revive(state, key, after):
     """Puts random latents of the current batch in the place of codes unused for `after` updates."""
     dead = state.extra["age"] >= after
-    model = state.params["model"]
     chosen = jax.random.permutation(key, state.extra["latents"])
-    model = model | {"codebook": jnp.where(dead[:, None], chosen, model["codebook"])}
-    extra = state.extra | {"age": jnp.where(dead, 0, state.extra["age"])}
-    return state.replace(params=state.params | {"model": model}, extra=extra)
+
+    def renew(model):
+        return model | {"codebook": jnp.where(dead[:, None], chosen, model["codebook"])}
+
+    return state.replace(
+        params=state.params | {"model": renew(state.params["model"])},
+        ema=None if state.ema is None else renew(state.ema),
+        extra=state.extra | {"age": jnp.where(dead, 0, state.extra["age"])},
+    )
 
 
 def advice(metrics):
