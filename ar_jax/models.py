@@ -53,10 +53,10 @@ class Model:
         if (self.folder / "params").exists():
             params = checkpoint.load_params(self.folder / "params", like)
         else:
-            steps = checkpoint.Checkpoints(self.folder / "checkpoints").latest
-            if steps is None:
+            latest = checkpoint.latest_step(self.folder / "checkpoints")
+            if latest is None:
                 raise ValueError(f"{self.folder} has no complete checkpoint yet")
-            step = self.folder / "checkpoints" / str(steps)
+            step = self.folder / "checkpoints" / str(latest)
             part = "ema" if average and (step / "ema").exists() else "model"
             params = checkpoint.load_params(step, like, part)
         return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)

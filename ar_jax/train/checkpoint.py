@@ -1,6 +1,7 @@
 """Checkpoints of a training run: written in the background, complete or absent, restored onto any mesh."""
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int = 2):
+        if jax.process_index() == 0:
+            # Leftovers of interrupted saves. Orbax's own clean-up fails where threads of a failed save still write.
+            for leftover in folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
         self._checkpointer = ocp.training.Checkpointer(
-            folder.absolute(), preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )  # fmt: skip
+            folder.absolute(), preservation_policy=ocp.training.preservation_policies.LatestN(keep)
+        )
         self._folder, self._pending, self._reported = folder, None, False
 
     @property
@@ -100,6 +104,16 @@ def _parts(state: TrainState) -> dict[str, Any]:
         "training": {"step": state.step, "params": others, "opt": state.opt, "extra": state.extra},
     }
     return parts if state.ema is None else parts | {"ema": state.ema}
+
+
+def latest_step(folder: Path) -> int | None:
+    """The newest complete checkpoint in a folder of `Checkpoints`; leaves a run that is still writing alone."""
+    if not folder.is_dir():
+        return None
+    checkpointer = ocp.training.Checkpointer(folder.absolute())
+    latest = checkpointer.latest
+    checkpointer.close()
+    return None if latest is None else latest.step
 
 
 def save_params(folder: Path, params: Params) -> None:

@@ -205,7 +205,7 @@ def test_a_network_trained_here_has_a_way_back(tmp_path):
     params = run_folder(tmp_path / "run" / "generator", Label(16))
     to_file(tmp_path / "run", tmp_path / "out.safetensors")
     weights = load_file(tmp_path / "out.safetensors")
-    np.testing.assert_array_equal(weights["output.weight"], params["head"]["kernel"].T)
+    np.testing.assert_array_equal(weights["output.weight"], params["head"]["readout"]["kernel"].T)
     found = identify({key: value.shape for key, value in weights.items()}, size=32, heads=2)
     assert found.kind == "generator"
 

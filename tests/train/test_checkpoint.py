@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from ar_jax.train.checkpoint import Checkpoints, load_params, save_params
+from ar_jax.train.checkpoint import Checkpoints, latest_step, load_params, save_params
 from ar_jax.train.sharding import MeshShape, make_mesh, shard
 from ar_jax.train.state import create
 
@@ -218,3 +218,12 @@ def test_an_unfinished_checkpoint_is_never_selected(states, saved, tmp_path):
         checkpoints.save(states[2], {})  # in the place of the first of them
         checkpoints.wait()
         assert_same(restored(checkpoints)[0], states[2])
+
+
+def test_reading_leaves_the_unfinished_save_of_a_running_training_alone(saved, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(saved, folder)
+    shutil.copytree(saved / "1", folder / "2.orbax-checkpoint-tmp")
+    assert latest_step(folder) == 1
+    assert (folder / "2.orbax-checkpoint-tmp").exists()
+    assert latest_step(tmp_path / "absent") is None
