@@ -39,8 +39,8 @@ def _product(x, w, like):
 def product(x: Float[Array, "*b d"], w: Float[Array, "d f"], dtype: Any) -> Float[Array, "*b f"]:
     """x W in `dtype`, with the weight's gradient computed as x^T g.
 
-    JAX's own rule computes it as (g^T x)^T, which XLA on CPU takes almost twice as long for; the whole training step
-    of a LlamaGen-B gains a quarter.
+    JAX's own rule computes it as (g^T x)^T, which XLA on CPU may take almost twice as long for; a training step of
+    LlamaGen-B took 17% less time with it.
     """
     return _product(x, w, jnp.zeros((), dtype))
 
