@@ -35,6 +35,7 @@ from ar_jax.decode.logits import Filter
 from ar_jax.decode.sequential import Knobs, sample_images
 from ar_jax.images import save_png, tile, to_uint8
 from ar_jax.models import Model, open_model, write_json
+from ar_jax.resize import resize
 from ar_jax.train.sharding import MeshShape, batch_sharding, make_mesh, replicated
 from ar_jax.typing import Batch
 
@@ -59,6 +60,8 @@ class Options:
     """Images drawn at a time, over all devices."""
     out: str = "samples.png"
     """A .png (grid), a .npz, or a folder."""
+    resize: int = 0
+    """Side in pixels to resize to (bicubic, as LlamaGen's 384-pixel images are to 256); 0 keeps the model's."""
     columns: int = 0
     """Of the grid; 0 chooses."""
     seed: int = 0
@@ -112,7 +115,7 @@ def sample(options: Options) -> None:
         folder = out.with_name(f".{out.name}.parts")
     identity = {
         "run": str(model.folder.resolve()), "tokenizer": str(tokenizer.folder.resolve()), "seed": options.seed,
-        "sampling": settings, "conditions": names, "dtype": options.dtype, "average": options.average,
+        "sampling": settings, "conditions": names, "dtype": options.dtype, "average": options.average, "resize": options.resize,
     }  # fmt: skip
     todo = _missing(folder, options.count, identity)
     if len(todo):
@@ -138,6 +141,8 @@ def make_sampler(
 ) -> Callable[[Batch, np.ndarray], np.ndarray]:
     """Compiles generator and tokenizer into one program: (conditions, image numbers) -> uint8 [b h w 3]."""
     share = mesh.shape["data"] * mesh.shape["fsdp"]
+    if options.resize < 0:
+        raise ValueError(f"--resize is {options.resize}; it must be a number of pixels, or 0 to keep the model's size")
     if options.batch < 1 or options.batch % share:
         raise ValueError(
             f"--batch is {options.batch}; it must be a positive multiple of the {share} batch shares of the mesh"
@@ -159,20 +164,19 @@ def make_sampler(
         steps = len(order.sizes)
         guidance = interval(settings["guidance"], steps, settings["guidance_last"])
         knobs = Knobs(jnp.asarray(guidance), jnp.full(steps, settings["temperature"], jnp.float32), logits_fn)
-        return to_uint8(
-            sample_images(
-                generator,
-                tokenizer.module,
-                params,
-                frozen,
-                batch,
-                order,
-                knobs=knobs,
-                keys=keys,
-                guided=settings["guidance"] != 1,
-                segments=options.segments,
-            )
+        images = sample_images(
+            generator,
+            tokenizer.module,
+            params,
+            frozen,
+            batch,
+            order,
+            knobs=knobs,
+            keys=keys,
+            guided=settings["guidance"] != 1,
+            segments=options.segments,
         )
+        return to_uint8(resize(images, (options.resize,) * 2) if options.resize else images)
 
     def draw(batch, ids):
         batch, ids = jax.device_put((batch, ids.astype(np.uint32)), batch_sharding(mesh))

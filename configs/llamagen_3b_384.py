@@ -4,7 +4,7 @@ r"""LlamaGen-3B, ImageNet classes, 384 pixels: 3.1B parameters, 24x24 tokens (ar
     python -m ar_jax.tokenize checkpoints/vq_ds16_c2i_384 --data.path data/imagenet/train \
         --crops 10 --scales 1.1 1.05 --out cache/imagenet_384
     python train.py configs/llamagen_3b_384.py
-    python sample.py runs/llamagen_3b_384 --count 50000 --out 3b_384.npz
+    python sample.py runs/llamagen_3b_384 --count 50000 --resize 256 --out 3b_384.npz
 
 Published: FID 2.18 at guidance 1.65, 50,000 samples resized to 256 pixels.
 

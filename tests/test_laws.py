@@ -30,7 +30,7 @@ def image_keys(count):
 
 @functools.cache
 def sampler(case, unroll=True, segments=1):
-    generator = case.generator.clone(backbone=case.generator.backbone.clone(unroll=unroll))
+    generator = case.generator.unrolled(case.params)[0] if unroll else case.generator
 
     @jax.jit
     def run(params, batch, slot, keys):

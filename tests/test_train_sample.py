@@ -314,6 +314,14 @@ def test_images_do_not_depend_on_the_number_of_devices(run, drawn, tmp_path, mon
     assert "--batch is 12; it must be a positive multiple of the 8 batch shares" in said
 
 
+def test_images_can_be_resized(run, drawn, tmp_path):
+    sampled(run, tmp_path / "large.npz", "--count", 12, "--batch", 5, "--resize", 64)
+    large = images_of(tmp_path / "large.npz")
+    assert large.shape == (12, 64, 64, 3)
+    shrunk = large.reshape(12, 32, 2, 32, 2, 3).mean((2, 4))
+    assert np.corrcoef(shrunk.ravel(), images_of(drawn).ravel())[0, 1] > 0.95
+
+
 def test_a_grid_shows_the_images_row_by_row(run, drawn, tmp_path):
     out = sampled(run, tmp_path / "grid.png", "--count", 12, "--batch", 5)
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
@@ -368,6 +376,7 @@ def test_labels_are_used_in_turn(run, drawn, tmp_path):
         (("--features", "x.npz"), "captions given, but this model takes class labels"),
         (("--count", "0"), "--count is 0; it must be at least 1"),
         (("--batch", "0"), "--batch is 0; it must be a positive multiple"),
+        (("--resize", "-8"), "--resize is -8; it must be a number of pixels"),
         (("--top-p", "1.5"), r"top_p must lie in (0, 1], got 1.5"),
         (("--top-k", "-2"), "top_k must be 0 (off) or positive, got -2"),
         (("--tokenizer", "nowhere"), "nowhere does not exist; a tokenizer is needed"),

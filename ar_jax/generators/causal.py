@@ -11,6 +11,7 @@ from ar_jax.data import Info
 from ar_jax.decode.guidance import widen
 from ar_jax.heads.categorical import Categorical
 from ar_jax.nets.conditioning import Cond
+from ar_jax.nets.linear import output_major
 from ar_jax.nets.positions import NOWHERE
 from ar_jax.nets.transformer import Cache, Transformer, init, unrolled
 from ar_jax.orders import Order, raster, to_ranks
@@ -56,8 +57,9 @@ class Causal(nn.Module):
 
     def unrolled(self, params: Params) -> tuple["Causal", Params]:
         """The same generator laid out for decoding (see `transformer.unrolled`)."""
-        module = self.clone(backbone=self.backbone.clone(unroll=True))
-        return module, params | {"backbone": unrolled(params["backbone"], self.backbone.layers)}
+        module = self.clone(backbone=self.backbone.clone(unroll=True), head=self.head.clone(output_major=True))
+        backbone, head = unrolled(params["backbone"], self.backbone.layers), output_major(params["head"])
+        return module, params | {"backbone": backbone, "head": head}
 
     def init_params(self, key: PRNGKey) -> Params:
         drop = jnp.zeros(1, bool)

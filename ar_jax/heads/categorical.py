@@ -19,10 +19,12 @@ class Categorical(nn.Module):
     Attributes:
       codes: size of the codebook; 0 until the tokenizer is known (`complete`).
       dtype: of the matrix product's inputs.
+      output_major: layout of the readout for decoding (see `linear.output_major`).
     """
 
     codes: int = 0
     dtype: Any = jnp.float32
+    output_major: bool = False
 
     def complete(self, spec: TokenSpec) -> "Categorical":
         if len(spec.codes) != 1:
@@ -32,7 +34,7 @@ class Categorical(nn.Module):
         return self.clone(codes=spec.codes[0])
 
     def setup(self):
-        self.readout = Linear(self.codes, self.dtype, jnp.float32, nn.initializers.zeros)
+        self.readout = Linear(self.codes, self.dtype, jnp.float32, nn.initializers.zeros, self.output_major)
 
     @typed
     def __call__(self, h: Float[Array, "B m d"]) -> Float[Array, "B m v"]:

@@ -9,7 +9,7 @@ from flax import struct
 from jax import lax
 
 from ar_jax.nets.attention import PADDING, attend, visible
-from ar_jax.nets.linear import Linear
+from ar_jax.nets.linear import Linear, output_major
 from ar_jax.nets.positions import rotary, rotate
 from ar_jax.typing import Array, Float, Index, Int, Params, typed
 
@@ -62,10 +62,11 @@ class Block(nn.Module):
     dropout: float
     eps: float
     dtype: Any
+    output_major: bool
 
     def setup(self):
         def dense(features):
-            return Linear(features, self.dtype)
+            return Linear(features, self.dtype, output_major=self.output_major)
 
         self.attention_norm, self.mlp_norm = RMSNorm(self.eps), RMSNorm(self.eps)
         self.qkv, self.out = dense(3 * self.width), dense(self.width)
@@ -100,7 +101,7 @@ class Transformer(nn.Module):
       base: wave length base of the rotary positions.
       dtype: of the matrix products; parameters stay float32.
       remat: recompute the blocks' activations in the backward pass.
-      unroll: one parameter tree per layer instead of stacked ones (see `unrolled`).
+      unroll: the layout for decoding, one tree of output-major kernels per layer instead of stacked ones (see `unrolled`).
     """
 
     layers: int
@@ -121,7 +122,7 @@ class Transformer(nn.Module):
                 f"got {self.width} / {self.heads}"
             )
         hidden = self.hidden or -(-(8 * self.width // 3) // 256) * 256
-        sizes = (self.width, self.heads, hidden, self.dropout, self.eps, self.dtype)
+        sizes = (self.width, self.heads, hidden, self.dropout, self.eps, self.dtype, self.unroll)
         block = nn.remat(Block, prevent_cse=self.unroll) if self.remat else Block
         if self.unroll:
             self.blocks = [block(*sizes) for _ in range(self.layers)]
@@ -183,4 +184,5 @@ def unrolled(params: Params, layers: int) -> Params:
     Inside a loop over tokens, XLA on CPU copies every layer's slice of stacked weights anew for every token.
     """
     rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
-    return rest | {f"blocks_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]) for i in range(layers)}
+    blocks = output_major(params["blocks"])
+    return rest | {f"blocks_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(layers)}
