@@ -209,13 +209,13 @@ def conditions(generator: Any, images: int) -> Batch:
 def step_bytes(params: Params) -> int:
     """Bytes of the parameters that every decoding step reads: all but tables of which it reads a row, and conditions."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    return sum(x.nbytes for name, x in flat.items() if not name.startswith(("embedding/", "conditioning/")))
+    return sum(x.nbytes for name, x in flat.items() if not name.startswith(("embedding", "conditioning/")))
 
 
 def step_flops(generator: Any, params: Params, images: int) -> int:
     """Multiplications and additions of a training step: 6 a parameter and row, and causal attention."""
     net, flat = generator.backbone, traverse_util.flatten_dict(params, sep="/")
-    weights = sum(x.size for name, x in flat.items() if not name.startswith(("embedding/", "conditioning/")))
+    weights = sum(x.size for name, x in flat.items() if not name.startswith(("embedding", "conditioning/")))
     rows = generator.spec.n - 1 + (generator.conditioning.example().get("text", np.zeros((1, 1))).shape[1])
     attention = 6 * net.layers * net.width * rows**2  # half of 12: a row sees half of the rows
     return images * (6 * weights * rows + attention)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ar_jax.typing import Array, Float, Params, typed
+from ar_jax.sharding import constrain
+from ar_jax.typing import Array, Float, Int, Params, typed
 
 
 class Linear(nn.Module):
@@ -66,6 +67,12 @@ def _multiply_and_sum(x, w):
     rows = x.reshape(-1, x.shape[-1])
     total = lax.optimization_barrier((w[None] * rows[:, None]).sum(-1))
     return total.reshape(*x.shape[:-1], -1)
+
+
+@typed
+def look_up(table: Float[Array, "v d"], index: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+    """Rows of a table. On a mesh every device gathers the whole table first, which is far smaller than partial results."""
+    return constrain(jnp.asarray(table), None, None)[index]
 
 
 @jax.custom_vjp
