@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from ar_jax.sharding import BATCH, platform
 from ar_jax.typing import Array, Bool, Float, Index, Int, typed
 
+ATTENTION = "attention"  # name of the results, for policies of what a backward pass keeps
 LANES = 128  # of a TPU's vector registers
 
 
@@ -116,7 +117,7 @@ def splash(
             block_sizes=_blocks(padded),
             head_shards=1,
             q_seq_shards=1,
-            residual_checkpoint_name="attention",
+            residual_checkpoint_name=ATTENTION,
             interpret=interpret,
         )
         if segments is None:

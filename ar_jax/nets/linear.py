@@ -8,9 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from ar_jax.sharding import constrain
 from ar_jax.typing import Array, Float, Int, Params, typed
+
+PRODUCT = "product"  # name of the results, for policies of what a backward pass keeps
 
 
 class Linear(nn.Module):
@@ -35,7 +38,8 @@ class Linear(nn.Module):
         shape = (self.features, x.shape[-1]) if self.output_major else (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         multiply = stream if self.output_major else product
-        return multiply(x.astype(self.dtype), kernel.astype(self.dtype), self.out_dtype or self.dtype)
+        y = multiply(x.astype(self.dtype), kernel.astype(self.dtype), self.out_dtype or self.dtype)
+        return checkpoint_name(y, PRODUCT)
 
 
 def output_major(params: Params) -> Params:

@@ -10,8 +10,8 @@ from flax import struct
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ar_jax.nets.attention import sight
-from ar_jax.nets.linear import Linear, output_major
+from ar_jax.nets.attention import ATTENTION, sight
+from ar_jax.nets.linear import PRODUCT, Linear, output_major
 from ar_jax.nets.positions import rotary, rotate
 from ar_jax.sharding import BATCH, Rules, constrain
 from ar_jax.typing import Array, Bool, Float, Index, Int, Params, typed
@@ -25,10 +25,7 @@ RULES: Rules = (
     (r"/(out|down)/kernel$", P("tp", None)),
 )
 REMAT = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("attention"),
-    ),
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENTION),
     "full": None,
 }
 
