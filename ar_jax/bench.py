@@ -26,18 +26,15 @@ import tyro
 from flax import traverse_util
 
 from ar_jax.config import Experiment, load_config
-from ar_jax.data import Info
 from ar_jax.decode.guidance import interval
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sequential import Knobs, sample
 from ar_jax.images import to_uint8
-from ar_jax.tokenizers.vqgan import VQGAN
+from ar_jax.models import untrained
 from ar_jax.train.optim import make_optimiser
 from ar_jax.train.recipes import generator_loss, gradients
 from ar_jax.train.state import create, make_update
 from ar_jax.typing import Batch, Params
-
-INFO = Info(classes=1000, captions=True, text="random", text_rows=120, text_width=2048)  # of ImageNet, of Flan-T5-XL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,12 +188,10 @@ def shares(parts: list[float]) -> str:
 
 def networks(experiment: Experiment, options: Options) -> tuple[Any, Any, Params, Params]:
     """Generator, tokenizer, and random parameters of both."""
-    if experiment.generator.module is None:
+    generator, tokenizer = untrained(experiment)
+    if generator is None:
         raise ValueError("the config has no generator")
-    tokenizer, dtype = experiment.tokenizer.module, jnp.dtype(options.dtype).type
-    if tokenizer is None:  # the config takes a released one from a folder, which need not be there
-        tokenizer = VQGAN(size=(experiment.data.size,) * 2)
-    generator = experiment.generator.module.complete(tokenizer.spec, INFO)
+    dtype = jnp.dtype(options.dtype).type
     generator = generator.clone(backbone=generator.backbone.clone(dtype=dtype), head=generator.head.clone(dtype=dtype))
     params, frozen = (jax.jit(net.init_params)(jax.random.key(0)) for net in (generator, tokenizer))
     return generator, tokenizer, params, frozen
