@@ -5,8 +5,8 @@
     python -m ar_jax.plan configs/llamagen_xl_256.py --topology v5e:16x16 --mesh.fsdp 16 --generator.batch 2048
     python -m ar_jax.plan configs/llamagen_xl_256.py --topology v5e:2x4 --sample --images 64
 
-Compiles the real training step (or with --sample the real sampler) with the real TPU compiler (`pip install libtpu`; no
-TPU is needed), and reads the result. The estimate assumes that every operation takes the longer of computing at the
+Compiles the real training step (or with --sample the real sampler) with the real TPU compiler, which needs no TPU
+(`pip install 'jax[tpu]'`, in an environment of its own: only one process at a time can hold it), and reads the result. The estimate assumes that every operation takes the longer of computing at the
 chip's peak and moving its data at the full bandwidth, one after the other, while collectives run beside them. Real steps
 take longer. Exits with 1 if the program does not fit, and names a setting with which it does.
 """
@@ -186,8 +186,8 @@ def topology_devices(name: str) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:  # of the plugin, of many kinds
         raise ValueError(
-            f"--topology {name}: {error}. Give a slice such as v5e:16x16 or v5p:8x8x8, and install the compiler with "
-            "pip install libtpu; one process at a time can hold it"
+            f"--topology {name}: {error}. Give a slice such as v5e:16x16 or v5p:8x8x8, and install the compiler that "
+            "fits this JAX with pip install 'jax[tpu]'; one process at a time can hold it"
         ) from error
 
 
