@@ -11,7 +11,7 @@ from ar_jax.config import GeneratorStage
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.train.optim import Optim
 from ar_jax.train.recipes import generator_recipe
-from ar_jax.train.sharding import MeshShape, make_mesh, put_batch, replicated, shard
+from ar_jax.train.sharding import MeshShape, batch_rows, make_mesh, put_batch, replicated, shard
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 FOUR = (2, 2, 1)
@@ -138,3 +138,14 @@ def test_a_batch_is_divided_over_data_and_fsdp():
     batch = put_batch({"x": np.arange(8).reshape(4, 2)}, mesh_of(*FOUR))
     shards = sorted(np.asarray(s.data).tolist() for s in batch["x"].addressable_shards)
     assert shards == [[[0, 1]], [[2, 3]], [[4, 5]], [[6, 7]]]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 1, 1), (2, 2, 2)])
+def test_one_process_reads_every_row(shape):
+    assert batch_rows(mesh_of(*shape), 12).tolist() == list(range(12))
+
+
+def test_a_batch_that_the_mesh_cannot_share_is_refused():
+    for batch in (6, 0, -4):
+        with pytest.raises(ValueError, match=f"batch is {batch}; it must be a positive multiple of the 4 batch shares"):
+            batch_rows(mesh_of(*FOUR), batch)
