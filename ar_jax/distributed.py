@@ -36,11 +36,14 @@ class Launch:
     """Seconds without a sign of life after which a process counts as dead and the others stop."""
 
 
-def join(launch: Launch) -> None:
+def join(launch: Launch, notices: bool = False) -> None:
     """Connects the processes of this command; call it before anything touches a device.
 
     If they are not all there after `launch.timeout` seconds, this process ends with a sentence and exit code 1.
 
+    Args:
+      launch: the options.
+      notices: this command asks for `multihost_utils.reached_preemption_sync_point`; JAX then catches SIGTERM.
     Raises:
       ValueError: options that do not go together, or surroundings that do not tell enough.
     """
@@ -48,8 +51,7 @@ def join(launch: Launch) -> None:
     who, count = ("the command line", launch.processes) if launch.processes else surroundings()
     if count == 1:
         return
-    # Otherwise JAX catches SIGTERM, and only a loop that asks for notices of preemption would ever hear of it
-    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_enable_preemption_service", notices)
     # In the end JAX aborts with a stack trace; it gets more time, so that these words come first
     timer = threading.Timer(launch.timeout, _give_up, (who, count, launch))
     timer.daemon = True
