@@ -38,7 +38,7 @@ from ar_jax.distributed import Launch
 from ar_jax.images import save_png, tile, to_uint8
 from ar_jax.models import Model, open_model, write_json
 from ar_jax.resize import resize
-from ar_jax.train.sharding import MeshShape, batch_sharding, make_mesh, put, replicated
+from ar_jax.sharding import MeshShape, batch_sharding, make_mesh, put, shard
 from ar_jax.typing import Batch
 
 
@@ -164,7 +164,8 @@ def make_sampler(
     params, frozen = model.params(dtype=dtype, average=options.average), tokenizer.params(average=options.average)
     if options.unroll:
         generator, params = generator.unrolled(params)
-    params, frozen = put((params, frozen), replicated(mesh))
+    params = put(params, shard(params, mesh, generator.rules))
+    frozen = put(frozen, shard(frozen, mesh, tokenizer.module.rules))
     order_fn = codec.decode(model.settings["order"])
     logits_fn = Filter(settings["top_k"], settings["top_p"])
 
@@ -192,7 +193,9 @@ def make_sampler(
 
     def draw(batch, ids):
         batch, ids = put((batch, ids.astype(np.uint32)), batch_sharding(mesh))
-        for part in program(params, frozen, batch, ids).addressable_shards:
+        with jax.set_mesh(mesh):
+            images = program(params, frozen, batch, ids)
+        for part in images.addressable_shards:
             if part.replica_id == 0:  # of copies of these rows, one is written
                 first = part.index[0].start or 0
                 for row, image in enumerate(np.asarray(part.data), first):

@@ -22,12 +22,12 @@ from ar_jax import codec, distributed
 from ar_jax.config import Experiment, Stage, load_config, parse
 from ar_jax.data import Data, Info, Source, batches, open_source
 from ar_jax.models import Model, describe, open_model, versions, write_json
+from ar_jax.sharding import batch_rows, make_mesh
 from ar_jax.tokenize import check_cache
 from ar_jax.train.checkpoint import save_params
 from ar_jax.train.gan import tokenizer_recipe
 from ar_jax.train.loop import fit
 from ar_jax.train.recipes import Recipe, generator_recipe
-from ar_jax.train.sharding import batch_rows, make_mesh
 from ar_jax.typing import Batch, PRNGKey
 
 
@@ -126,7 +126,8 @@ def stage_fit(
 ) -> None:
     rows = batch_rows(mesh, stage.batch)
     stream = batches(open_source(data), data, batch=stage.batch, seed=experiment.seed, rows=rows)
-    fit(recipe, stage, stream, held_out(data, stage.preview_images), model.folder, mesh, key)
+    with jax.set_mesh(mesh):
+        fit(recipe, stage, stream, held_out(data, stage.preview_images), model.folder, mesh, key)
 
 
 def held_out(data: Data, count: int) -> Batch:

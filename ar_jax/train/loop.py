@@ -9,10 +9,10 @@ import jax
 
 from ar_jax.config import Stage
 from ar_jax.distributed import say
+from ar_jax.sharding import batch_sharding, put, put_batch, replicated, shard
 from ar_jax.train.checkpoint import Checkpoints
 from ar_jax.train.log import Log
 from ar_jax.train.recipes import Recipe
-from ar_jax.train.sharding import batch_sharding, put, put_batch, replicated, shard
 from ar_jax.typing import Batch, PRNGKey
 
 
@@ -39,7 +39,7 @@ def fit(
     name, quiet = folder.name, jax.process_index() != 0
     init_key, key, shown_key = jax.random.split(key, 3)
     shapes = jax.eval_shape(recipe.init, init_key)
-    layout = shard(shapes, mesh)
+    layout = shard(shapes, mesh, recipe.rules)
     checkpoints = Checkpoints(folder / "checkpoints", stage.keep)
     first = checkpoints.latest or 0
     if first >= stage.steps:

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+from ar_jax.sharding import MeshShape, make_mesh, shard
 from ar_jax.train.checkpoint import Checkpoints, latest_step, load_params, save_params
-from ar_jax.train.sharding import MeshShape, make_mesh, shard
 from ar_jax.train.state import create
 
 WIDTH = 64

@@ -11,8 +11,14 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ar_jax.typing import Array
+
 AXES = ("data", "fsdp", "tp")
-BATCH = P(("data", "fsdp"))
+BATCH = ("data", "fsdp")  # mesh axes that divide a batch
+
+# (pattern searched in a parameter's path, spec of its last axes). A network's rules only say what tp divides; fsdp is
+# added by `shard`.
+Rules = Sequence[tuple[str, P]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +34,7 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape = MeshShape(), devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh over all devices.
+    """The mesh over all devices. Networks find it by `jax.set_mesh`.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -47,44 +53,78 @@ def make_mesh(shape: MeshShape = MeshShape(), devices: Sequence[Any] | None = No
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    return NamedSharding(mesh, BATCH)
+    return NamedSharding(mesh, P(BATCH))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def shard(tree: Any, mesh: jax.sharding.Mesh, rules: Sequence[tuple[str, P]] = (), smallest: int = 2**10) -> Any:
+def shard(tree: Any, mesh: jax.sharding.Mesh, rules: Rules = (), smallest: int = 2**10) -> Any:
     """Shardings of a tree of arrays or shapes.
+
+    The first rule that matches a leaf gives the spec of its last axes. Unless that names fsdp, fsdp splits the largest
+    axis that it divides and that has no spec yet.
 
     Args:
       tree: parameters, optimiser state, a whole `TrainState`.
       mesh: from `make_mesh`.
-      rules: (pattern searched in the leaf's path, spec of its last axes); the first match wins. A leaf no rule
-        matches splits its largest divisible axis over fsdp.
-      smallest: arrays of fewer numbers stay whole.
+      rules: of the networks in the tree.
+      smallest: arrays of fewer numbers stay whole where no rule speaks of them.
     Raises:
-      ValueError: a rule matches no leaf.
+      ValueError: a rule matches no leaf, or an axis cannot be divided as its rule says.
     """
-    unused = dict(rules)
+    unused = {pattern for pattern, _ in rules}
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for pattern, spec in rules:
-            if re.search(pattern, name) and leaf.ndim >= len(spec):
-                unused.pop(pattern, None)
-                return NamedSharding(mesh, P(*[None] * (leaf.ndim - len(spec)), *spec))
-        parts = mesh.shape["fsdp"]
-        divisible = [(size, -axis) for axis, size in enumerate(leaf.shape) if size % parts == 0 and size >= parts]
-        if parts == 1 or not divisible or np.prod(leaf.shape) < smallest:
-            return NamedSharding(mesh, P())
-        axis = -max(divisible)[1]
-        return NamedSharding(mesh, P(*[None] * axis, "fsdp"))
+        spec = [None] * leaf.ndim
+        for pattern, last in rules:
+            if re.search(pattern, name) and leaf.ndim >= len(last):
+                unused.discard(pattern)
+                spec[leaf.ndim - len(last) :] = last
+                break
+        for size, axes in zip(leaf.shape, spec):
+            if size % (parts := _parts(mesh, axes)):
+                raise ValueError(
+                    f"{name} has an axis of {size}, which mesh axis {axes} of {parts} does not divide; choose another "
+                    f"--mesh.{axes}"
+                )
+        fsdp = mesh.shape["fsdp"]
+        free = [(size, -axis) for axis, size in enumerate(leaf.shape) if spec[axis] is None and size % fsdp == 0 < size]
+        if fsdp > 1 and free and np.prod(leaf.shape) >= smallest and "fsdp" not in spec:
+            spec[-max(free)[1]] = "fsdp"
+        while spec and spec[-1] is None:
+            spec.pop()
+        return NamedSharding(mesh, P(*spec))
 
     shardings = jax.tree_util.tree_map_with_path(one, tree)
     if unused:
-        raise ValueError(f"sharding rule {next(iter(unused))!r} matches no parameter")
+        raise ValueError(f"sharding rule {min(unused)!r} matches no parameter")
     return shardings
+
+
+def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+    """Divides the first axes of an array over mesh axes, on the mesh in use (`jax.set_mesh`); without one, does nothing.
+
+    Axes that do not divide evenly (one example at initialisation, say) are left to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = [name if size % _parts(mesh, name) == 0 else P.UNCONSTRAINED for size, name in zip(x.shape, axes)]
+    return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def platform() -> str:
+    """Of the devices that a traced function is for: those of the mesh in use, else the default ones."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _parts(mesh, axes):
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def batch_rows(mesh: jax.sharding.Mesh, batch: int, name: str = "batch") -> np.ndarray:
