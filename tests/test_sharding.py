@@ -13,7 +13,7 @@ from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
 from ar_jax.orders import raster
-from ar_jax.sharding import MeshShape, make_mesh, put_batch, replicated, shard
+from ar_jax.sharding import MeshShape, batch_rows, make_mesh, put_batch, replicated, shard
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.train.gan import tokenizer_recipe
@@ -222,3 +222,14 @@ def test_a_batch_is_divided_over_data_and_fsdp():
     batch = put_batch({"x": np.arange(8).reshape(4, 2)}, mesh_of(*FOUR))
     shards = sorted(np.asarray(s.data).tolist() for s in batch["x"].addressable_shards)
     assert shards == [[[0, 1]], [[2, 3]], [[4, 5]], [[6, 7]]]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 1, 1), (2, 2, 2)])
+def test_one_process_reads_every_row(shape):
+    assert batch_rows(mesh_of(*shape), 12).tolist() == list(range(12))
+
+
+def test_a_batch_that_the_mesh_cannot_share_is_refused():
+    for batch in (6, 0, -4):
+        with pytest.raises(ValueError, match=f"batch is {batch}; it must be a positive multiple of the 4 batch shares"):
+            batch_rows(mesh_of(*FOUR), batch)

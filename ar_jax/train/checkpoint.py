@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from ar_jax.distributed import barrier
 from ar_jax.train.state import TrainState
 from ar_jax.typing import Params
 
@@ -25,6 +26,7 @@ class Checkpoints:
             # Leftovers of interrupted saves. Orbax's own clean-up fails where threads of a failed save still write.
             for leftover in folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
+        barrier("leftovers are gone")
         self._checkpointer = ocp.training.Checkpointer(
             folder.absolute(), preservation_policy=ocp.training.preservation_policies.LatestN(keep)
         )

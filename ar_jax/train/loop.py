@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from ar_jax.config import Stage
-from ar_jax.sharding import batch_sharding, put_batch, replicated, shard
+from ar_jax.distributed import say
+from ar_jax.sharding import batch_sharding, put, put_batch, replicated, shard
 from ar_jax.train.checkpoint import Checkpoints
 from ar_jax.train.log import Log
 from ar_jax.train.recipes import Recipe
@@ -31,7 +31,7 @@ def fit(
       recipe: the method.
       stage: length, log and checkpoint intervals.
       batches: iterator of this process's share of batches, with `get_state` and `set_state`.
-      shown: held-out batch for pictures.
+      shown: held-out batch for pictures, all of it on every process.
       folder: of this stage.
       mesh: from `make_mesh`.
       key: of the whole stage; update i uses `fold_in(key, i)`, so a resumed run repeats nothing and skips nothing.
@@ -44,7 +44,7 @@ def fit(
     first = checkpoints.latest or 0
     if first >= stage.steps:
         checkpoints.close()
-        print(f"{name}: all {stage.steps} updates are done (checkpoint {first} in {folder})")
+        say(f"{name}: all {stage.steps} updates are done (checkpoint {first} in {folder})")
         return
     if first:
         state, meta = checkpoints.restore(shapes, layout)
@@ -52,11 +52,12 @@ def fit(
     else:
         state = jax.jit(recipe.init, out_shardings=layout)(init_key)
 
-    frozen = jax.device_put(recipe.frozen, replicated(mesh))
+    frozen = put(recipe.frozen, replicated(mesh))
     update = jax.jit(recipe.update, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
     preview = jax.jit(recipe.preview, out_shardings=replicated(mesh))
-    images = stage.preview_images - stage.preview_images % max(1, batch_sharding(mesh).mesh.size)
-    shown = {name: np.asarray(value)[:images] for name, value in shown.items()}
+    images = len(next(iter(shown.values())))
+    divisible = images % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    shown = put(shown, batch_sharding(mesh) if divisible else replicated(mesh))
     log = Log(folder, name, first, stage.steps, quiet)
     if first:
         log.say(f"{name}: resumed at update {first}")
@@ -78,7 +79,7 @@ def fit(
                     log.say(f"warning: {name}, update {step}: {warning}")
             if stage.preview_every and (step % stage.preview_every == 0 or last):
                 params = state.params["model"] if state.ema is None else state.ema
-                picture, values = jax.device_get(preview(params, frozen, put_batch(shown, mesh), shown_key))
+                picture, values = jax.device_get(preview(params, frozen, shown, shown_key))
                 if values:
                     log.metrics(step, {f"held_out/{name}": float(value) for name, value in values.items()})
                 log.picture(step, picture, columns=10)
