@@ -41,8 +41,8 @@ class Recipe(NamedTuple):
 LossFn = Callable[[Params, Params, Batch, PRNGKey, Array], tuple[Float[Array, ""], Metrics]]
 
 
-def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate: float) -> LossFn:
-    """Mean loss of a generator over the tokens of a batch.
+def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate: float, train: bool = True) -> LossFn:
+    """Mean loss of a generator over the tokens of a batch; with dropout if `train`.
 
     `frozen` are the tokenizer's parameters. A batch holds "image" (uint8) or ready "tokens", and the condition.
     """
@@ -57,7 +57,7 @@ def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate
         loss, weight, metrics = generator.apply(
             {"params": params}, tokens, batch, order_fn(generator.spec, order_key, images, step), method="loss",
             embed=functools.partial(encoder, method="embed"),
-            drop=jax.random.bernoulli(drop_key, drop_rate, (images,)), rngs={"dropout": loss_key},
+            drop=jax.random.bernoulli(drop_key, drop_rate, (images,)), rngs={"dropout": loss_key} if train else {},
         )  # fmt: skip
         mean = (loss * weight).sum() / jnp.maximum(weight.sum(), 1)
         return mean, {"loss": mean, **metrics}
@@ -79,6 +79,7 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
     """Trains a generator on a frozen tokenizer's tokens."""
     tx = make_optimiser(stage.optim, stage.steps)
     grad_fn = gradients(generator_loss(generator, tokenizer, stage.order, stage.drop))
+    held_out_loss = generator_loss(generator, tokenizer, stage.order, 0.0, train=False)
 
     def init(key):
         return create({"model": generator.init_params(key)}, {}, tx, stage.optim.ema)
@@ -94,7 +95,8 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
         images = sample_images(
             generator, tokenizer, params, frozen, batch, order, knobs=knobs, keys=keys, guided=settings.guidance != 1
         )
-        return to_uint8(images), {}
+        loss, _ = held_out_loss(params, frozen, batch, key, stage.steps)
+        return to_uint8(images), {"loss": loss}
 
     return Recipe(
         init=init,
