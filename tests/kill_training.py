@@ -2,11 +2,11 @@
 
     python tests/kill_training.py [--kills 20] [--seed 0] [--out FOLDER]
 
-One run of train.py is left alone. The same command is then killed (SIGKILL) at random moments of both stages: every
-other time while it starts, every other time while it trains, where each third update is saved so that many kills fall
-into a save. After every kill the checkpoint that would be resumed from is read in full. At the end every array of both
-runs' last checkpoints (parameters, average, optimiser, statistics) must have the same bytes. Takes about ten seconds a
-kill on two CPU cores; exits with 1 if anything differs.
+One run of train.py is left alone. The same command is then killed (SIGKILL) at random moments of both stages, in turn
+while it trains and while it starts; each third update is saved, so that many kills fall into a save. After every kill
+the checkpoint that would be resumed from is read in full. At the end every array of both runs' last checkpoints
+(parameters, average, optimiser, statistics) must have the same bytes. Takes about ten seconds a kill on two CPU cores;
+exits with 1 if anything differs.
 """
 
 import argparse
@@ -78,21 +78,23 @@ def kill_and_compare(place: Path, kills: int, seed: int = 0, say=lambda text: No
     place.mkdir(parents=True, exist_ok=True)
     (place / "config.py").write_text(CONFIG)
     updates = {"tokenizer": 6 + 2 * kills, "generator": 6 + 4 * kills}  # more than the kills below can reach
-    start_up, between = left_alone(place, updates)
-    say(f"left alone: {start_up:.1f} s until the first save, {between:.2f} s between saves")
+    between = left_alone(place, updates)
+    say(f"left alone: a save every {between:.2f} s")
 
-    killed = place / "killed"
+    killed, start_up = place / "killed", 0.0
     figures = {"kills": kills, "while starting": 0, "while saving": 0, "unreadable": 0, "updates done twice": 0}
     for kill in range(kills):
         launched, process, saved = time.time(), train(place, "killed", updates), progress(killed)
-        if kill % 2:  # while it trains: after one to three saves
-            for _ in range(chance.randint(1, 3)):
+        if kill % 2:
+            time.sleep(chance.uniform(0, start_up))
+        else:  # while it trains: after one to three saves
+            for i in range(chance.randint(1, 3)):
                 before = progress(killed)
                 while progress(killed) == before and process.poll() is None:
                     time.sleep(0.002)
+                if i == 0:
+                    start_up = time.time() - launched
             time.sleep(chance.uniform(0, between))
-        else:
-            time.sleep(chance.uniform(0, 1.2 * start_up))
         if process.poll() is not None:
             raise RuntimeError(f"training ended by itself before kill {kill + 1}, with code {process.returncode}")
         process.send_signal(signal.SIGKILL)
@@ -137,21 +139,16 @@ def train(place: Path, name: str, updates: dict[str, int]) -> subprocess.Popen:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def left_alone(place: Path, updates: dict[str, int]) -> tuple[float, float]:
-    """Trains to the end; seconds until the first save and between saves, of a second start with compiled programs."""
-    run("compiling", place, {"tokenizer": 1, "generator": 1})
-    first, total = run("whole", place, updates)
-    return first, (total - first) / (sum(updates.values()) / 3)
-
-
-def run(name, place, updates):
-    began, process = time.monotonic(), train(place, name, updates)
-    while not progress(place / name) and process.poll() is None:
-        time.sleep(0.01)
-    first = time.monotonic() - began
-    if code := process.wait():
-        raise RuntimeError(f"training ended with code {code}; see {place / f'{name}.log'}")
-    return first, time.monotonic() - began
+def left_alone(place: Path, updates: dict[str, int]) -> float:
+    """Trains to the end; usual seconds from one save to the next."""
+    times, before, process = [], "", train(place, "whole", updates)
+    while process.poll() is None:
+        if (now := progress(place / "whole")) != before:
+            times, before = [*times, time.monotonic()], now
+        time.sleep(0.002)
+    if process.returncode:
+        raise RuntimeError(f"training ended with code {process.returncode}; see {place / 'whole.log'}")
+    return float(np.median(np.diff(times)))
 
 
 def progress(folder: Path) -> str:
