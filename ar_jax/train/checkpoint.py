@@ -142,7 +142,7 @@ class Checkpoints:
         # Orbax still adds the time of the commit to its metadata, which nothing is read from.
         files = [path for path in folder.rglob("*") if path.is_file() and path.name != "_CHECKPOINT_METADATA"]
         contents["files"] = {str(path.relative_to(folder)): _fingerprint(path) for path in sorted(files)}
-        (folder / CONTENTS).write_text(json.dumps(contents, indent=1))  # ends in a brace: no part of it can be read
+        (folder / CONTENTS).write_text(json.dumps(contents))  # ends in a brace: no part of it can be read
 
     def _failed(self, error):
         self._reported = True

@@ -68,9 +68,7 @@ def fit(
     else:
         state = jax.jit(recipe.init, out_shardings=layout)(init_key)
         if start:
-            model = start(state.params["model"])
-            average = None if state.ema is None else jax.tree.map(jnp.copy, model)
-            state = jax.device_put(state.replace(params=state.params | {"model": model}, ema=average), layout)
+            state = jax.jit(_begin, out_shardings=layout)(state, start(state.params["model"]))
 
     def advance(state, frozen, batch, key):
         # Key and learning rate follow from the state: nothing but the batch comes from the host.
@@ -79,6 +77,7 @@ def fit(
         return state, metrics | {"lr": lr}
 
     frozen = jax.device_put(recipe.frozen, replicated(mesh))
+    key, shown_key = jax.jit(lambda keys: keys, out_shardings=replicated(mesh))((key, shown_key))
     update = jax.jit(advance, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
     preview = jax.jit(recipe.preview, out_shardings=replicated(mesh))
     log = Log(folder, name, first, stage.steps, mesh.size, quiet)
@@ -138,6 +137,11 @@ def fit(
                 break
             if stop:
                 raise Stopped(f"{name}: told to stop, saved update {step}; the same command goes on from there")
+
+
+def _begin(state, model):
+    average = None if state.ema is None else jax.tree.map(jnp.copy, model)
+    return state.replace(params=state.params | {"model": model}, ema=average)
 
 
 def _check_best(stage: Stage, name: str, figures: dict) -> None:

@@ -90,4 +90,5 @@ def shard(tree: Any, mesh: jax.sharding.Mesh, rules: Sequence[tuple[str, P]] = (
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """This process's share of a batch, as part of the global one."""
     where = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(where, value) for name, value in batch.items()}
+    with jax.transfer_guard("allow"):  # of several processes' arrays, JAX takes this for an implicit transfer
+        return {name: jax.make_array_from_process_local_data(where, value) for name, value in batch.items()}
