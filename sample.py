@@ -36,7 +36,7 @@ from ar_jax.decode.sequential import Knobs, sample_images
 from ar_jax.images import save_png, tile, to_uint8
 from ar_jax.models import Model, open_model, write_json
 from ar_jax.resize import resize
-from ar_jax.train.sharding import MeshShape, batch_sharding, make_mesh, replicated
+from ar_jax.sharding import MeshShape, batch_sharding, make_mesh, shard
 from ar_jax.typing import Batch
 
 
@@ -155,7 +155,8 @@ def make_sampler(
     params, frozen = model.params(dtype=dtype, average=options.average), tokenizer.params(average=options.average)
     if options.unroll:
         generator, params = generator.unrolled(params)
-    params, frozen = jax.device_put((params, frozen), replicated(mesh))
+    params = jax.device_put(params, shard(params, mesh, generator.rules))
+    frozen = jax.device_put(frozen, shard(frozen, mesh, tokenizer.module.rules))
     order_fn = codec.decode(model.settings["order"])
     logits_fn = Filter(settings["top_k"], settings["top_p"])
 
@@ -183,7 +184,8 @@ def make_sampler(
 
     def draw(batch, ids):
         batch, ids = jax.device_put((batch, ids.astype(np.uint32)), batch_sharding(mesh))
-        images = np.asarray(program(params, frozen, batch, ids))
+        with jax.set_mesh(mesh):
+            images = np.asarray(program(params, frozen, batch, ids))
         return np.broadcast_to(images, (*images.shape[:3], 3))
 
     return draw

@@ -24,13 +24,13 @@ from ar_jax import codec
 from ar_jax.config import Experiment, Stage, load_config, parse
 from ar_jax.data import Data, Info, Source, batches, open_source
 from ar_jax.models import Model, describe, open_model, versions, write_json
+from ar_jax.sharding import make_mesh
 from ar_jax.tokenize import check_cache
 from ar_jax.train.checkpoint import load_matching, save_params
 from ar_jax.train.gan import tokenizer_recipe
 from ar_jax.train.guards import AGAIN, Stopped
 from ar_jax.train.loop import fit
 from ar_jax.train.recipes import Recipe, generator_recipe
-from ar_jax.train.sharding import make_mesh
 from ar_jax.typing import Batch, Params, PRNGKey
 
 
@@ -132,7 +132,8 @@ def stage_fit(
 ) -> None:
     stream = batches(open_source(data), data, batch=stage.batch, seed=experiment.seed)
     start = functools.partial(load_start, stage, model.kind) if stage.start else None
-    fit(recipe, stage, stream, held_out(data, stage.preview_images), model.folder, mesh, key, start)
+    with jax.set_mesh(mesh):
+        fit(recipe, stage, stream, held_out(data, stage.preview_images), model.folder, mesh, key, start)
 
 
 def load_start(stage: Stage, kind: str, params: Params) -> Params:

@@ -26,18 +26,15 @@ import tyro
 from flax import traverse_util
 
 from ar_jax.config import Experiment, load_config
-from ar_jax.data import Info
 from ar_jax.decode.guidance import interval
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sequential import Knobs, sample
 from ar_jax.images import to_uint8
-from ar_jax.tokenizers.vqgan import VQGAN
+from ar_jax.models import untrained
 from ar_jax.train.optim import make_optimiser
 from ar_jax.train.recipes import generator_loss, gradients
 from ar_jax.train.state import create, make_update
 from ar_jax.typing import Batch, Params
-
-INFO = Info(classes=1000, captions=True, text="random", text_rows=120, text_width=2048)  # of ImageNet, of Flan-T5-XL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,12 +188,10 @@ def shares(parts: list[float]) -> str:
 
 def networks(experiment: Experiment, options: Options) -> tuple[Any, Any, Params, Params]:
     """Generator, tokenizer, and random parameters of both."""
-    if experiment.generator.module is None:
+    generator, tokenizer = untrained(experiment)
+    if generator is None:
         raise ValueError("the config has no generator")
-    tokenizer, dtype = experiment.tokenizer.module, jnp.dtype(options.dtype).type
-    if tokenizer is None:  # the config takes a released one from a folder, which need not be there
-        tokenizer = VQGAN(size=(experiment.data.size,) * 2)
-    generator = experiment.generator.module.complete(tokenizer.spec, INFO)
+    dtype = jnp.dtype(options.dtype).type
     generator = generator.clone(backbone=generator.backbone.clone(dtype=dtype), head=generator.head.clone(dtype=dtype))
     params, frozen = (jax.jit(net.init_params)(jax.random.key(0)) for net in (generator, tokenizer))
     return generator, tokenizer, params, frozen
@@ -209,13 +204,13 @@ def conditions(generator: Any, images: int) -> Batch:
 def step_bytes(params: Params) -> int:
     """Bytes of the parameters that every decoding step reads: all but tables of which it reads a row, and conditions."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    return sum(x.nbytes for name, x in flat.items() if not name.startswith(("embedding/", "conditioning/")))
+    return sum(x.nbytes for name, x in flat.items() if not name.startswith(("embedding", "conditioning/")))
 
 
 def step_flops(generator: Any, params: Params, images: int) -> int:
     """Multiplications and additions of a training step: 6 a parameter and row, and causal attention."""
     net, flat = generator.backbone, traverse_util.flatten_dict(params, sep="/")
-    weights = sum(x.size for name, x in flat.items() if not name.startswith(("embedding/", "conditioning/")))
+    weights = sum(x.size for name, x in flat.items() if not name.startswith(("embedding", "conditioning/")))
     rows = generator.spec.n - 1 + (generator.conditioning.example().get("text", np.zeros((1, 1))).shape[1])
     attention = 6 * net.layers * net.width * rows**2  # half of 12: a row sees half of the rows
     return images * (6 * weights * rows + attention)

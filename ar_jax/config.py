@@ -13,9 +13,9 @@ import tyro
 
 from ar_jax.data import Data
 from ar_jax.orders import raster
+from ar_jax.sharding import MeshShape
 from ar_jax.train.guards import Guards
 from ar_jax.train.optim import Optim
-from ar_jax.train.sharding import MeshShape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,14 @@ import flax.linen as nn
 import jax
 
 from ar_jax import __version__, codec
+from ar_jax.config import Experiment
 from ar_jax.data import Info, read_info
+from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.train import checkpoint
 from ar_jax.typing import Params
 
 FORMAT = 1
+IMAGENET = Info(classes=1000, captions=True, text="flan-t5-xl", text_rows=120, text_width=2048)  # and captions of it
 KINDS = ("tokenizer", "generator")
 
 
@@ -74,6 +77,18 @@ class Model:
                 f"checkpoint is {self.checkpoint!r}, but {self.folder} holds a single set of parameters; leave it out"
             )
         return self
+
+
+def untrained(experiment: Experiment) -> tuple[nn.Module | None, nn.Module]:
+    """The generator (or None) and the tokenizer of a config, complete as for ImageNet, without any file of theirs.
+
+    A released tokenizer that the config takes from a folder is LlamaGen's VQ-16.
+    """
+    tokenizer = experiment.tokenizer.module
+    if tokenizer is None:
+        tokenizer = VQGAN(size=(experiment.data.size,) * 2)
+    generator = experiment.generator.module
+    return generator and generator.complete(tokenizer.spec, IMAGENET), tokenizer
 
 
 def versions() -> dict[str, str]:

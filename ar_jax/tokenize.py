@@ -33,8 +33,8 @@ from ar_jax.data import Data, Source, Unreadable, centre_crop, flip, open_record
 from ar_jax.data.packed import tokens
 from ar_jax.images import to_float
 from ar_jax.models import Model, open_model
+from ar_jax.sharding import make_mesh, put_batch, replicated
 from ar_jax.tokens import TokenSpec
-from ar_jax.train.sharding import make_mesh, put_batch, replicated
 from ar_jax.typing import Params
 
 

@@ -39,7 +39,7 @@ def tokenizer(name: str, mult: tuple[int, ...]) -> Experiment:
     )  # fmt: skip
 
 
-def network(model: str, conditioning: type[nn.Module], remat: bool = False) -> Causal:
+def network(model: str, conditioning: type[nn.Module], remat: str = "none") -> Causal:
     """The transformer of a published size, in bfloat16."""
     layers, width, heads = LAYERS_WIDTH_HEADS[model]
     backbone = Transformer(layers, width, heads, dropout=0.1, dtype=jnp.bfloat16, remat=remat)
@@ -55,7 +55,7 @@ def generator(module: Causal, steps: int, **stage) -> GeneratorStage:
     )  # fmt: skip
 
 
-def class_conditional(model: str, size: int, guidance: float, remat: bool = False) -> Experiment:
+def class_conditional(model: str, size: int, guidance: float, remat: str = "none") -> Experiment:
     """ImageNet classes for 300 epochs, on the ten-crop codes of VQ-16."""
     return Experiment(
         name=f"llamagen_{model}_{size}",
@@ -75,6 +75,8 @@ def text_conditional(size: int, data: str, steps: int) -> Experiment:
         data=Data(name="image_folder", path=data, size=size, text=f"{data}/flan_t5_xl.safetensors", text_rows=120),
         tokenizer=TokenizerStage(path="checkpoints/vq_ds16_t2i" + ("" if size == 256 else f"_{size}")),
         generator=generator(
-            network("xl", Caption, remat=size > 256), steps, sampling=Sampling(guidance=7.5, top_k=1000)
+            network("xl", Caption, remat="dots" if size > 256 else "none"),
+            steps,
+            sampling=Sampling(guidance=7.5, top_k=1000),
         ),
     )

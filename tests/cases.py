@@ -9,6 +9,7 @@ import numpy as np
 
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
+from ar_jax.heads.categorical import Categorical
 from ar_jax.nets.conditioning import Caption, Label
 from ar_jax.nets.transformer import Transformer
 from ar_jax.orders import Order, raster
@@ -56,15 +57,16 @@ class Case:
         return {"label": np.arange(self.images, dtype=np.int32) % 3, "text": text, "text_mask": mask}
 
 
-def _causal(conditioning, order=raster, **backbone):
+def _causal(conditioning, order=raster, head=Categorical(), **backbone):
     net = Transformer(layers=2, width=16, heads=2, hidden=24, **backbone)
-    return Case(Causal(net, conditioning).complete(SPEC, INFO), order)
+    return Case(Causal(net, conditioning, head).complete(SPEC, INFO), order)
 
 
 CASES = {
     "llamagen_label": _causal(Label(16)),
     "llamagen_caption": _causal(Caption(16)),
-    "llamagen_remat": _causal(Label(16), remat=True),
+    "llamagen_remat": _causal(Label(16), remat="full"),
+    "llamagen_chunk": _causal(Caption(16), head=Categorical(chunk=5), remat="dots"),
     "causal_backwards": _causal(Label(16), backwards),
     "causal_order_per_image": _causal(Caption(16), shuffled),
 }

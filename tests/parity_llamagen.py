@@ -197,9 +197,9 @@ def t2i(meta, weights, io):
 
     def attention_mask(batch):
         cond = generator.apply({"params": params}, batch, jnp.zeros(len(batch["text"]), bool), method="condition")
-        ranks = jnp.broadcast_to(jnp.arange(1, generator.spec.n + 1), (len(cond.step), generator.spec.n))
-        step = jnp.concatenate([cond.step, ranks], axis=1)
-        return visible(step, step)
+        step = np.append(cond.step, np.arange(1, generator.spec.n + 1, dtype=np.int32))
+        valid = jnp.pad(cond.valid, ((0, 0), (0, generator.spec.n)), constant_values=True)
+        return visible(step, step, valid=valid)
 
     return {
         "attn_mask": attention_mask(batch),

@@ -13,8 +13,8 @@ from ar_jax.decode.guidance import paired, widen
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sequential import Knobs, sample
 from ar_jax.orders import to_ranks
+from ar_jax.sharding import MeshShape, batch_sharding, make_mesh, shard
 from ar_jax.train.optim import Optim, make_optimiser
-from ar_jax.train.sharding import MeshShape, batch_sharding, make_mesh, shard
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 GUIDANCE, TEMPERATURE, FILTER = 1.7, 0.9, Filter(top_k=9, top_p=0.95)

@@ -16,9 +16,9 @@ from test_train_sample import CONFIG, QUIET, metrics, one_device, quick, refused
 import sample
 import train
 from ar_jax.models import describe, open_model
+from ar_jax.sharding import make_mesh, put_batch
 from ar_jax.train import guards, loop
 from ar_jax.train.checkpoint import find_step, latest_step, save_params
-from ar_jax.train.sharding import make_mesh, put_batch
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

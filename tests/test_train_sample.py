@@ -17,8 +17,8 @@ import sample
 import train
 from ar_jax.data import Info
 from ar_jax.models import open_model, write_json
+from ar_jax.sharding import make_mesh
 from ar_jax.train.checkpoint import save_params
-from ar_jax.train.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

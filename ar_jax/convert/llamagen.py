@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 
 from ar_jax import codec
-from ar_jax.convert.names import CONV, CONV1, LINEAR, PLAIN, Rule
+from ar_jax.convert.names import CONV, CONV1, LINEAR, PLAIN, Rule, qkv_layout
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Caption, Label
@@ -26,13 +26,13 @@ def gpt_rules(generator: Causal) -> list[Rule]:
     return [
         ("backbone/blocks/attention_norm/scale", layer + "attention_norm.weight", PLAIN),
         ("backbone/blocks/mlp_norm/scale", layer + "ffn_norm.weight", PLAIN),
-        ("backbone/blocks/qkv/kernel", layer + "attention.wqkv.weight", LINEAR),
+        ("backbone/blocks/qkv/kernel", layer + "attention.wqkv.weight", qkv_layout(generator.backbone.heads)),
         ("backbone/blocks/out/kernel", layer + "attention.wo.weight", LINEAR),
         ("backbone/blocks/gate/kernel", layer + "feed_forward.w1.weight", LINEAR),
         ("backbone/blocks/up/kernel", layer + "feed_forward.w3.weight", LINEAR),
         ("backbone/blocks/down/kernel", layer + "feed_forward.w2.weight", LINEAR),
         ("backbone/norm/scale", "norm.weight", PLAIN),
-        ("embedding/embedding", "tok_embeddings.weight", PLAIN),
+        ("embedding", "tok_embeddings.weight", PLAIN),
         ("head/readout/kernel", "output.weight", LINEAR),
         ("conditioning/embedding", "cls_embedding.embedding_table.weight", PLAIN),
         (r"conditioning/(fc[12])/kernel", r"cls_embedding.cap_proj.\1.weight", LINEAR),

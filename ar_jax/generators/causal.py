@@ -4,17 +4,20 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 
 from ar_jax.data import Info
 from ar_jax.decode.guidance import widen
 from ar_jax.heads.categorical import Categorical
+from ar_jax.nets import transformer
 from ar_jax.nets.conditioning import Cond
-from ar_jax.nets.linear import output_major
+from ar_jax.nets.linear import look_up, output_major
 from ar_jax.nets.positions import NOWHERE
 from ar_jax.nets.transformer import Cache, Transformer, init, unrolled
 from ar_jax.orders import Order, raster, to_ranks
+from ar_jax.sharding import BATCH, Rules, constrain
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Key, Metrics, Params, PRNGKey, typed
 
@@ -69,8 +72,16 @@ class Causal(nn.Module):
         ]
 
     def setup(self):
-        self.embedding = nn.Embed(self.spec.codes[0], self.backbone.width, embedding_init=init)
+        self.embedding = self.param("embedding", init, (self.spec.codes[0], self.backbone.width))
         self.drop = nn.Dropout(self.dropout)
+
+    @property
+    def rules(self) -> Rules:
+        """What tensor parallelism divides (see `sharding.shard`)."""
+        return (*transformer.RULES, *self.head.rules)
+
+    def embed(self, index: Int[Array, "b m"]) -> Float[Array, "b m d"]:
+        return look_up(self.embedding.astype(self.backbone.dtype), index)
 
     def condition(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
         """The condition's rows; `drop` marks images that go without."""
@@ -107,11 +118,11 @@ class Causal(nn.Module):
     def hidden(self, tokens: Int[Array, "b n 1"], cond: Cond, order: Order) -> Float[Array, "b n d"]:
         """Hidden row of every rank, from tokens in rank order."""
         p = cond.rows.shape[1]
-        x = jnp.concatenate([cond.rows, self.embedding(tokens[:, :-1, 0])], axis=1)
-        steps = jnp.broadcast_to(jnp.arange(1, self.spec.n, dtype=jnp.int32), (len(x), self.spec.n - 1))
+        embedded = self.embed(tokens[:, :-1, 0])
+        x = constrain(jnp.concatenate([cond.rows.astype(embedded.dtype), embedded], axis=1), BATCH)
         coords = jnp.pad(self._coords(order)[:, :-1], ((0, 0), (p, 0), (0, 0)), constant_values=NOWHERE)
         x = self.drop(x, deterministic=not self.has_rng("dropout"))
-        h, _ = self.backbone(x, jnp.concatenate([cond.step, steps], axis=1), coords)
+        h, _ = self.backbone(x, _steps(p, self.spec.n), coords, valid=_valid(cond, p - 1 + self.spec.n))
         return h[:, p - 1 :]
 
     def begin(self, cond: Cond, order: Order, images: int) -> State:
@@ -120,7 +131,10 @@ class Causal(nn.Module):
         rows, p, _ = cond.rows.shape
         cache = self.backbone.empty_cache(rows).grow(p - 1)
         if p > 1:
-            _, cache = self.backbone(cond.rows[:, :-1], cond.step[:, :-1], self._nowhere(p - 1), cache=cache)
+            _, cache = self.backbone(
+                cond.rows[:, :-1], cond.step[:-1], self._nowhere(p - 1), cache=cache, keys=cond.step[:-1],
+                valid=_valid(cond, p - 1),
+            )  # fmt: skip
         return State(jnp.zeros((images, self.spec.n, 1), jnp.int32), cache)
 
     def grow(self, state: State, ranks: int, cond: Cond) -> State:
@@ -151,10 +165,13 @@ class Causal(nn.Module):
         token = lax.dynamic_slice_in_dim(state.tokens, before, 1, axis=1)[..., 0]
         slot = lax.dynamic_slice_in_dim(self._coords(order), before, 1, axis=1)
         ways = len(cond.rows) // len(token)
-        x = jnp.where(rank == 0, cond.rows[:, -1:], widen(self.embedding(token), ways))
-        step = jnp.where(rank == 0, cond.step[:, -1:], jnp.asarray(rank, jnp.int32))
+        x = jnp.where(rank == 0, cond.rows[:, -1:], widen(self.embed(token), ways))
         coords = jnp.where(rank == 0, NOWHERE, widen(slot, ways if len(slot) > 1 else 1))
-        return self.backbone(x, step, coords, cache=state.cache, first=p - 1 + rank)
+        rows = state.cache.rows
+        return self.backbone(
+            x, jnp.asarray(rank, jnp.int32)[None], coords, cache=state.cache, first=p - 1 + rank,
+            keys=_steps(p, self.spec.n)[:rows], valid=_valid(cond, rows),
+        )  # fmt: skip
 
     def _coords(self, order: Order) -> Int[Array, "#b n 3"]:
         return jnp.asarray(self.spec.coords)[order.slot]
@@ -168,3 +185,16 @@ class Causal(nn.Module):
                 f"Causal reveals one of {self.spec.n} slots per step, but order.sizes is {order.sizes[:8]}...; "
                 f"use orders.raster or another order of single slots"
             )
+
+
+def _steps(p: int, n: int) -> np.ndarray:
+    """Steps of p condition rows and of the rows of ranks 0..n-2; the condition's last row has step 0."""
+    return np.arange(1 - p, n, dtype=np.int32)
+
+
+def _valid(cond: Cond, rows: int) -> Bool[Array, "B r"] | None:
+    """Which of the first `rows` rows may be seen."""
+    if cond.valid is None:
+        return None
+    p = cond.valid.shape[1]
+    return jnp.pad(cond.valid[:, :rows], ((0, 0), (0, max(0, rows - p))), constant_values=True)

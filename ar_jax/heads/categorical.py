@@ -1,14 +1,17 @@
 """The categorical head: one softmax over a codebook."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from ar_jax.decode.guidance import fold
 from ar_jax.decode.logits import draw
 from ar_jax.nets.linear import Linear
+from ar_jax.sharding import Rules
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Float, Index, Int, Key, typed
 
@@ -20,11 +23,14 @@ class Categorical(nn.Module):
       codes: size of the codebook; 0 until the tokenizer is known (`complete`).
       dtype: of the matrix product's inputs.
       output_major: layout of the readout for decoding (see `linear.output_major`).
+      chunk: the training loss is computed for so many rows of every image at a time, and again in the backward pass, so
+        that the logits of all rows never lie in memory; 0 computes all at once.
     """
 
     codes: int = 0
     dtype: Any = jnp.float32
     output_major: bool = False
+    chunk: int = 0
 
     def complete(self, spec: TokenSpec) -> "Categorical":
         if len(spec.codes) != 1:
@@ -41,10 +47,34 @@ class Categorical(nn.Module):
         """Logits, float32."""
         return self.readout(h)
 
+    @property
+    def rules(self) -> Rules:
+        return ((r"/readout/kernel$", P(None, "tp")),)
+
+    @typed
     def loss(self, h: Float[Array, "b m d"], target: Int[Array, "b m 1"]) -> Float[Array, "b m"]:
         """Cross entropy in nats."""
+        rows = h.shape[1]
+        if not 0 < self.chunk < rows:
+            return self._cross_entropy(h, target)
+        parts = -(-rows // self.chunk)
+
+        def chunks(x):
+            x = jnp.pad(x, ((0, 0), (0, parts * self.chunk - rows), (0, 0)))
+            return jnp.moveaxis(x.reshape(len(x), parts, self.chunk, -1), 1, 0)
+
+        @functools.partial(nn.scan, variable_broadcast="params", split_rngs={"params": False})
+        @functools.partial(nn.remat, prevent_cse=False)
+        def body(head, carry, some):
+            return carry, head._cross_entropy(*some)
+
+        _, loss = body(self, (), (chunks(h), chunks(target)))
+        return jnp.moveaxis(loss, 0, 1).reshape(len(h), -1)[:, :rows]
+
+    def _cross_entropy(self, h, target):
         logits = self(h)
-        chosen = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
+        # not a gather: the vocabulary may be divided over devices
+        chosen = jnp.where(jnp.arange(self.codes) == target, logits, 0).sum(-1)
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 
     def sample(self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs, i: Index) -> Int[Array, "b m 1"]:

@@ -7,7 +7,7 @@ from flax import struct
 from jax import lax
 
 from ar_jax.data import Info
-from ar_jax.nets.attention import PADDING
+from ar_jax.nets.linear import look_up
 from ar_jax.nets.transformer import init
 from ar_jax.typing import Array, Batch, Bool, typed
 
@@ -18,11 +18,16 @@ class Cond:
 
     Attributes:
       rows: [B p d] rows before the first token; the last one predicts it.
-      step: int32 [B p]: -(p-1)..0, or `PADDING` for rows that nobody may see.
+      valid: bool [B p], rows that others may see, or None where all are.
     """
 
     rows: Array
-    step: Array
+    valid: Array | None = None
+
+    @property
+    def step(self) -> np.ndarray:
+        """Steps of the rows, int32 [p]: -(p-1)..0."""
+        return np.arange(1 - self.rows.shape[1], 1, dtype=np.int32)
 
 
 class Label(nn.Module):
@@ -51,7 +56,7 @@ class Label(nn.Module):
         """Looks up `batch["label"]`, int [b] in 0..classes (classes itself means none), dropped where `drop` is set."""
         table = self.param("embedding", init, (self.classes + 1, self.width))
         label = jnp.where(drop, self.classes, batch["label"])
-        return Cond(table[label][:, None], jnp.zeros((len(label), 1), jnp.int32))
+        return Cond(look_up(table, label)[:, None])
 
 
 class Caption(nn.Module):
@@ -91,5 +96,4 @@ class Caption(nn.Module):
         text = jnp.where(drop[:, None, None], none, batch["text"])
         hidden = nn.gelu(nn.Dense(self.width, use_bias=False, kernel_init=init, name="fc1")(text), approximate=True)
         rows = nn.Dense(self.width, use_bias=False, kernel_init=init, name="fc2")(hidden)
-        place = np.arange(1 - self.rows, 1, dtype=np.int32)
-        return Cond(rows, jnp.where(jnp.asarray(batch["text_mask"], bool), place, PADDING))
+        return Cond(rows, jnp.asarray(batch["text_mask"], bool))

@@ -8,8 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from ar_jax.typing import Array, Float, Params, typed
+from ar_jax.sharding import constrain
+from ar_jax.typing import Array, Float, Int, Params, typed
+
+PRODUCT = "product"  # name of the results, for policies of what a backward pass keeps
 
 
 class Linear(nn.Module):
@@ -34,7 +38,8 @@ class Linear(nn.Module):
         shape = (self.features, x.shape[-1]) if self.output_major else (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         multiply = stream if self.output_major else product
-        return multiply(x.astype(self.dtype), kernel.astype(self.dtype), self.out_dtype or self.dtype)
+        y = multiply(x.astype(self.dtype), kernel.astype(self.dtype), self.out_dtype or self.dtype)
+        return checkpoint_name(y, PRODUCT)
 
 
 def output_major(params: Params) -> Params:
@@ -66,6 +71,12 @@ def _multiply_and_sum(x, w):
     rows = x.reshape(-1, x.shape[-1])
     total = lax.optimization_barrier((w[None] * rows[:, None]).sum(-1))
     return total.reshape(*x.shape[:-1], -1)
+
+
+@typed
+def look_up(table: Float[Array, "v d"], index: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+    """Rows of a table. On a mesh every device gathers the whole table first, which is far smaller than partial results."""
+    return constrain(jnp.asarray(table), None, None)[index]
 
 
 @jax.custom_vjp

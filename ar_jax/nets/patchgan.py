@@ -7,7 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
+from ar_jax.sharding import Rules
 from ar_jax.typing import Array, Float, Params, typed
 
 
@@ -30,6 +32,14 @@ class PatchGan(nn.Module):
     leaky_slope: float = 0.2
     batchnorm_eps: float = 1e-5
     dtype: Any = jnp.float32
+
+    @property
+    def rules(self) -> Rules:
+        """What tensor parallelism divides (see `sharding.shard`): outputs and inputs of the convolutions in turn."""
+        return (
+            (r"discriminator/conv[02468]/kernel$", P(None, "tp")),
+            (r"discriminator/conv[13579]/kernel$", P("tp", None)),
+        )
 
     def init_stats(self) -> Params:
         """Mean 0 and variance 1, before any training."""

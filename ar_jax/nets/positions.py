@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ar_jax.typing import Array, Float, Int, typed
 
@@ -29,8 +30,13 @@ def rotary(coords: Int[Array, "#B q 3"], features: int, base: float = 10000.0) -
 @typed
 def rotate(x: Float[Array, "B h q e"], table: Float[Array, "2 #B q e"]) -> Float[Array, "B h q e"]:
     """Turns neighbouring channels (2i, 2i+1) by the table's angles, in float32."""
-    # Rolls instead of a reshape to [... e/2 2]: a last axis of two wastes the lanes of a TPU.
-    y = x.astype(jnp.float32)
-    turned = jnp.where(np.arange(x.shape[-1]) % 2 == 0, -jnp.roll(y, -1, axis=-1), jnp.roll(y, 1, axis=-1))
+    # (a, b) -> (-b, a) as a product with a signed permutation, which is exact: on a TPU it costs a hundredth of the
+    # network, while moving single channels between lanes costs a quarter.
+    e = x.shape[-1]
+    turn = np.zeros((e, e), np.float32)
+    turn[np.arange(1, e, 2), np.arange(0, e, 2)], turn[np.arange(0, e, 2), np.arange(1, e, 2)] = -1, 1
+    turned = jnp.einsum(
+        "bhqe,ef->bhqf", x, turn.astype(x.dtype), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
     cos, sin = table[0][:, None], table[1][:, None]
-    return (y * cos + turned * sin).astype(x.dtype)
+    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)

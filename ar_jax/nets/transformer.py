@@ -1,19 +1,33 @@
 """The Llama-like transformer of next-token image models, for training (all rows at once) and decoding (cached)."""
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
-from ar_jax.nets.attention import PADDING, attend, visible
-from ar_jax.nets.linear import Linear, output_major
+from ar_jax.nets.attention import ATTENTION, sight
+from ar_jax.nets.linear import PRODUCT, Linear, output_major
 from ar_jax.nets.positions import rotary, rotate
-from ar_jax.typing import Array, Float, Index, Int, Params, typed
+from ar_jax.sharding import BATCH, Rules, constrain
+from ar_jax.typing import Array, Bool, Float, Index, Int, Params, typed
 
 init = nn.initializers.normal(0.02)
+
+
+# Columns of qkv lie head by head (query, key, value of a head side by side), so that tp can divide heads.
+RULES: Rules = (
+    (r"/(qkv|gate|up)/kernel$", P(None, "tp")),
+    (r"/(out|down)/kernel$", P("tp", None)),
+)
+REMAT = {
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENTION),
+    "full": None,
+}
 
 
 @struct.dataclass
@@ -22,22 +36,24 @@ class Cache:
 
     Attributes:
       k, v: [l B h r e], or one [B h r e] per layer if the network is unrolled.
-      step: int32 [B r], `PADDING` where nothing is written yet.
     """
 
     k: Any
     v: Any
-    step: Array
+
+    @property
+    def rows(self) -> int:
+        return jax.tree.leaves(self.k)[0].shape[-2]
 
     def grow(self, rows: int) -> "Cache":
         """The same cache with room for `rows` rows in all."""
-        more = rows - self.step.shape[1]
+        more = rows - self.rows
 
         def longer(x):
-            return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])
+            x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])
+            return constrain(x, *[None] * (x.ndim - 4), BATCH, "tp")
 
-        step = jnp.pad(self.step, ((0, 0), (0, more)), constant_values=PADDING)
-        return Cache(*jax.tree.map(longer, (self.k, self.v)), step)
+        return jax.tree.map(longer, self)
 
 
 class RMSNorm(nn.Module):
@@ -73,21 +89,22 @@ class Block(nn.Module):
         self.gate, self.up, self.down = dense(self.hidden), dense(self.hidden), dense(self.width)
         self.drop = nn.Dropout(self.dropout)
 
-    def __call__(self, x, cache, table, mask, first):
+    def __call__(self, x, cache, table, seen, first):
         det = not self.has_rng("dropout")
-        out, cache = self.attention(self.attention_norm(x), cache, table, mask, first)
+        x = constrain(x, BATCH)
+        out, cache = self.attend(self.attention_norm(x), cache, table, seen, first)
         x = x + self.drop(out, deterministic=det)
         y = self.mlp_norm(x)
         return x + self.drop(self.down(nn.silu(self.gate(y)) * self.up(y)), deterministic=det), cache
 
-    def attention(self, x, cache, table, mask, first):
-        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, -1)
-        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # three of [B h q e]
+    def attend(self, x, cache, table, seen, first):
+        qkv = self.qkv(x).reshape(*x.shape[:2], self.heads, 3, -1)
+        q, k, v = jnp.moveaxis(qkv, (3, 2), (0, 2))  # three of [B h q e]
         q, k = rotate(q, table), rotate(k, table)
         if cache is not None:
             k, v = (lax.dynamic_update_slice_in_dim(old, new, first, axis=2) for old, new in zip(cache, (k, v)))
             cache = (k, v)
-        out = attend(q, k, v, mask)
+        out = seen(q, k, v)
         return self.out(jnp.moveaxis(out, 1, 2).reshape(x.shape)), cache
 
 
@@ -100,7 +117,8 @@ class Transformer(nn.Module):
       dropout: rate after attention and MLP; active only when a "dropout" key is given to `apply`.
       base: wave length base of the rotary positions.
       dtype: of the matrix products; parameters stay float32.
-      remat: recompute the blocks' activations in the backward pass.
+      remat: what the backward pass computes again to save memory: "none", "dots" (all but matrix products and
+        attention) or "full" (everything inside a block).
       unroll: the layout for decoding, one tree of output-major kernels per layer instead of stacked ones (see `unrolled`).
     """
 
@@ -112,7 +130,7 @@ class Transformer(nn.Module):
     base: float = 10000.0
     eps: float = 1e-5
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: Literal["none", "dots", "full"] = "none"
     unroll: bool = False
 
     def setup(self):
@@ -123,7 +141,11 @@ class Transformer(nn.Module):
             )
         hidden = self.hidden or -(-(8 * self.width // 3) // 256) * 256
         sizes = (self.width, self.heads, hidden, self.dropout, self.eps, self.dtype, self.unroll)
-        block = nn.remat(Block, prevent_cse=self.unroll) if self.remat else Block
+        if self.remat not in ("none", *REMAT):
+            raise ValueError(f"backbone.remat is {self.remat!r}; it must be one of none, {', '.join(REMAT)}")
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=self.unroll, policy=REMAT[self.remat])
         if self.unroll:
             self.blocks = [block(*sizes) for _ in range(self.layers)]
         else:
@@ -143,37 +165,43 @@ class Transformer(nn.Module):
             k, v = ([jnp.zeros(shape, self.dtype) for _ in range(self.layers)] for _ in "kv")
         else:
             k, v = (jnp.zeros((self.layers, *shape), self.dtype) for _ in "kv")
-        return Cache(k, v, jnp.full((batch, 0), PADDING))
+        return Cache(k, v)
 
     @typed
     def __call__(
         self,
         x: Float[Array, "B q d"],
-        step: Int[Array, "#B q"],
+        step: Int[Array, "q"],
         coords: Int[Array, "#B q 3"],
         *,
+        valid: Bool[Array, "B r"] | None = None,
         cache: Cache | None = None,
         first: Index = 0,
+        keys: Int[np.ndarray, "r"] | None = None,
     ) -> tuple[Float[Array, "B q d"], Cache | None]:
-        """Runs rows `first..first+q` of a sequence; with a cache, earlier rows are read from it and these added."""
+        """Runs rows `first..first+q` of a sequence; with a cache, earlier rows are read from it and these added.
+
+        Args:
+          x: input rows.
+          step: of these rows, a numpy array where it is known while tracing; a row sees rows of no later step.
+          coords: their level, row, column.
+          valid: rows that others may see; None is all.
+          cache: with room for all rows of `keys`.
+          first: place of the first row in the sequence.
+          keys: with a cache, steps of all its rows, also of those not written yet, which must be later than `step`.
+        """
         x = x.astype(self.dtype)
         table = rotary(coords, self.width // self.heads, self.base)
-        if cache is None:
-            keys, layers = step, None
-        else:
-            rows = jnp.broadcast_to(step, x.shape[:2]).astype(jnp.int32)
-            keys = lax.dynamic_update_slice_in_dim(cache.step, rows, first, axis=1)
-            layers = (cache.k, cache.v)
-        mask = visible(step, keys, first)
-        x, layers = self._layers(x, layers, table, mask, first)
-        return self.norm(x), None if cache is None else Cache(*layers, keys)
+        seen = sight(step, None if cache is None else keys, first, valid)
+        x, layers = self._layers(x, cache and (cache.k, cache.v), table, seen, first)
+        return self.norm(x), None if cache is None else Cache(*layers)
 
-    def _layers(self, x, layers, table, mask, first):
+    def _layers(self, x, layers, table, seen, first):
         if not self.unroll:
-            return self.blocks(x, layers, table, mask, first)
+            return self.blocks(x, layers, table, seen, first)
         done = []
         for i, block in enumerate(self.blocks):
-            x, pair = block(x, layers and (layers[0][i], layers[1][i]), table, mask, first)
+            x, pair = block(x, layers and (layers[0][i], layers[1][i]), table, seen, first)
             done.append(pair)
         return x, None if layers is None else tuple(list(side) for side in zip(*done))
 

@@ -5,10 +5,22 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from ar_jax.sharding import Rules
 from ar_jax.typing import Array, Float, typed
 
 init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # the +-1/sqrt(fan_in) these networks start from
+
+
+# Inside a block the first product divides its outputs, the last one its inputs; between blocks all channels are whole.
+RULES: Rules = (
+    (r"/conv1/kernel$", P(None, "tp")),
+    (r"/(conv1/bias|norm2/(scale|bias))$", P("tp")),
+    (r"/conv2/kernel$", P("tp", None)),
+    (r"/[qkv]/kernel$", P(None, "tp")),
+    (r"/proj_out/kernel$", P("tp", None)),
+)
 
 
 class ResBlock(nn.Module):

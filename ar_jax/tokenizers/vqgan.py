@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ar_jax.tokenizers.conv import Decoder, Encoder, init
+from ar_jax.sharding import Rules
+from ar_jax.tokenizers.conv import RULES, Decoder, Encoder, init
 from ar_jax.tokenizers.quantize import VectorLoss, normalise, vector_quantise
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.typing import Array, Float, Int, Metrics, Params, PRNGKey, typed
@@ -59,6 +60,11 @@ class VQGAN(nn.Module):
     @property
     def spec(self) -> TokenSpec:
         return TokenSpec(grid(*self.grid), codes=(self.codes,))
+
+    @property
+    def rules(self) -> Rules:
+        """What tensor parallelism divides (see `sharding.shard`)."""
+        return RULES
 
     def init_params(self, key: PRNGKey) -> Params:
         return self.init(key, jnp.zeros((1, *self.size, self.channels)), method="autoencode")["params"]

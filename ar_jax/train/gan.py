@@ -71,6 +71,7 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
         preview=preview,
         frozen=frozen,
         lr=schedule(stage.optim, stage.steps),
+        rules=(*tokenizer.rules, *(judge.rules if judge else ())),
         advice=advice,
     )
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ar_jax.config import Stage
+from ar_jax.sharding import batch_sharding, put_batch, replicated, shard
 from ar_jax.train.checkpoint import Checkpoints
 from ar_jax.train.guards import Health, Notice, Profile, Stopped, Watchdog
 from ar_jax.train.log import Log
 from ar_jax.train.recipes import Recipe
-from ar_jax.train.sharding import batch_sharding, put_batch, replicated, shard
 from ar_jax.typing import Batch, Params, PRNGKey
 
 
@@ -49,7 +49,7 @@ def fit(
     name, quiet = folder.name, jax.process_index() != 0
     init_key, key, shown_key = jax.random.split(key, 3)
     shapes = jax.eval_shape(recipe.init, init_key)
-    layout = shard(shapes, mesh)
+    layout = shard(shapes, mesh, recipe.rules)
     images = stage.preview_images - stage.preview_images % max(1, batch_sharding(mesh).mesh.size)
     shown = {name: np.asarray(value)[:images] for name, value in shown.items()}
     if stage.keep_best:

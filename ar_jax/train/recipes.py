@@ -12,6 +12,7 @@ from ar_jax.decode.guidance import interval
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sequential import Knobs, sample_images
 from ar_jax.images import to_float, to_uint8
+from ar_jax.sharding import Rules
 from ar_jax.train.optim import make_optimiser, schedule
 from ar_jax.train.state import GradFn, TrainState, create, make_update
 from ar_jax.typing import Array, Batch, Float, Metrics, Params, PRNGKey, UInt8
@@ -26,6 +27,7 @@ class Recipe(NamedTuple):
       preview: model parameters, frozen, batch, key -> uint8 images to look at, and metrics of a held-out batch.
       frozen: parameters that are read but not trained.
       lr: learning rate by update, for the log.
+      rules: what tensor parallelism divides (see `sharding.shard`).
       advice: metrics -> a warning in words, or "".
     """
 
@@ -34,6 +36,7 @@ class Recipe(NamedTuple):
     preview: Callable[[Params, Params, Batch, PRNGKey], tuple[UInt8[Array, "m h w c"], Metrics]]
     frozen: Params
     lr: Callable[[int], float]
+    rules: Rules = ()
     advice: Callable[[dict[str, float]], str] = lambda metrics: ""
 
 
@@ -104,4 +107,5 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
         preview=preview,
         frozen=frozen,
         lr=schedule(stage.optim, stage.steps),
+        rules=generator.rules,
     )

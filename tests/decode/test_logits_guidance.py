@@ -124,11 +124,11 @@ def test_a_draw_depends_on_its_own_key_only():
 
 
 def test_paired_puts_each_condition_before_its_unconditional_row():
-    cond = Cond(np.arange(4.0).reshape(2, 1, 2), np.array([[1], [2]]))
-    uncond = Cond(np.arange(4.0).reshape(2, 1, 2) + 10, np.array([[3], [4]]))
+    cond = Cond(np.arange(4.0).reshape(2, 1, 2), np.array([[True], [False]]))
+    uncond = Cond(np.arange(4.0).reshape(2, 1, 2) + 10, np.array([[False], [True]]))
     both = paired(cond, uncond)
     np.testing.assert_array_equal(both.rows[:, 0], [[0, 1], [10, 11], [2, 3], [12, 13]])
-    np.testing.assert_array_equal(both.step[:, 0], [1, 3, 2, 4])
+    np.testing.assert_array_equal(both.valid[:, 0], [True, False, False, True])
 
 
 def test_widen_repeats_each_image_for_its_guided_rows():

@@ -8,10 +8,10 @@ from cases import CASES
 from jax.sharding import PartitionSpec as P
 
 from ar_jax.config import GeneratorStage
+from ar_jax.sharding import MeshShape, make_mesh, put_batch, replicated, shard
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.train.optim import Optim
 from ar_jax.train.recipes import generator_recipe
-from ar_jax.train.sharding import MeshShape, make_mesh, put_batch, replicated, shard
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 FOUR = (2, 2, 1)
@@ -82,11 +82,13 @@ def test_small_arrays_stay_whole():
 
 def test_the_first_rule_that_matches_wins_and_speaks_of_the_last_axes():
     rules = [("qkv/kernel", P("fsdp", "tp")), ("out/kernel", P("tp", None)), ("kernel", P(None, "tp"))]
-    found = specs(rules)
-    assert found["qkv"]["kernel"] == P(None, "fsdp", "tp")
-    assert found["out"]["kernel"] == P("tp", None)
+    found = specs(rules)  # on a mesh without tp
     assert found["odd"]["kernel"] == P(None, None, "tp")
+    assert found["qkv"]["kernel"] == P(None, "fsdp", "tp")
+    assert found["out"]["kernel"] == P("tp", "fsdp"), "fsdp is added to what the rule says"
     assert found["out"]["bias"] == P()
+    with pytest.raises(ValueError, match="odd/kernel has an axis of 33, which mesh axis tp of 2 does not divide"):
+        specs(rules, mesh=(1, 2, 2))
 
 
 def test_a_rule_that_matches_nothing_is_refused():

@@ -1,0 +1,385 @@
+"""What a config needs on a TPU pod that is not here: memory, operations, traffic, and an estimate of its speed.
+
+    python -m ar_jax.plan CONFIG --topology v5e:16x16 [--topology v5p:8x8x8 ...] [--name.of.setting value ...]
+
+    python -m ar_jax.plan configs/llamagen_xl_256.py --topology v5e:16x16 --mesh.fsdp 16 --generator.batch 2048
+    python -m ar_jax.plan configs/llamagen_xl_256.py --topology v5e:2x4 --sample --images 64
+
+Compiles the real training step (or with --sample the real sampler) with the real TPU compiler (`pip install libtpu`; no
+TPU is needed), and reads the result. The estimate assumes that every operation takes the longer of computing at the
+chip's peak and moving its data at the full bandwidth, one after the other, while collectives run beside them. Real steps
+take longer. Exits with 1 if the program does not fit, and names a setting with which it does.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from ar_jax.chips import Chip, chip
+from ar_jax.config import Experiment, Stage, load_config, parse
+from ar_jax.decode.guidance import interval
+from ar_jax.decode.logits import Filter
+from ar_jax.decode.sequential import Knobs, sample
+from ar_jax.flops import model_flops, without_remat
+from ar_jax.hlo import Program, Work
+from ar_jax.models import untrained
+from ar_jax.sharding import batch_sharding, make_mesh, replicated, shard
+from ar_jax.train.gan import tokenizer_recipe
+from ar_jax.train.recipes import Recipe, generator_recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to plan for."""
+
+    config: Annotated[str, tyro.conf.Positional]
+    """Config file; all its settings can be given too, as for train.py."""
+    topology: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+    """A slice such as v5e:16x16, v5p:8x8x8, v6e:16x16 or v4:2x2x1; may be given several times."""
+    stage: Literal["", "generator", "tokenizer"] = ""
+    """Whose training; empty takes the generator's if the config has one."""
+    sample: bool = False
+    """Plan the sampler instead of training."""
+    images: int = 64
+    """Images a chip draws at a time (--sample)."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the sampler's parameters."""
+    segments: int = 1
+    """Parts in which the sampler's cache grows."""
+    operations: int = 0
+    """List so many of the longest operations."""
+    hlo: str = ""
+    """Folder to write the compiled programs to, as text."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    prog = "python -m ar_jax.plan"
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if not arguments:
+            raise SystemExit(__doc__)
+        if "--help" in arguments or "-h" in arguments:
+            tyro.cli(Options, args=["--help"], prog=prog, description=__doc__)
+        options, overrides = tyro.cli(Options, args=arguments, prog=prog, return_unknown_args=True)
+        experiment = parse(load_config(options.config), overrides, f"{prog} {options.config}", __doc__)
+        fits = [plan(experiment, options, name) for name in options.topology]
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{prog}: {error}") from error
+    sys.exit(0 if all(fits) else 1)
+
+
+def plan(experiment: Experiment, options: Options, topology: str) -> bool:
+    """Prints the table of one topology; whether the program fits its chips."""
+    devices = topology_devices(topology)
+    limits = chip(devices[0])
+    if limits is None:
+        raise ValueError(f"--topology {topology}: the figures of {devices[0].device_kind} are not in ar_jax/chips.py")
+    mesh = make_mesh(experiment.mesh, devices)
+    compiled = compile_for(experiment, options, mesh)
+    rows = {
+        "config": options.config + (" (sampler)" if options.sample else ""),
+        "topology": f"{topology}, {len(devices)} x {devices[0].device_kind}",
+        **compiled.facts,
+    }
+    if compiled.program is not None:
+        rows |= estimate(compiled, options, mesh, limits)
+    rows["fits"] = compiled.verdict(limits)
+    fits = rows["fits"].startswith("yes")
+    if not fits:
+        rows["remedy"] = remedy(experiment, options, devices, limits)
+    width = max(map(len, rows))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()), flush=True)
+    if compiled.program is not None and options.operations:
+        parts = compiled.program.work(limits.flops, limits.bandwidth, network(mesh, limits))
+        print(f"{'ms':>10} {'GFLOP':>10} {'MB':>10}  operation")
+        for source, work in list(parts.items())[: options.operations]:
+            print(f"{work.seconds * 1e3:10.3f} {work.flops / 1e9:10.1f} {work.bytes / 1e6:10.1f}  {source}")
+    print()
+    return fits
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program for a topology.
+
+    Attributes:
+      facts: rows of the table known before compiling.
+      program: the compiled text, or None if the compiler refused it for lack of memory.
+      memory: bytes per chip by kind, or what the compiler said.
+      model: operations the model asks for, over all chips.
+      images: made or seen in one run, over all chips.
+      step: bytes that one decoding step has to move on a chip; 0 for training.
+      steps: decoding steps; 1 for training.
+    """
+
+    facts: dict[str, str]
+    program: Program | None
+    memory: dict[str, float] | str
+    model: float
+    images: int
+    step: float = 0.0
+    steps: int = 1
+
+    def verdict(self, limits: Chip) -> str:
+        if isinstance(self.memory, str):
+            return f"NO: {self.memory}"
+        total = sum(self.memory.values())
+        return f"{'yes' if total <= limits.hbm else 'NO'}: {total / 1e9:.2f} of {limits.hbm / 1e9:.0f} GB a chip"
+
+
+def estimate(compiled: Compiled, options: Options, mesh: jax.sharding.Mesh, limits: Chip) -> dict[str, str]:
+    """Rows of the table about work and time."""
+    total = Work()
+    for work in compiled.program.work(limits.flops, limits.bandwidth, network(mesh, limits)).values():
+        total.add(work)
+    seconds, chips = max(total.seconds, total.network), mesh.size
+    moved = ", ".join(f"{kind} {amount / 1e6:.1f} MB" for kind, amount in sorted(total.collectives.items()))
+    memory = ", ".join(f"{kind} {amount / 1e9:.3f} GB" for kind, amount in compiled.memory.items())
+    what = "run" if options.sample else "step"
+    rows = {
+        "memory a chip": memory,
+        f"model FLOPs a {what}": f"{compiled.model / 1e12:.2f} T",
+        f"compiled FLOPs a {what}": f"{total.flops * chips / 1e12:.2f} T, {total.flops * chips / compiled.model:.3f} x",
+        "HBM traffic a chip": f"{total.bytes / 1e9:.2f} GB",
+        "collectives a chip": moved or "none",
+        "at the chip's limits": (
+            f"compute {total.flops / limits.flops * 1e3:.2f} ms, memory {total.bytes / limits.bandwidth * 1e3:.2f} ms, "
+            f"one by one {total.seconds * 1e3:.2f} ms, network {total.network * 1e3:.2f} ms"
+        ),
+        f"estimated {what}": f"{seconds * 1e3:.2f} ms, {compiled.images / seconds / chips:.1f} images/s a chip",
+        "estimated MFU": f"{compiled.model / chips / limits.flops / seconds:.1%}",
+        "figures of the chip": (
+            f"{limits.flops / 1e12:.0f} TFLOP/s, {limits.bandwidth / 1e9:.0f} GB/s, {limits.link / 1e9:.0f} GB/s a link "
+            f"and direction ({limits.source})"
+        ),
+    }
+    if compiled.step:
+        each = total.bytes / compiled.steps
+        rows["traffic of a decoding step"] = (
+            f"{each / 1e9:.3f} GB, {each / compiled.step:.3f} x weights, cache and logits ({compiled.step / 1e9:.3f} GB)"
+        )
+    return rows
+
+
+def topology_devices(name: str) -> list[Any]:
+    """Devices of a TPU slice that need not exist.
+
+    Raises:
+      ValueError: libtpu is missing, or there is no such slice.
+    """
+    for variable, value in {
+        "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
+    }.items():  # fmt: skip
+        os.environ.setdefault(variable, value)
+    jax.config.update("jax_platforms", "cpu")  # whatever is computed while planning
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:  # of the plugin, of many kinds
+        raise ValueError(
+            f"--topology {name}: {error}. Give a slice such as v5e:16x16 or v5p:8x8x8, and install the compiler with "
+            "pip install libtpu; one process at a time can hold it"
+        ) from error
+
+
+def network(mesh: jax.sharding.Mesh, limits: Chip) -> Callable[[list[int]], float]:
+    """Bytes per second that a chip receives in a collective among some devices: two ports per torus axis they span."""
+    places = np.array([device.coords for device in mesh.devices.flat])
+
+    def speed(group: list[int]) -> float:
+        spanned = sum(len(np.unique(axis)) > 1 for axis in places[group].T) if group else places.shape[1]
+        return 2 * max(spanned, 1) * limits.link
+
+    return speed
+
+
+def compile_for(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -> Compiled:
+    """Compiles what `options` ask for."""
+    facts, function, arguments, rest = (sampler if options.sample else trainer)(experiment, options, mesh)
+    facts |= {"mesh": ", ".join(f"{name} {size}" for name, size in mesh.shape.items())}
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        lowered = function.lower(*arguments)
+        traced = time.perf_counter()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            said = next((line for line in str(error).splitlines() if "Used" in line), str(error).splitlines()[0])
+            return Compiled(facts, None, said.strip(), **rest)
+    facts["compile time"] = f"traced in {traced - start:.1f} s, compiled in {time.perf_counter() - traced:.1f} s"
+    text, stats = compiled.as_text(), compiled.memory_analysis()
+    if options.hlo:
+        os.makedirs(options.hlo, exist_ok=True)
+        with open(os.path.join(options.hlo, f"{experiment.name}_{mesh.devices.flat[0].device_kind}.hlo"), "w") as file:
+            file.write(text)
+    memory = {
+        "arguments": stats.argument_size_in_bytes,
+        "results": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }
+    return Compiled(facts, Program(text), memory, **rest)
+
+
+def trainer(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -> tuple[dict, Any, tuple, dict]:
+    """Facts, jitted update, its arguments as shapes, and the rest of `Compiled`."""
+    generator, tokenizer = untrained(experiment)
+    what = options.stage or ("generator" if generator is not None else "tokenizer")
+    stage: Stage = getattr(experiment, what)
+    if what == "generator" and generator is None:
+        raise ValueError("--stage generator: the config has no generator")
+    if stage.batch % (mesh.shape["data"] * mesh.shape["fsdp"] * stage.optim.accumulate):
+        raise ValueError(
+            f"{what}.batch is {stage.batch}, which mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} (and "
+            f"optim.accumulate {stage.optim.accumulate}) cannot share equally"
+        )
+
+    def recipe_of(generator, tokenizer) -> Recipe:
+        if what == "tokenizer":
+            return tokenizer_recipe(stage, tokenizer)
+        return generator_recipe(stage, generator, tokenizer, jax.eval_shape(tokenizer.init_params, jax.random.key(0)))
+
+    recipe = recipe_of(generator, tokenizer)
+    batch = shapes_of_batch(experiment, generator if what == "generator" else None, tokenizer, stage)
+    state = jax.eval_shape(recipe.init, jax.random.key(0))
+    layout = shard(state, mesh, recipe.rules)
+    frozen, key = recipe.frozen, jax.eval_shape(lambda: jax.random.key(0))
+    if what == "generator" and "tokens" in batch:
+        frozen = {}  # the update does not read it
+    arguments = (
+        placed(state, layout), placed(frozen, replicated(mesh)), placed(batch, batch_sharding(mesh)),
+        placed(key, replicated(mesh)),
+    )  # fmt: skip
+    update = jax.jit(recipe.update, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
+    plain = recipe_of(generator and without_remat(generator), without_remat(tokenizer))
+    facts = {
+        "parameters": f"{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.1f} M",
+        "global batch": f"{stage.batch} images, {stage.batch / mesh.size:g} a chip",
+    }
+    return (
+        facts,
+        update,
+        arguments,
+        {"model": model_flops(plain.update, state, frozen, batch, key), "images": stage.batch},
+    )
+
+
+def shapes_of_batch(experiment: Experiment, generator: Any, tokenizer: Any, stage: Stage) -> dict[str, Any]:
+    """A batch as training sees it."""
+    if generator is None:
+        return {"image": jax.ShapeDtypeStruct((stage.batch, *tokenizer.size, tokenizer.channels), jnp.uint8)}
+    example = jax.eval_shape(generator.conditioning.example)
+    batch = {name: jax.ShapeDtypeStruct((stage.batch, *x.shape[1:]), x.dtype) for name, x in example.items()}
+    if stage.tokens:
+        spec = tokenizer.spec
+        batch["tokens"] = jax.ShapeDtypeStruct((stage.batch, spec.n, len(spec.codes)), jnp.int32)
+    else:
+        batch["image"] = jax.ShapeDtypeStruct((stage.batch, *tokenizer.size, tokenizer.channels), jnp.uint8)
+    return batch
+
+
+def sampler(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -> tuple[dict, Any, tuple, dict]:
+    """Facts, jitted token loop, its arguments as shapes, and the rest of `Compiled`."""
+    generator, _ = untrained(experiment)
+    if generator is None:
+        raise ValueError("--sample: the config has no generator")
+    dtype, images = jnp.dtype(options.dtype).type, options.images * mesh.size
+    generator = generator.clone(backbone=generator.backbone.clone(dtype=dtype), head=generator.head.clone(dtype=dtype))
+    stacked = jax.eval_shape(generator.init_params, jax.random.key(0))
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), stacked)
+    laid_out = []
+    params = jax.eval_shape(lambda params: laid_out.append(generator.unrolled(params)) or laid_out[0][1], stacked)
+    generator = laid_out[0][0]
+    order = experiment.generator.order(generator.spec, None, images, 0)
+    settings, steps = experiment.generator.sampling, len(order.sizes)
+    guided = settings.guidance != 1
+    knobs = Knobs(
+        interval(settings.guidance, steps, settings.guidance_last), np.full(steps, settings.temperature, np.float32),
+        Filter(settings.top_k, settings.top_p),
+    )  # fmt: skip
+
+    def draw(params, batch, keys):
+        return sample(generator, params, batch, order, knobs=knobs, keys=keys, guided=guided, segments=options.segments)
+
+    example = jax.eval_shape(generator.conditioning.example)
+    batch = {name: jax.ShapeDtypeStruct((images, *x.shape[1:]), x.dtype) for name, x in example.items()}
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
+    over_batch = batch_sharding(mesh)
+    layout = shard(params, mesh, generator.rules)
+    arguments = (placed(params, layout), placed(batch, over_batch), placed(keys, over_batch))
+    facts = {
+        "parameters": f"{sum(x.size for x in jax.tree.leaves(params)) / 1e6:.1f} M in {options.dtype}",
+        "images": f"{images}, {options.images} a chip, guidance {'on' if guided else 'off'}, {steps} steps",
+    }
+    per_replica = images * (2 if guided else 1) // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rest = {
+        "model": model_flops(draw, params, batch, keys), "images": images, "steps": steps,
+        "step": step_bytes(generator, params, per_replica, options.segments) / mesh.shape["tp"],
+    }  # fmt: skip
+    return facts, jax.jit(draw), arguments, rest
+
+
+def step_bytes(generator: Any, params: Any, rows: int, segments: int) -> float:
+    """Bytes a decoding step has to move: all weights once, the cache as long as it is then, float32 logits once."""
+    net, n = generator.backbone, generator.spec.n
+    weights = sum(x.size * x.dtype.itemsize for part in ("backbone", "head") for x in jax.tree.leaves(params[part]))
+    before = generator.conditioning.example().get("text", np.zeros((1, 1))).shape[1] - 1
+    ends = [part[-1] + 1 for part in np.array_split(np.arange(n), segments) for _ in part]
+    cache = 2 * net.layers * rows * (before + np.mean(ends)) * net.width * jnp.dtype(net.dtype).itemsize
+    return weights + cache + rows * sum(generator.spec.codes) * 4
+
+
+def placed(tree: Any, where: Any) -> Any:
+    """Shapes with shardings."""
+    if isinstance(where, jax.sharding.Sharding):
+        where = jax.tree.map(lambda _: where, tree)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, where)
+
+
+def remedy(experiment: Experiment, options: Options, devices: list[Any], limits: Chip) -> str:
+    """A setting with which it fits, found by compiling; or what was tried."""
+    tried = []
+    for arguments in knobs_to_turn(experiment, options, len(devices)):
+        try:
+            changed = parse(experiment, arguments, "plan", "")
+            verdict = compile_for(changed, options, make_mesh(changed.mesh, devices)).verdict(limits)
+        except ValueError:
+            continue  # a mesh that does not divide the batch or the network
+        said = " ".join(arguments)
+        if verdict.startswith("yes"):
+            return f"{said} ({verdict})"
+        tried.append(f"{said} ({verdict})")
+    return "none of " + "; ".join(tried)
+
+
+def knobs_to_turn(experiment: Experiment, options: Options, chips: int) -> list[list[str]]:
+    """Settings that save memory, the least costly first."""
+    if options.sample:
+        return [["--mesh.tp", "2"], ["--mesh.tp", "4"], ["--mesh.fsdp", str(chips)]]
+    stage = options.stage or ("generator" if experiment.generator.module is not None else "tokenizer")
+    settings = getattr(experiment, stage)
+    remat, fsdp = f"--{stage}.module.backbone.remat", ["--mesh.data", "-1", "--mesh.fsdp"]
+    can_recompute = stage == "generator" and hasattr(settings.module.backbone, "remat")
+    order = [[*fsdp, str(n)] for n in (16, 64) if experiment.mesh.fsdp < n <= chips]
+    if can_recompute:
+        order += [[remat, kind] for kind in ("dots", "full") if settings.module.backbone.remat != kind]
+    order += [[f"--{stage}.optim.accumulate", str(settings.optim.accumulate * n)] for n in (2, 4)]
+    if can_recompute and order:
+        order += [[*fsdp, "16", remat, "full"]] * (chips >= 16 > experiment.mesh.fsdp)
+    order += [[f"--{stage}.batch", str(settings.batch // 2)], [*fsdp, str(chips // 4), "--mesh.tp", "4"]]
+    return order
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""One place that builds the mesh and decides where arrays live."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ar_jax.typing import Array
+
+AXES = ("data", "fsdp", "tp")
+BATCH = ("data", "fsdp")  # mesh axes that divide a batch
+
+# (pattern searched in a parameter's path, spec of its last axes). A network's rules only say what tp divides; fsdp is
+# added by `shard`.
+Rules = Sequence[tuple[str, P]]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the device mesh's axes; -1 (once) fills with the devices left over."""
+
+    data: int = -1
+    """Copies of the model, each with its share of the batch."""
+    fsdp: int = 1
+    """Parts every parameter is split into; each also takes a share of the batch."""
+    tp: int = 1
+    """Tensor parallelism: parts of every matrix product."""
+
+
+def make_mesh(shape: MeshShape = MeshShape(), devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh over all devices. Networks find it by `jax.set_mesh`.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [shape.data, shape.fsdp, shape.tp]
+    rest = math.prod(size for size in sizes if size != -1)
+    fits = len(devices) % rest == 0 if -1 in sizes and rest else rest == len(devices)
+    if sizes.count(-1) > 1 or min(sizes) < -1 or not fits:
+        raise ValueError(
+            f"mesh (data, fsdp, tp) = {tuple(sizes)} does not fit {len(devices)} devices; the sizes must multiply to "
+            f"that number, and at most one may be -1 (fill)"
+        )
+    sizes = [len(devices) // rest if size == -1 else size for size in sizes]
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P(BATCH))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def shard(tree: Any, mesh: jax.sharding.Mesh, rules: Rules = (), smallest: int = 2**10) -> Any:
+    """Shardings of a tree of arrays or shapes.
+
+    The first rule that matches a leaf gives the spec of its last axes. Unless that names fsdp, fsdp splits the largest
+    axis that it divides and that has no spec yet.
+
+    Args:
+      tree: parameters, optimiser state, a whole `TrainState`.
+      mesh: from `make_mesh`.
+      rules: of the networks in the tree.
+      smallest: arrays of fewer numbers stay whole where no rule speaks of them.
+    Raises:
+      ValueError: a rule matches no leaf, or an axis cannot be divided as its rule says.
+    """
+    unused = {pattern for pattern, _ in rules}
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = [None] * leaf.ndim
+        for pattern, last in rules:
+            if re.search(pattern, name) and leaf.ndim >= len(last):
+                unused.discard(pattern)
+                spec[leaf.ndim - len(last) :] = last
+                break
+        for size, axes in zip(leaf.shape, spec):
+            if size % (parts := _parts(mesh, axes)):
+                raise ValueError(
+                    f"{name} has an axis of {size}, which mesh axis {axes} of {parts} does not divide; choose another "
+                    f"--mesh.{axes}"
+                )
+        fsdp = mesh.shape["fsdp"]
+        free = [(size, -axis) for axis, size in enumerate(leaf.shape) if spec[axis] is None and size % fsdp == 0 < size]
+        if fsdp > 1 and free and np.prod(leaf.shape) >= smallest and "fsdp" not in spec:
+            spec[-max(free)[1]] = "fsdp"
+        while spec and spec[-1] is None:
+            spec.pop()
+        return NamedSharding(mesh, P(*spec))
+
+    shardings = jax.tree_util.tree_map_with_path(one, tree)
+    if unused:
+        raise ValueError(f"sharding rule {min(unused)!r} matches no parameter")
+    return shardings
+
+
+def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+    """Divides the first axes of an array over mesh axes, on the mesh in use (`jax.set_mesh`); without one, does nothing.
+
+    Axes that do not divide evenly (one example at initialisation, say) are left to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = [name if size % _parts(mesh, name) == 0 else P.UNCONSTRAINED for size, name in zip(x.shape, axes)]
+    return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def platform() -> str:
+    """Of the devices that a traced function is for: those of the mesh in use, else the default ones."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _parts(mesh, axes):
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """This process's share of a batch, as part of the global one."""
+    where = batch_sharding(mesh)
+    with jax.transfer_guard("allow"):  # of several processes' arrays, JAX takes this for an implicit transfer
+        return {name: jax.make_array_from_process_local_data(where, value) for name, value in batch.items()}
