@@ -11,9 +11,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from ar_jax.chips import peak_flops
 from ar_jax.images import save_png, tile
 
-SHOWN = ("loss", "psnr", "usage", "images_per_second", "input_wait", "memory_gib")  # beside the progress bar
+SHOWN = ("loss", "psnr", "usage", "images_per_second", "mfu", "input_wait", "memory_gib")  # beside the progress bar
 
 
 class Log:
@@ -22,7 +23,8 @@ class Log:
     Only the process with `quiet=False` writes.
     """
 
-    def __init__(self, folder: Path, name: str, first: int, steps: int, chips: int = 1, quiet: bool = False):
+    def __init__(self, folder: Path, name: str, first: int, steps: int, chips: int, quiet: bool = False):
+        self.flops = 0.0  # of an update
         self._folder, self._chips, self._quiet = folder, chips, quiet
         self._bar = tqdm(total=steps, initial=first, desc=name, unit="step", disable=quiet, dynamic_ncols=True)
         if not quiet:
@@ -43,14 +45,18 @@ class Log:
         self._spent[on] += time.perf_counter() - began
 
     def pace(self, step: int, batch: int) -> dict[str, float]:
-        """Speed since the last call, the share of the time spent waiting for input, and memory of the fullest device."""
+        """Since the last call: speed (MFU is the share of the bfloat16 peak), the share of the time spent waiting for
+        input; memory of the fullest device."""
         now = time.perf_counter()
         seconds = now - self._since - self._spent["aside"]
         speed = (step - self._seen) / seconds
         figures = {
             "steps_per_second": speed, "seconds_per_step": 1 / speed, "images_per_second": speed * batch,
             "images_per_second_per_chip": speed * batch / self._chips, "input_wait": self._spent["input"] / seconds,
+            "teraflops_per_chip": speed * self.flops / self._chips / 1e12,
         }  # fmt: skip
+        if peak := peak_flops(jax.local_devices()[0]):
+            figures["mfu"] = speed * self.flops / self._chips / peak
         if stats := [stats for device in jax.local_devices() if (stats := device.memory_stats())]:  # not on CPU
             figures["memory_gib"] = max(s["bytes_in_use"] for s in stats) / 2**30
             figures["memory_peak_gib"] = max(s["peak_bytes_in_use"] for s in stats) / 2**30

@@ -113,6 +113,7 @@ def fit(
         for step in itertools.count(first + 1):
             with log.spending("input"):
                 batch = put_batch(next(batches), mesh)
+            log.flops = log.flops or recipe.flops(state, frozen, batch, key)
             state, metrics = update(state, frozen, batch, key)
             running.append((step, metrics))
             settle(2)  # let the host run ahead by two updates, not by hundreds

@@ -187,6 +187,7 @@ class Tiny(nn.Module):
     channels: int = 3
     codes: int = 64
     code_features: int = 3
+    rules: tuple = ()
 
     def setup(self):
         self.encoder, self.decoder = nn.Conv(self.code_features, (4, 4), 4), Pixels()
