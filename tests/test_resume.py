@@ -78,7 +78,10 @@ def test_a_checkpoint_folder_emptied_on_purpose_is_gone_back_from(place, whole, 
     for path in (run / "generator" / "checkpoints" / "6").iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     trained(place, "--name", "emptied")
-    assert "6 is broken (its contents.json is missing or damaged): kept as 6.broken" in capsys.readouterr().out
+    assert (
+        "6 is broken (its contents.json is missing, as in earlier versions, or damaged): kept as 6.broken"
+        in capsys.readouterr().out
+    )
     assert arrays(run, "generator") == arrays(whole, "generator")
 
 
@@ -94,11 +97,13 @@ def sent_sigterm(monkeypatch, update):
     monkeypatch.setattr(loop, "put_batch", put)
 
 
-@pytest.mark.parametrize(("update", "stage", "step"), [(1, "tokenizer", "1"), (9, "generator", "5")])
+@pytest.mark.parametrize(
+    ("update", "stage", "step"), [(1, "tokenizer", "1"), (4, "tokenizer", "4"), (9, "generator", "5")]
+)
 def test_sigterm_saves_the_update_under_way_and_asks_to_be_run_again(
     place, whole, monkeypatch, capsys, update, stage, step
 ):
-    name = f"told_{stage}"
+    name = f"told_{update}"
     with monkeypatch.context() as patch:
         sent_sigterm(patch, update)
         with pytest.raises(SystemExit) as caught:
@@ -108,7 +113,8 @@ def test_sigterm_saves_the_update_under_way_and_asks_to_be_run_again(
     assert checkpoints(place / name, stage)[-1] == step
     trained(place, "--name", name)
     said = capsys.readouterr()
-    assert f"{stage}: resumed at update {step}" in said.out + said.err
+    done = f"{stage}: all 4 updates are done" if update == 4 else f"{stage}: resumed at update {step}"
+    assert done in said.out + said.err
     for stage in ("tokenizer", "generator"):
         assert arrays(place / name, stage) == arrays(whole, stage)
 

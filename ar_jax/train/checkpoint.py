@@ -38,6 +38,8 @@ class Checkpoints:
       keep_every: those of multiples of so many updates are kept too; 0 keeps none.
       keep_best: so many of the best are kept too.
       best: the held-out figure that decides which are best.
+    Raises:
+      ValueError: a number out of range, or checkpoints of which none is whole.
     """
 
     def __init__(self, folder: Path, keep: int = 2, keep_every: int = 0, keep_best: int = 0, best: str = "loss"):
@@ -46,12 +48,19 @@ class Checkpoints:
                 f"keep is {keep}, keep_every {keep_every} and keep_best {keep_best}; keep must be at least 1 and the "
                 "others at least 0"
             )
-        self._folder = folder
+        self._folder, broken = folder, {}
+        if _newest_whole(folder, broken.__setitem__) is None and broken:
+            path, found = next(iter(broken.items()))
+            raise ValueError(
+                f"no checkpoint in {folder} is whole; the newest, {path.name}, is broken ({found}). Bring one of them back, "
+                "or remove them to begin anew"
+            )
         if jax.process_index() == 0:
             # Leftovers of interrupted saves. Orbax's own clean-up fails where threads of a failed save still write.
             for leftover in folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            _newest_whole(folder, _set_aside)
+            for path, found in broken.items():
+                _set_aside(path, found)
         multihost_utils.sync_global_devices("broken checkpoints are set aside")
         self._figures = {step: found for step in _steps(folder) if (found := _figures(folder / str(step)))}
         policies = ocp.training.preservation_policies
@@ -239,7 +248,7 @@ def damage(folder: Path) -> str:
     try:
         files = _contents(folder)["files"]
     except (OSError, ValueError, KeyError, TypeError):
-        return f"its {CONTENTS} is missing or damaged"
+        return f"its {CONTENTS} is missing, as in earlier versions, or damaged"
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():

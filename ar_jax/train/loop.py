@@ -53,9 +53,8 @@ def fit(
     images = stage.preview_images - stage.preview_images % max(1, batch_sharding(mesh).mesh.size)
     shown = {name: np.asarray(value)[:images] for name, value in shown.items()}
     if stage.keep_best:
-        _check_best(
-            stage, name, jax.eval_shape(recipe.preview, shapes.params["model"], recipe.frozen, shown, shown_key)[1]
-        )
+        _, figures = jax.eval_shape(recipe.preview, shapes.params["model"], recipe.frozen, shown, shown_key)
+        _check_best(stage, name, sorted(figures))
     checkpoints = Checkpoints(folder / "checkpoints", stage.keep, stage.keep_every, stage.keep_best, stage.best)
     first = checkpoints.latest or 0
     if first >= stage.steps:
@@ -66,9 +65,7 @@ def fit(
         state, facts = checkpoints.restore(shapes, layout)
         batches.set_state(facts["data"])
     else:
-        state = jax.jit(recipe.init, out_shardings=layout)(init_key)
-        if start:
-            state = jax.jit(_begin, out_shardings=layout)(state, start(state.params["model"]))
+        state = _initial(recipe, layout, init_key, start)
 
     def advance(state, frozen, batch, key):
         # Key and learning rate follow from the state: nothing but the batch comes from the host.
@@ -121,7 +118,7 @@ def fit(
             profile.updated(metrics)
             watchdog.alive()
             last, stop, figures = step == stage.steps, notice.received(step), {}
-            if stage.preview_every and (step % stage.preview_every == 0 or last):
+            if stage.preview_every and (step % stage.preview_every == 0 or last) and not stop:
                 settle(0)
                 with log.spending("aside"):
                     params = state.params["model"] if state.ema is None else state.ema
@@ -134,22 +131,24 @@ def fit(
                 settle(0)
                 with log.spending("aside"), jax.transfer_guard("allow"):  # orbax copies arrays in its own ways
                     checkpoints.save(state, {"data": batches.get_state()}, figures)
-            if last:
-                break
             if stop:
                 raise Stopped(f"{name}: told to stop, saved update {step}; the same command goes on from there")
+            if last:
+                break
 
 
-def _begin(state, model):
-    average = None if state.ema is None else jax.tree.map(jnp.copy, model)
-    return state.replace(params=state.params | {"model": model}, ema=average)
+def _initial(recipe, layout, key, start):
+    def replaced(state, model):
+        average = None if state.ema is None else jax.tree.map(jnp.copy, model)
+        return state.replace(params=state.params | {"model": model}, ema=average)
+
+    state = jax.jit(recipe.init, out_shardings=layout)(key)
+    return jax.jit(replaced, out_shardings=layout)(state, start(state.params["model"])) if start else state
 
 
-def _check_best(stage: Stage, name: str, figures: dict) -> None:
+def _check_best(stage, name, figures):
     if stage.best not in figures:
-        raise ValueError(
-            f"{name}.best is {stage.best!r}, but the held-out figures are {sorted(figures)}; choose one of them"
-        )
+        raise ValueError(f"{name}.best is {stage.best!r}, but the held-out figures are {figures}; choose one of them")
     if not stage.preview_every or stage.save_every % stage.preview_every:
         raise ValueError(
             f"{name}.keep_best is {stage.keep_best}, but not every checkpoint would have held-out figures: save_every is "

@@ -89,20 +89,22 @@ def make_update(
     def update(state, frozen, batch, key):
         key, after_key = jax.random.split(key)
         grads, extra, metrics = gradients(state, frozen, batch, key)
-        updates, opt = tx.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.ema
-        if ema:
-            average = jax.tree.map(lambda old, new: old + (1 - ema) * (new - old), state.ema, params["model"])
-        new = state.replace(step=state.step + 1, params=params, ema=average, opt=opt, extra=extra)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads))
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after(new, after_key), state)
-        new = new.replace(
-            step=state.step + 1,
-            skipped=state.skipped + ~finite,
-            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
-        )
-        counts = {"skipped": new.skipped, "skipped_in_a_row": new.skipped_in_a_row}
-        return new, metrics | counts | {"grad_norm": optax.tree.norm(grads["model"])}
+
+        def apply(state, grads, extra):
+            updates, opt = tx.update(grads, state.opt, state.params)
+            params, average = optax.apply_updates(state.params, updates), state.ema
+            if ema:
+                average = jax.tree.map(lambda old, new: old + (1 - ema) * (new - old), state.ema, params["model"])
+            new = state.replace(step=state.step + 1, params=params, ema=average, opt=opt, extra=extra)
+            return after(new.replace(skipped_in_a_row=jnp.zeros_like(state.step)), after_key)
+
+        def skip(state, grads, extra):
+            counts = {name: getattr(state, name) + 1 for name in ("step", "skipped", "skipped_in_a_row")}
+            return state.replace(**counts)
+
+        state = jax.lax.cond(finite, apply, skip, state, grads, extra)
+        metrics |= {"grad_norm": optax.tree.norm(grads["model"])}
+        return state, metrics | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
 
     return update

@@ -297,7 +297,7 @@ def test_damage_is_named(two):
         damaged(two / "1", kind, "model/_METADATA")
         assert re.fullmatch("model/_METADATA" + words, damage(two / "1"))
     assert damage(two / "2") == ""
-    assert damage(two / "3") == "its contents.json is missing or damaged"
+    assert damage(two / "3") == "its contents.json is missing, as in earlier versions, or damaged"
 
 
 def test_a_checkpoint_that_breaks_twice_is_set_aside_twice(states, two):
@@ -308,14 +308,14 @@ def test_a_checkpoint_that_breaks_twice_is_set_aside_twice(states, two):
     assert sorted(path.name for path in two.iterdir()) == ["1", "2", "2.broken", "2.broken-2"]
 
 
-def test_without_a_whole_checkpoint_there_is_none(two, capsys):
+def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(two):
     damaged(two / "1", "half")
     shutil.rmtree(two / "2")
     (two / "2").mkdir()
-    with opened(two) as checkpoints:
-        assert checkpoints.latest is None
-    assert sorted(path.name for path in two.iterdir()) == ["1.broken", "2.broken"]
-    assert capsys.readouterr().out.count("is broken") == 2
+    assert latest_step(two) is None
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole; the newest, 2, is broken \(its contents.json"):
+        Checkpoints(two)
+    assert sorted(path.name for path in two.iterdir()) == ["1", "2"]
 
 
 def test_an_older_checkpoint_half_deleted_is_left_to_the_next_clean_up(states, two):
