@@ -73,7 +73,7 @@ class Checkpoints:
         self._checkpointer = ocp.training.Checkpointer(
             folder.absolute(), context=context, preservation_policy=policies.AnyPreservationPolicy(kept)
         )
-        self._pending, self._reported = None, False
+        self._best, self._pending, self._reported = best, None, False
 
     @property
     def latest(self) -> int | None:
@@ -93,7 +93,7 @@ class Checkpoints:
         self.wait()
         step = int(state.step)
         self._figures[step] = figures or {}
-        self._saving = (step, {"facts": facts, "figures": self._figures[step]})
+        self._saving = (step, {"facts": facts, "figures": self._figures[step], "best": self._best})
         try:
             self._pending = self._checkpointer.save_checkpointables_async(step, _parts(state), force=True)
         except Exception as error:
@@ -150,7 +150,11 @@ class Checkpoints:
         (folder,) = self._folder.glob(f"{step}.orbax-checkpoint-tmp*")
         # Orbax still adds the time of the commit to its metadata, which nothing is read from.
         files = [path for path in folder.rglob("*") if path.is_file() and path.name != "_CHECKPOINT_METADATA"]
-        contents["files"] = {str(path.relative_to(folder)): _fingerprint(path) for path in sorted(files)}
+        contents["files"] = {}
+        for path in sorted(files):
+            size = path.stat().st_size
+            checksum = zlib.crc32(path.read_bytes()) if size <= SUMMED else None
+            contents["files"][str(path.relative_to(folder))] = size, checksum
         (folder / CONTENTS).write_text(json.dumps(contents))  # ends in a brace: no part of it can be read
 
     def _failed(self, error):
@@ -194,19 +198,20 @@ def find_step(folder: Path, which: str = "newest") -> int:
     Raises:
       ValueError: there is no such checkpoint.
     """
-    whole = [step for step in _steps(folder) if not damage(folder / str(step))]
     if which == "newest":
         step = latest_step(folder)
         if step is None:
             raise ValueError(f"{folder.parent} has no complete checkpoint yet")
         return step
+    whole = [step for step in _steps(folder) if not damage(folder / str(step))]
     if which == "best":
         figures = {step: found for step in whole if (found := _figures(folder / str(step)))}
         if not figures:
             raise ValueError(
                 f"no checkpoint in {folder} has held-out figures; train with keep_best, or give a step of {whole}"
             )
-        return max(figures, key=lambda step: (_score(figures[step], next(iter(figures[max(figures)]))), step))
+        name = _contents(folder / str(max(figures)))["best"]
+        return max(figures, key=lambda step: (_score(figures[step], name), step))
     if not which.isdecimal() or int(which) not in whole:
         raise ValueError(
             f"checkpoint is {which!r}; it must be newest, best or one of the complete steps {whole} in {folder}"
@@ -249,13 +254,14 @@ def damage(folder: Path) -> str:
         files = _contents(folder)["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"its {CONTENTS} is missing, as in earlier versions, or damaged"
-    for name, expected in files.items():
+    for name, (size, checksum) in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        size, _ = found = _fingerprint(path)
-        if found != expected:
-            return f"{name} has {size} bytes, not {expected[0]}" if size != expected[0] else f"{name} has other content"
+        if (found := path.stat().st_size) != size:
+            return f"{name} has {found} bytes, not {size}"
+        if checksum is not None and zlib.crc32(path.read_bytes()) != checksum:
+            return f"{name} has other content"
     return ""
 
 
@@ -268,11 +274,6 @@ def _figures(folder):
         return _contents(folder)["figures"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _fingerprint(path):
-    size = path.stat().st_size
-    return [size, zlib.crc32(path.read_bytes()) if size <= SUMMED else 0]
 
 
 def save_params(folder: Path, params: Params) -> None:

@@ -373,10 +373,10 @@ def test_multiples_and_the_best_are_kept_beside_the_newest(tmp_path):
 
 
 def test_a_large_psnr_is_better_and_ranks_survive_a_restart(tmp_path):
-    saved_with(tmp_path, [{"psnr": 20.0, "ssim": 0.1}, {"psnr": 22.0, "ssim": 0.0}], keep=1, keep_best=1, best="psnr")
+    saved_with(tmp_path, [{"code": 9.0, "psnr": 20.0}, {"code": 1.0, "psnr": 22.0}], keep=1, keep_best=1, best="psnr")
     with contextlib.closing(Checkpoints(tmp_path, keep=1, keep_best=1, best="psnr")) as checkpoints:
         state, _ = restored(checkpoints)
-        for found in ({"psnr": 21.0}, {"psnr": float("nan")}, {}):
+        for found in ({"code": 5.0, "psnr": 21.0}, {"code": 1.0, "psnr": float("nan")}, {}):
             state = advance(state)
             checkpoints.save(state, {}, found)
     assert kept(tmp_path) == [2, 5]
