@@ -85,6 +85,8 @@ class Options:
     """Parts in which the cache grows: more read less memory and compile longer."""
     average: bool = True
     """Use the moving average of the weights, if the checkpoint has one."""
+    checkpoint: str = "newest"
+    """Of the generator: newest, best (of those kept with `keep_best`), or a step."""
     mesh: MeshShape = MeshShape()
     launch: Launch = Launch()
 
@@ -100,7 +102,7 @@ def main(arguments: list[str]) -> None:
 
 def sample(options: Options) -> None:
     """Draws `options.count` images and writes them."""
-    model = open_model(options.run, "generator")
+    model = open_model(options.run, "generator", options.checkpoint).fixed()
     tokenizer = open_model(options.tokenizer or _own_tokenizer(model), "tokenizer")
     if tokenizer.module.spec.codes != model.module.spec.codes or tokenizer.module.spec.n != model.module.spec.n:
         raise ValueError(
@@ -118,6 +120,7 @@ def sample(options: Options) -> None:
     identity = {
         "run": str(model.folder.resolve()), "tokenizer": str(tokenizer.folder.resolve()), "seed": options.seed,
         "sampling": settings, "conditions": names, "dtype": options.dtype, "average": options.average, "resize": options.resize,
+        "checkpoint": model.checkpoint,
     }  # fmt: skip
     distributed.check_shared(folder.parent)
     todo = _missing(folder, options.count, identity)

@@ -7,11 +7,13 @@
     python train.py CONFIG --help        all settings and their values
 
 The run folder (runs/NAME) holds checkpoints, pictures, TensorBoard logs and metrics.jsonl of both stages;
-`python sample.py runs/NAME` draws from it.
+`python sample.py runs/NAME` draws from it. SIGTERM or a preemption notice ends it with exit code 75 once the state is
+saved.
 """
 
 import contextlib
 import dataclasses
+import functools
 import shutil
 import sys
 from pathlib import Path
@@ -24,11 +26,12 @@ from ar_jax.data import Data, Info, Source, batches, open_source
 from ar_jax.models import Model, describe, open_model, versions, write_json
 from ar_jax.sharding import batch_rows, make_mesh
 from ar_jax.tokenize import check_cache
-from ar_jax.train.checkpoint import save_params
+from ar_jax.train.checkpoint import load_matching, save_params
 from ar_jax.train.gan import tokenizer_recipe
+from ar_jax.train.guards import AGAIN, Stopped
 from ar_jax.train.loop import fit
 from ar_jax.train.recipes import Recipe, generator_recipe
-from ar_jax.typing import Batch, PRNGKey
+from ar_jax.typing import Batch, Params, PRNGKey
 
 
 def main(arguments: list[str]) -> None:
@@ -37,8 +40,12 @@ def main(arguments: list[str]) -> None:
     config, overrides = arguments[0], arguments[1:]
     with distributed.command("train.py"):
         experiment = parse(load_config(config), overrides, f"train.py {config}", __doc__)
-        distributed.join(experiment.launch)
-        train(experiment, config, overrides)
+        distributed.join(experiment.launch, notices=True)
+        try:
+            train(experiment, config, overrides)
+        except Stopped as stopped:
+            distributed.say(f"train.py: {stopped}")
+            raise SystemExit(AGAIN) from stopped
 
 
 def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
@@ -98,6 +105,10 @@ def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -
       ValueError: the folder already holds another network.
     """
     module = stage.module
+    if stage.path and stage.start:
+        raise ValueError(f"{kind}.path takes a network as it is, {kind}.start trains it on; give one of them")
+    if stage.fresh and not stage.start:
+        raise ValueError(f"{kind}.fresh is {stage.fresh}, but {kind}.start is empty; everything begins anew")
     given = open_model(stage.path, kind) if stage.path else None
     if given:
         module, info = given.module, given.info
@@ -126,8 +137,22 @@ def stage_fit(
 ) -> None:
     rows = batch_rows(mesh, stage.batch)
     stream = batches(open_source(data), data, batch=stage.batch, seed=experiment.seed, rows=rows)
+    start = functools.partial(load_start, stage, model.kind) if stage.start else None
     with jax.set_mesh(mesh):
-        fit(recipe, stage, stream, held_out(data, stage.preview_images), model.folder, mesh, key)
+        fit(recipe, stage, stream, held_out(data, stage.preview_images), model.folder, mesh, key, start)
+
+
+def load_start(stage: Stage, kind: str, params: Params) -> Params:
+    """The parameters of `stage.start` in the place of initialised ones, but for those of `stage.fresh`."""
+    folder, part = open_model(stage.start, kind).place()
+    loaded, stayed, unused = load_matching(folder, params, part, stage.fresh)
+    count = len(jax.tree.leaves(params))
+    if jax.process_index() == 0:
+        print(f"{kind}: {count - len(stayed)} of {count} arrays begin as in {folder} ({part}), with a fresh optimiser")
+        print(f"{kind}: begin anew: {', '.join(stayed) or 'none'}")
+        if unused:
+            print(f"{kind}: of no use here: {', '.join(unused)}")
+    return loaded
 
 
 def held_out(data: Data, count: int) -> Batch:

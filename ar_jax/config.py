@@ -15,6 +15,7 @@ from ar_jax.data import Data
 from ar_jax.distributed import Launch
 from ar_jax.orders import raster
 from ar_jax.sharding import MeshShape
+from ar_jax.train.guards import Guards
 from ar_jax.train.optim import Optim
 
 
@@ -26,6 +27,10 @@ class Stage:
     """The network; its fields can be set one by one (`--generator.module.backbone.layers 12`)."""
     path: str = ""
     """Take the network from this run or converted folder instead of training it; its module replaces `module`."""
+    start: str = ""
+    """Begin training with the parameters of this run or converted folder (the moving average, if it has one)."""
+    fresh: tuple[str, ...] = ()
+    """With `start`: patterns searched in the paths of the parameters; those they match begin anew."""
     steps: int = 0
     """Updates; 0 trains nothing."""
     batch: int = 256
@@ -40,7 +45,16 @@ class Stage:
     save_every: int = 1000
     """Updates between checkpoints; the last update is always saved."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept; with one only, there is none to go back to when it is damaged."""
+    keep_every: int = 0
+    """Checkpoints of multiples of so many updates are kept too; 0 keeps none."""
+    keep_best: int = 0
+    """So many of the best checkpoints are kept too; every save then needs held-out figures (`preview_every`)."""
+    best: Literal["loss", "psnr", "ssim"] = "loss"
+    """The held-out figure that decides which are best: the smallest loss, or the largest PSNR or SSIM."""
+    guards: Guards = Guards()
+    profile: int = 0
+    """Updates traced with jax.profiler into the run folder, from the tenth after the start on; 0 traces none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +85,7 @@ class Losses:
 class TokenizerStage(Stage):
     """Training of a tokenizer."""
 
+    best: Literal["loss", "psnr", "ssim"] = "psnr"
     losses: Losses = Losses()
 
 

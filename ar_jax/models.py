@@ -35,6 +35,7 @@ class Model:
       module: the network.
       info: of the data it was trained on.
       settings: JSON-able extras: "sampling", "order", "tokenizer" (a folder, relative to this one), "origin", "data".
+      checkpoint: which of a run's parameters: "newest", "best", or a step.
     """
 
     folder: Path
@@ -42,27 +43,40 @@ class Model:
     module: nn.Module
     info: Info
     settings: dict[str, Any]
+    checkpoint: str = "newest"
 
     def params(self, dtype: Any = None, average: bool = True) -> Params:
-        """The parameters: those of a converted folder, or the newest checkpoint's moving average (if it keeps one).
+        """The parameters: those of a converted folder, or a checkpoint's moving average (if it keeps one).
 
         Args:
           dtype: floating type to cast to.
           average: False takes the trained parameters instead of their average.
         Raises:
-          ValueError: there is no checkpoint, or it is of another model.
+          ValueError: there is no such checkpoint, or it is of another model.
         """
         like = jax.eval_shape(self.module.init_params, jax.random.key(0))
-        if (self.folder / "params").exists():
-            params = checkpoint.load_params(self.folder / "params", like)
-        else:
-            latest = checkpoint.latest_step(self.folder / "checkpoints")
-            if latest is None:
-                raise ValueError(f"{self.folder} has no complete checkpoint yet")
-            step = self.folder / "checkpoints" / str(latest)
-            part = "ema" if average and (step / "ema").exists() else "model"
-            params = checkpoint.load_params(step, like, part)
+        folder, part = self.place(average)
+        params = checkpoint.load_params(folder, like, part)
         return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
+
+    def place(self, average: bool = True) -> tuple[Path, str]:
+        """Folder and part that `checkpoint.load_params` reads the parameters from."""
+        folder = self.folder / "params"
+        if folder.exists():
+            return folder, "state"
+        folder = self.folder / "checkpoints" / self.fixed().checkpoint
+        return folder, "ema" if average and (folder / "ema").exists() else "model"
+
+    def fixed(self) -> "Model":
+        """The same, with the step of its checkpoint: a training that goes on makes newer ones."""
+        if not (self.folder / "params").exists():
+            step = checkpoint.find_step(self.folder / "checkpoints", self.checkpoint)
+            return dataclasses.replace(self, checkpoint=str(step))
+        if self.checkpoint != "newest":
+            raise ValueError(
+                f"checkpoint is {self.checkpoint!r}, but {self.folder} holds a single set of parameters; leave it out"
+            )
+        return self
 
 
 def untrained(experiment: Experiment) -> tuple[nn.Module | None, nn.Module]:
@@ -106,8 +120,11 @@ def describe(folder: Path, kind: str, module: nn.Module, info: Info, settings: d
     return Model(folder, kind, module, info, settings)
 
 
-def open_model(folder: str | os.PathLike, kind: str) -> Model:
+def open_model(folder: str | os.PathLike, kind: str, checkpoint: str = "newest") -> Model:
     """The model of a kind in a model folder, or in a run folder that has one of that kind as sub-folder.
+
+    Args:
+      checkpoint: whose parameters are meant, if it is a run: "newest", "best", or a step.
 
     Raises:
       ValueError: there is none, or its `model.json` cannot be understood.
@@ -119,7 +136,7 @@ def open_model(folder: str | os.PathLike, kind: str) -> Model:
         if (place / "model.json").is_file():
             found = _read(place)
             if found.kind == kind:
-                return found
+                return dataclasses.replace(found, checkpoint=checkpoint)
     holds = f"holds a {_read(folder).kind}" if (folder / "model.json").is_file() else "holds no model.json"
     what = "does not exist" if not folder.exists() else holds
     raise ValueError(f"{folder} {what}; a {kind} is needed: the folder of a run of train.py or of ar_jax.convert")

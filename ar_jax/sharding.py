@@ -146,7 +146,8 @@ def batch_rows(mesh: jax.sharding.Mesh, batch: int, name: str = "batch") -> np.n
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch (see `batch_rows`), as part of the global one."""
     where = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(where, value) for name, value in batch.items()}
+    with jax.transfer_guard("allow"):  # of several processes' arrays, JAX takes this for an implicit transfer
+        return {name: jax.make_array_from_process_local_data(where, value) for name, value in batch.items()}
 
 
 def put(tree: Any, where: Any) -> Any:

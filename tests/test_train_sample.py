@@ -142,16 +142,20 @@ def test_a_run_folder_holds_both_stages_and_how_they_came_about(run, place):
 def test_metrics_tell_loss_gradient_pace_and_quality(run):
     tokenizer, generator = metrics(run, "tokenizer"), metrics(run, "generator")
     assert [line["step"] for line in tokenizer] == [2, 4, 4]
-    assert [line["step"] for line in generator] == [3, 6]
-    pace = {"loss", "grad_norm", "lr", "images_per_second", "steps_per_second"}
-    for line in (*tokenizer[:2], *generator):
+    assert [line["step"] for line in generator] == [3, 6, 6]
+    pace = {"loss", "grad_norm", "lr", "skipped", "images_per_second", "steps_per_second"}
+    for line in (*tokenizer[:2], *generator[:2]):
         assert pace <= line.keys()
         assert all(np.isfinite(value) for value in line.values())
         assert line["images_per_second"] == pytest.approx(8 * line["steps_per_second"], rel=1e-3)
+        assert line["images_per_second_per_chip"] == line["images_per_second"], "of one device"
+        assert line["seconds_per_step"] == pytest.approx(1 / line["steps_per_second"], rel=1e-3)
+        assert 0 <= line["input_wait"] <= 1
     assert {"psnr", "usage", "code_perplexity", "reconstruction", "codebook", "commit"} <= tokenizer[0].keys()
     held_out = {"held_out/psnr", "held_out/ssim", "held_out/usage", "held_out/code_perplexity"}
     assert tokenizer[2].keys() == {"step"} | held_out
     assert 0 < tokenizer[2]["held_out/usage"] <= 1
+    assert generator[2].keys() == {"step", "held_out/loss"}
     assert generator[0]["loss"] == pytest.approx(np.log(16), abs=0.7)  # 16 codes, hardly trained
     assert generator[0]["lr"] == 0.01
 

@@ -1,54 +1,101 @@
 """Checkpoints of a training run: written in the background, complete or absent, restored onto any mesh."""
 
 import contextlib
+import json
+import math
+import re
 import shutil
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from ar_jax.distributed import barrier
 from ar_jax.train.state import TrainState
 from ar_jax.typing import Params
 
+CONTENTS = "contents.json"  # in a checkpoint: size and checksum of its files, and the facts saved with the arrays
+SUMMED = 2**26  # bytes; larger files are compared by size only: a save in the last minute must not be read again
+FALLING = ("loss",)  # held-out figures of which a smaller one is better
+
 
 class Checkpoints:
-    """The checkpoints in one folder.
+    """The checkpoints of a running training, in one folder.
 
     Each holds "model" and, with averaging, "ema", so that a sampler reads no more than it needs, and "training", the
-    rest of the state. Orbax writes under a temporary name and renames, so an interrupted save is never seen again.
+    rest of the state. Orbax writes under a temporary name and renames, so an interrupted save is never seen again. A
+    list of the files is part of each, so that one which was damaged later is not taken for whole: those at the end of
+    the run are set aside as STEP.broken when this opens the folder.
+
+    Args:
+      folder: of this run only; made if need be.
+      keep: newest checkpoints kept.
+      keep_every: those of multiples of so many updates are kept too; 0 keeps none.
+      keep_best: so many of the best are kept too.
+      best: the held-out figure that decides which are best.
+    Raises:
+      ValueError: a number out of range, or checkpoints of which none is whole.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
+    def __init__(self, folder: Path, keep: int = 2, keep_every: int = 0, keep_best: int = 0, best: str = "loss"):
+        if keep < 1 or keep_every < 0 or keep_best < 0:
+            raise ValueError(
+                f"keep is {keep}, keep_every {keep_every} and keep_best {keep_best}; keep must be at least 1 and the "
+                "others at least 0"
+            )
+        self._folder, broken = folder, {}
+        if _newest_whole(folder, broken.__setitem__) is None and broken:
+            path, found = next(iter(broken.items()))
+            raise ValueError(
+                f"no checkpoint in {folder} is whole; the newest, {path.name}, is broken ({found}). Bring one of them back, "
+                "or remove them to begin anew"
+            )
         if jax.process_index() == 0:
             # Leftovers of interrupted saves. Orbax's own clean-up fails where threads of a failed save still write.
             for leftover in folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-        barrier("leftovers are gone")
+            for path, found in broken.items():
+                _set_aside(path, found)
+        barrier("broken checkpoints are set aside")
+        self._figures = {step: found for step in _steps(folder) if (found := _figures(folder / str(step)))}
+        policies = ocp.training.preservation_policies
+        kept = [policies.LatestN(keep), _Best(keep_best, best, self._figures)]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
+        context = ocp.Context()
+        # a lambda: orbax copies its options deeply, and would copy the object of a bound method with them
+        context.asynchronous.post_finalization_callback = lambda: self._list_contents()
         self._checkpointer = ocp.training.Checkpointer(
-            folder.absolute(), preservation_policy=ocp.training.preservation_policies.LatestN(keep)
+            folder.absolute(), context=context, preservation_policy=policies.AnyPreservationPolicy(kept)
         )
-        self._folder, self._pending, self._reported = folder, None, False
+        self._best, self._pending, self._reported = best, None, False
 
     @property
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        return latest_step(self._folder)
 
-    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Starts to write a state and small JSON-able facts; returns once the arrays are copied.
+    def save(self, state: TrainState, facts: dict[str, Any], figures: dict[str, float] | None = None) -> None:
+        """Starts to write a state; returns once the arrays are copied.
 
+        Args:
+          state: over all processes.
+          facts: small and JSON-able; they come back with the state.
+          figures: of held-out images, if they were measured at this step.
         Raises:
           ValueError: this save or the one before could not be written (disk full, for example).
         """
         self.wait()
+        step = int(state.step)
+        self._figures[step] = figures or {}
+        self._saving = (step, {"facts": facts, "figures": self._figures[step], "best": self._best})
         try:
-            self._pending = self._checkpointer.save_checkpointables_async(
-                int(state.step), _parts(state), custom_metadata=meta, force=True
-            )
+            self._pending = self._checkpointer.save_checkpointables_async(step, _parts(state), force=True)
         except Exception as error:
             raise self._failed(error) from error
 
@@ -60,19 +107,25 @@ class Checkpoints:
           layout: shardings of the same structure.
 
         Raises:
-          ValueError: the checkpoint holds another model; its first differing leaf is named.
+          ValueError: the checkpoint holds another model (its first differing leaf is named), or cannot be read.
         """
         step = self.latest
+        folder = self._folder / str(step)
         like = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), like, layout)
         parts = _parts(like)
-        metadata = self._checkpointer.checkpointables_metadata(step)
+        metadata = self._checkpointer.checkpointables_metadata(step).metadata
         for name, part in parts.items():
-            check(part, metadata.metadata.get(name), f"checkpoint {self._folder / str(step)}, {name}")
-        loaded = self._checkpointer.load_checkpointables(step, parts)
+            check(part, metadata.get(name), f"checkpoint {folder}, {name}")
+        try:
+            loaded = self._checkpointer.load_checkpointables(step, parts)
+        except Exception as error:
+            raise ValueError(
+                f"checkpoint {folder} has all its files but cannot be read: {error}. If it is damaged, rename it to "
+                f"{step}.broken and run the same command again to go on from the one before"
+            ) from error
         rest = loaded["training"]
-        params = {"model": loaded["model"], **rest["params"]}
-        state = TrainState(rest["step"], params, loaded.get("ema"), rest["opt"], rest["extra"])
-        return state, metadata.custom_metadata or {}
+        rest["params"]["model"] = loaded["model"]
+        return TrainState(ema=loaded.get("ema"), **rest), _contents(folder)["facts"]
 
     def wait(self) -> None:
         """Waits for the save under way."""
@@ -91,6 +144,19 @@ class Checkpoints:
             with contextlib.suppress(*[Exception] * self._reported):
                 self._checkpointer.close()
 
+    def _list_contents(self):
+        """Orbax calls this on the first process when every file is written, before the checkpoint gets its name."""
+        step, contents = self._saving
+        (folder,) = self._folder.glob(f"{step}.orbax-checkpoint-tmp*")
+        # Orbax still adds the time of the commit to its metadata, which nothing is read from.
+        files = [path for path in folder.rglob("*") if path.is_file() and path.name != "_CHECKPOINT_METADATA"]
+        contents["files"] = {}
+        for path in sorted(files):
+            size = path.stat().st_size
+            checksum = zlib.crc32(path.read_bytes()) if size <= SUMMED else None
+            contents["files"][str(path.relative_to(folder))] = size, checksum
+        (folder / CONTENTS).write_text(json.dumps(contents))  # ends in a brace: no part of it can be read
+
     def _failed(self, error):
         self._reported = True
         return ValueError(
@@ -99,23 +165,115 @@ class Checkpoints:
         )
 
 
+class _Best:
+    """Keeps the best of the checkpoints that have a figure. Orbax's BestN fails where its file of figures is damaged."""
+
+    def __init__(self, count: int, name: str, figures: dict[int, dict[str, float]]):
+        self.count, self.name, self.figures = count, name, figures
+
+    def should_preserve(self, checkpoints, *, context):
+        having = [c.step for c in checkpoints if self.name in self.figures.get(c.step, {})]
+        best = sorted(having, key=lambda step: _score(self.figures[step], self.name), reverse=True)[: self.count]
+        return [c.step in best for c in checkpoints]
+
+
 def _parts(state: TrainState) -> dict[str, Any]:
+    rest = {name: getattr(state, name) for name in ("step", "opt", "extra", "skipped", "skipped_in_a_row")}
     others = {name: tree for name, tree in state.params.items() if name != "model"}
-    parts = {
-        "model": state.params["model"],
-        "training": {"step": state.step, "params": others, "opt": state.opt, "extra": state.extra},
-    }
+    parts = {"model": state.params["model"], "training": rest | {"params": others}}
     return parts if state.ema is None else parts | {"ema": state.ema}
 
 
 def latest_step(folder: Path) -> int | None:
-    """The newest complete checkpoint in a folder of `Checkpoints`; leaves a run that is still writing alone."""
-    if not folder.is_dir():
-        return None
-    checkpointer = ocp.training.Checkpointer(folder.absolute())
-    latest = checkpointer.latest
-    checkpointer.close()
-    return None if latest is None else latest.step
+    """The newest complete checkpoint in a folder of `Checkpoints`; reads only, so a running training may go on."""
+    return _newest_whole(folder, lambda path, damage: print(f"checkpoint {path} is broken ({damage}): not used"))
+
+
+def find_step(folder: Path, which: str = "newest") -> int:
+    """The step of a checkpoint.
+
+    Args:
+      folder: of `Checkpoints`.
+      which: "newest", "best" (by the figure the training was told to judge by), or a step.
+    Raises:
+      ValueError: there is no such checkpoint.
+    """
+    if which == "newest":
+        step = latest_step(folder)
+        if step is None:
+            raise ValueError(f"{folder.parent} has no complete checkpoint yet")
+        return step
+    whole = [step for step in _steps(folder) if not damage(folder / str(step))]
+    if which == "best":
+        figures = {step: found for step in whole if (found := _figures(folder / str(step)))}
+        if not figures:
+            raise ValueError(
+                f"no checkpoint in {folder} has held-out figures; train with keep_best, or give a step of {whole}"
+            )
+        name = _contents(folder / str(max(figures)))["best"]
+        return max(figures, key=lambda step: (_score(figures[step], name), step))
+    if not which.isdecimal() or int(which) not in whole:
+        raise ValueError(
+            f"checkpoint is {which!r}; it must be newest, best or one of the complete steps {whole} in {folder}"
+        )
+    return int(which)
+
+
+def _score(figures: dict[str, float], name: str) -> float:
+    """Higher is better; a figure that is missing or not finite is the worst."""
+    value = figures.get(name, math.nan)
+    return (-value if name in FALLING else value) if math.isfinite(value) else -math.inf
+
+
+def _steps(folder):
+    """Steps of the checkpoints that have their final name, whole or not, ascending."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+
+
+def _newest_whole(folder: Path, broken: Callable[[Path, str], None]) -> int | None:
+    """The newest step that is whole; calls `broken(path, damage)` for each it has to pass over."""
+    for step in reversed(_steps(folder)):
+        found = damage(folder / str(step))
+        if not found:
+            return step
+        broken(folder / str(step), found)
+    return None
+
+
+def _set_aside(path, found):
+    """Frees the name of a broken checkpoint, so that the same step can be saved again."""
+    names = (path.with_name(f"{path.name}.broken{suffix}") for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
+    aside = next(name for name in names if not name.exists())
+    path.rename(aside)
+    print(f"checkpoint {path} is broken ({found}): kept as {aside.name} and not used")
+
+
+def damage(folder: Path) -> str:
+    """What a checkpoint lost since it was saved, in words; "" if it is whole."""
+    try:
+        files = _contents(folder)["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"its {CONTENTS} is missing, as in earlier versions, or damaged"
+    for name, (size, checksum) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if (found := path.stat().st_size) != size:
+            return f"{name} has {found} bytes, not {size}"
+        if checksum is not None and zlib.crc32(path.read_bytes()) != checksum:
+            return f"{name} has other content"
+    return ""
+
+
+def _contents(folder):
+    return json.loads((folder / CONTENTS).read_text())
+
+
+def _figures(folder):
+    try:
+        return _contents(folder)["figures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def save_params(folder: Path, params: Params) -> None:
@@ -123,41 +281,69 @@ def save_params(folder: Path, params: Params) -> None:
     ocp.save(folder.absolute(), params, overwrite=True)
 
 
-def load_params(folder: Path, like: Params, part: str | None = None) -> Params:
+def load_params(folder: Path, like: Params, part: str = "state") -> Params:
     """Reads the parameters of a folder that `save_params` or `Checkpoints` wrote.
 
     Args:
       folder: of `save_params`, or of one step of `Checkpoints`.
       like: tree of shapes, with shardings if wanted.
-      part: "model" or "ema" of a training checkpoint.
+      part: "state" of `save_params`, "model" or "ema" of `Checkpoints`.
     Raises:
       ValueError: the folder holds other leaves than `like`; the first is named.
     """
     folder = folder.absolute()
-    metadata = ocp.checkpointables_metadata(folder).metadata
-    part = part or "state"
-    check(like, metadata.get(part), f"checkpoint {folder}, {part}")
+    check(like, ocp.checkpointables_metadata(folder).metadata.get(part), f"checkpoint {folder}, {part}")
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or local), like)
     return ocp.load_checkpointables(folder, {part: like})[part]
+
+
+def load_matching(
+    folder: Path, params: Params, part: str = "state", fresh: Sequence[str] = ()
+) -> tuple[Params, list[str], list[str]]:
+    """Replaces initialised parameters by those of a folder, except the leaves that are to begin anew.
+
+    Args:
+      folder: as for `load_params`.
+      params: nested dict of arrays; what is read takes their type and sharding.
+      part: as for `load_params`.
+      fresh: patterns searched in the paths of the leaves; what they match stays as it is in `params`.
+    Returns:
+      The parameters, the paths of the leaves that stayed, and paths of the folder that have no place in `params`.
+    Raises:
+      ValueError: a leaf is missing in the folder or has another shape and is not named in `fresh`, or a pattern matches
+        no leaf.
+    """
+    folder = folder.absolute()
+    have, want = _shapes(ocp.checkpointables_metadata(folder).metadata.get(part)), flatten_dict(params, sep="/")
+    for pattern in fresh:
+        if not any(re.search(pattern, name) for name in want):
+            raise ValueError(f"fresh has {pattern!r}, which matches none of the parameters {', '.join(want)}")
+    stay = [name for name in want if any(re.search(pattern, name) for pattern in fresh)]
+    read = {}
+    for name in want.keys() - set(stay):
+        x = want[name]
+        if have.get(name) != x.shape:
+            state = f"has shape {have[name]} in" if name in have else "is missing in"
+            raise ValueError(
+                f"{name} {state} {folder}, but the configured model needs shape {x.shape}; add {name} to `fresh` to "
+                "begin it anew, or change the model"
+            )
+        read[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    if not read:
+        raise ValueError(f"fresh is {tuple(fresh)}, which leaves nothing to load from {folder}")
+    partial = ocp.Context()
+    partial.pytree.loading.partial_load = True
+    with partial:
+        loaded = ocp.load_checkpointables(folder, {part: unflatten_dict(read, sep="/")})[part]
+    return unflatten_dict(want | flatten_dict(loaded, sep="/"), sep="/"), stay, sorted(have.keys() - want.keys())
 
 
 def check(like: Any, found: Any, where: str) -> None:
     """Raises a ValueError that names the first leaf in which a checkpoint's metadata differs from `like`."""
     if found is None:
         raise ValueError(f"{where}: not in the checkpoint")
-
-    def flat(tree):
-        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(
-                np.shape(leaf) if leaf.shape is None else leaf.shape
-            )
-            for path, leaf in leaves
-            if hasattr(leaf, "shape")
-        }
-
-    want, have = flat(like), flat(found)
+    want, have = _shapes(like), _shapes(found)
     for name in [*want, *have]:
         if name not in have:
             raise ValueError(
@@ -169,3 +355,15 @@ def check(like: Any, found: Any, where: str) -> None:
             raise ValueError(
                 f"{where}: leaf {name} has shape {have[name]}, but the configured model needs {want[name]}"
             )
+
+
+def _shapes(tree):
+    """Shape by path of the leaves of a tree of arrays, shapes or orbax's metadata."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf)
+        if leaf.shape is None
+        else tuple(leaf.shape)
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ar_jax.config import Losses, TokenizerStage
+from ar_jax.flops import model_flops, without_remat
 from ar_jax.images import to_float, to_uint8
 from ar_jax.nets import patchgan
 from ar_jax.nets.lpips import Lpips, find_lpips
@@ -34,6 +35,17 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
     frozen = find_lpips(losses.lpips_weights or None) if losses.lpips else {}
     tx = make_optimiser(stage.optim, stage.steps, ("model", "discriminator") if judge else ("model",))
 
+    def update_of(tokenizer):
+        return make_update(
+            tokenizer_gradients(tokenizer, judge, losses),
+            tx,
+            ema=stage.optim.ema,
+            accumulate=stage.optim.accumulate,
+            after=functools.partial(revive, after=losses.reset_after)
+            if losses.reset_after
+            else lambda state, key: state,
+        )
+
     def init(key):
         model_key, judge_key = jax.random.split(key)
         params = {"model": tokenizer.init_params(model_key)}
@@ -58,20 +70,14 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
         metrics |= usage(seen["index"], tokenizer.codes)
         return jnp.stack([batch["image"], shown], axis=1).reshape(-1, *shown.shape[1:]), metrics
 
-    after = functools.partial(revive, after=losses.reset_after) if losses.reset_after else lambda state, key: state
     return Recipe(
         init=init,
-        update=make_update(
-            tokenizer_gradients(tokenizer, judge, losses),
-            tx,
-            ema=stage.optim.ema,
-            accumulate=stage.optim.accumulate,
-            after=after,
-        ),
+        update=update_of(tokenizer),
+        flops=functools.partial(model_flops, update_of(without_remat(tokenizer))),
         preview=preview,
         frozen=frozen,
         lr=schedule(stage.optim, stage.steps),
-        rules=(*tokenizer.rules, *(judge.rules if judge else ())),
+        rules=(*(judge.rules if judge else ()), *tokenizer.rules),  # the tokenizer's match some names of both
         advice=advice,
     )
 

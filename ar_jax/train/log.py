@@ -1,14 +1,20 @@
 """What a run tells: a progress bar, a JSON line and TensorBoard scalars per period, pictures."""
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
+from ar_jax.chips import peak_flops
 from ar_jax.images import save_png, tile
+
+SHOWN = ("loss", "psnr", "usage", "images_per_second", "mfu", "input_wait", "memory_gib")  # beside the progress bar
 
 
 class Log:
@@ -17,32 +23,54 @@ class Log:
     Only the process with `quiet=False` writes.
     """
 
-    def __init__(self, folder: Path, name: str, first: int, steps: int, quiet: bool = False):
-        self._folder, self._quiet = folder, quiet
+    def __init__(self, folder: Path, name: str, first: int, steps: int, chips: int, quiet: bool = False):
+        self.flops = 0.0  # of an update
+        self._folder, self._chips, self._quiet = folder, chips, quiet
         self._bar = tqdm(total=steps, initial=first, desc=name, unit="step", disable=quiet, dynamic_ncols=True)
         if not quiet:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
             self._board = _summary_writer()(str(folder))
-        self._since, self._seen = time.perf_counter(), first
+        self._since, self._seen, self._spent = time.perf_counter(), first, {"input": 0.0, "aside": 0.0}
+        self._shown = {}
 
     def step(self) -> None:
         self._bar.update()
 
-    def metrics(self, step: int, values: dict[str, float], batch: int = 0) -> dict[str, float]:
-        """Writes figures of a finished update; with `batch`, also the pace since the last such call."""
-        if batch:
-            now = time.perf_counter()
-            pace = (step - self._seen) / (now - self._since)
-            self._since, self._seen = now, step
-            values = values | {"steps_per_second": pace, "images_per_second": pace * batch}
+    @contextlib.contextmanager
+    def spending(self, on: str) -> Iterator[None]:
+        """Marks time spent on "input", or "aside": previews and saves, which do not count in the pace."""
+        began = time.perf_counter()
+        yield
+        self._spent[on] += time.perf_counter() - began
+
+    def pace(self, step: int, batch: int) -> dict[str, float]:
+        """Since the last call: speed (MFU is the share of the bfloat16 peak), the share of the time spent waiting for
+        input; memory of the fullest device."""
+        now = time.perf_counter()
+        seconds = now - self._since - self._spent["aside"]
+        speed = (step - self._seen) / seconds
+        figures = {
+            "steps_per_second": speed, "seconds_per_step": 1 / speed, "images_per_second": speed * batch,
+            "images_per_second_per_chip": speed * batch / self._chips, "input_wait": self._spent["input"] / seconds,
+            "teraflops_per_chip": speed * self.flops / self._chips / 1e12,
+        }  # fmt: skip
+        if peak := peak_flops(jax.local_devices()[0]):
+            figures["mfu"] = speed * self.flops / self._chips / peak
+        if stats := [stats for device in jax.local_devices() if (stats := device.memory_stats())]:  # not on CPU
+            figures["memory_gib"] = max(s["bytes_in_use"] for s in stats) / 2**30
+            figures["memory_peak_gib"] = max(s["peak_bytes_in_use"] for s in stats) / 2**30
+        self._since, self._seen, self._spent = now, step, {"input": 0.0, "aside": 0.0}
+        return figures
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Writes figures of an update."""
         if not self._quiet:
             self._file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in values.items()}}) + "\n")
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
-            shown = {k: f"{v:.4g}" for k, v in values.items() if k in ("loss", "psnr", "usage", "images_per_second")}
-            self._bar.set_postfix(shown)
-        return values
+            self._shown |= {name: f"{values[name]:.4g}" for name in SHOWN if name in values}
+            self._bar.set_postfix(self._shown)
 
     def picture(self, step: int, images: np.ndarray, columns: int) -> None:
         """Writes `samples/STEP.png`, a grid of uint8 [m h w c] images."""

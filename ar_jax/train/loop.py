@@ -1,19 +1,22 @@
 """The training loop: it knows recipes, batches and checkpoints, and nothing of any method."""
 
 import collections
+import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from ar_jax.config import Stage
 from ar_jax.distributed import say
 from ar_jax.sharding import batch_sharding, put, put_batch, replicated, shard
 from ar_jax.train.checkpoint import Checkpoints
+from ar_jax.train.guards import Health, Notice, Profile, Stopped, Watchdog
 from ar_jax.train.log import Log
 from ar_jax.train.recipes import Recipe
-from ar_jax.typing import Batch, PRNGKey
+from ar_jax.typing import Batch, Params, PRNGKey
 
 
 def fit(
@@ -24,6 +27,7 @@ def fit(
     folder: Path,
     mesh: jax.sharding.Mesh,
     key: PRNGKey,
+    start: Callable[[Params], Params] | None = None,
 ) -> None:
     """Trains until `stage.steps`, from the newest checkpoint in `folder` if there is one.
 
@@ -35,58 +39,119 @@ def fit(
       folder: of this stage.
       mesh: from `make_mesh`.
       key: of the whole stage; update i uses `fold_in(key, i)`, so a resumed run repeats nothing and skips nothing.
+      start: initialised parameters of the model -> those to begin with, if there is no checkpoint.
+
+    Raises:
+      Stopped: told to (see `Notice`); a checkpoint of the last update is written.
+      ValueError: settings that do not go together, a checkpoint of another model, or too many updates in a row without
+        finite numbers.
     """
     name, quiet = folder.name, jax.process_index() != 0
     init_key, key, shown_key = jax.random.split(key, 3)
     shapes = jax.eval_shape(recipe.init, init_key)
     layout = shard(shapes, mesh, recipe.rules)
-    checkpoints = Checkpoints(folder / "checkpoints", stage.keep)
+    images = len(next(iter(shown.values())))
+    divisible = images % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    shown = put(shown, batch_sharding(mesh) if divisible else replicated(mesh))
+    if stage.keep_best:
+        _, figures = jax.eval_shape(recipe.preview, shapes.params["model"], recipe.frozen, shown, shown_key)
+        _check_best(stage, name, sorted(figures))
+    checkpoints = Checkpoints(folder / "checkpoints", stage.keep, stage.keep_every, stage.keep_best, stage.best)
     first = checkpoints.latest or 0
     if first >= stage.steps:
         checkpoints.close()
         say(f"{name}: all {stage.steps} updates are done (checkpoint {first} in {folder})")
         return
     if first:
-        state, meta = checkpoints.restore(shapes, layout)
-        batches.set_state(meta["data"])
+        state, facts = checkpoints.restore(shapes, layout)
+        batches.set_state(facts["data"])
     else:
-        state = jax.jit(recipe.init, out_shardings=layout)(init_key)
+        state = _initial(recipe, layout, init_key, start)
+
+    def advance(state, frozen, batch, key):
+        # Key and learning rate follow from the state: nothing but the batch comes from the host.
+        lr = jnp.asarray(recipe.lr(state.step - state.skipped), jnp.float32)
+        state, metrics = recipe.update(state, frozen, batch, jax.random.fold_in(key, state.step + 1))
+        return state, metrics | {"lr": lr}
 
     frozen = put(recipe.frozen, replicated(mesh))
-    update = jax.jit(recipe.update, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
+    key, shown_key = jax.jit(lambda keys: keys, out_shardings=replicated(mesh))((key, shown_key))
+    update = jax.jit(advance, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
     preview = jax.jit(recipe.preview, out_shardings=replicated(mesh))
-    images = len(next(iter(shown.values())))
-    divisible = images % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
-    shown = put(shown, batch_sharding(mesh) if divisible else replicated(mesh))
-    log = Log(folder, name, first, stage.steps, quiet)
+    log = Log(folder, name, first, stage.steps, mesh.size, quiet)
     if first:
         log.say(f"{name}: resumed at update {first}")
-    advised, running = False, collections.deque()
-    try:
-        for step in itertools.count(first + 1):
-            state, metrics = update(state, frozen, put_batch(next(batches), mesh), jax.random.fold_in(key, step))
-            running.append(metrics)
-            if len(running) > 2:  # let the host run ahead by two updates, not by hundreds
-                jax.block_until_ready(running.popleft())
-            log.step()
-            last = step == stage.steps
-            if step % stage.log_every == 0 or last:
-                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                values = log.metrics(step, values | {"lr": float(recipe.lr(step - 1))}, stage.batch)
+    health, advised, running = Health(stage.guards), False, collections.deque()
+
+    def settle(left: int) -> None:
+        """Looks at the metrics of all but the last `left` updates, and waits for them."""
+        nonlocal advised
+        while len(running) > left:
+            step, metrics = running.popleft()
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            message, figures = health.check(step, values)
+            if message:
+                log.metrics(step, figures)
+                log.say(f"{name}, update {step}: {message}")
+            if step % stage.log_every == 0 or step == stage.steps:
+                log.metrics(step, values | log.pace(step, stage.batch))
                 warning = recipe.advice(values) if step > max(200, stage.log_every) and not advised else ""
                 if warning:
                     advised = True
                     log.say(f"warning: {name}, update {step}: {warning}")
-            if stage.preview_every and (step % stage.preview_every == 0 or last):
-                params = state.params["model"] if state.ema is None else state.ema
-                picture, values = jax.device_get(preview(params, frozen, shown, shown_key))
-                if values:
-                    log.metrics(step, {f"held_out/{name}": float(value) for name, value in values.items()})
-                log.picture(step, picture, columns=10)
-            if step % stage.save_every == 0 or last:
-                checkpoints.save(state, {"data": batches.get_state()})
+
+    with (
+        Notice() as notice,  # outermost: a second signal must not end the last save
+        contextlib.closing(checkpoints),
+        contextlib.closing(log),
+        Watchdog(stage.guards.hang) as watchdog,
+        Profile(folder / "profile", 0 if quiet else stage.profile) as profile,
+        jax.transfer_guard("disallow"),
+    ):
+        for step in itertools.count(first + 1):
+            with log.spending("input"):
+                batch = put_batch(next(batches), mesh)
+            log.flops = log.flops or recipe.flops(state, frozen, batch, key)
+            state, metrics = update(state, frozen, batch, key)
+            running.append((step, metrics))
+            settle(2)  # let the host run ahead by two updates, not by hundreds
+            log.step()
+            profile.updated(metrics)
+            watchdog.alive()
+            last, stop, figures = step == stage.steps, notice.received(step), {}
+            if stage.preview_every and (step % stage.preview_every == 0 or last) and not stop:
+                settle(0)
+                with log.spending("aside"):
+                    params = state.params["model"] if state.ema is None else state.ema
+                    picture, figures = jax.device_get(preview(params, frozen, shown, shown_key))
+                    figures = {name: float(value) for name, value in figures.items()}
+                    log.metrics(step, {f"held_out/{name}": value for name, value in figures.items()})
+                    log.picture(step, picture, columns=10)
+                watchdog.alive()
+            if step % stage.save_every == 0 or last or stop:
+                settle(0)
+                with log.spending("aside"), jax.transfer_guard("allow"):  # orbax copies arrays in its own ways
+                    checkpoints.save(state, {"data": batches.get_state()}, figures)
+            if stop:
+                raise Stopped(f"{name}: told to stop, saved update {step}; the same command goes on from there")
             if last:
                 break
-    finally:
-        log.close()
-        checkpoints.close()
+
+
+def _initial(recipe, layout, key, start):
+    def replaced(state, model):
+        average = None if state.ema is None else jax.tree.map(jnp.copy, model)
+        return state.replace(params=state.params | {"model": model}, ema=average)
+
+    state = jax.jit(recipe.init, out_shardings=layout)(key)
+    return jax.jit(replaced, out_shardings=layout)(state, start(state.params["model"])) if start else state
+
+
+def _check_best(stage, name, figures):
+    if stage.best not in figures:
+        raise ValueError(f"{name}.best is {stage.best!r}, but the held-out figures are {figures}; choose one of them")
+    if not stage.preview_every or stage.save_every % stage.preview_every:
+        raise ValueError(
+            f"{name}.keep_best is {stage.keep_best}, but not every checkpoint would have held-out figures: save_every is "
+            f"{stage.save_every} and preview_every {stage.preview_every}; make save_every a multiple of preview_every"
+        )

@@ -11,6 +11,7 @@ from ar_jax.config import GeneratorStage
 from ar_jax.decode.guidance import interval
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sequential import Knobs, sample_images
+from ar_jax.flops import model_flops, without_remat
 from ar_jax.images import to_float, to_uint8
 from ar_jax.sharding import Rules
 from ar_jax.train.optim import make_optimiser, schedule
@@ -24,6 +25,7 @@ class Recipe(NamedTuple):
     Attributes:
       init: key -> state.
       update: state, frozen, batch, key -> state, metrics.
+      flops: of one update, from the same arguments (see `flops.model_flops`); recomputation does not count.
       preview: model parameters, frozen, batch, key -> uint8 images to look at, and metrics of a held-out batch.
       frozen: parameters that are read but not trained.
       lr: learning rate by update, for the log.
@@ -33,6 +35,7 @@ class Recipe(NamedTuple):
 
     init: Callable[[PRNGKey], TrainState]
     update: Callable[[TrainState, Params, Batch, PRNGKey], tuple[TrainState, Metrics]]
+    flops: Callable[[TrainState, Params, Batch, PRNGKey], float]
     preview: Callable[[Params, Params, Batch, PRNGKey], tuple[UInt8[Array, "m h w c"], Metrics]]
     frozen: Params
     lr: Callable[[int], float]
@@ -44,8 +47,8 @@ class Recipe(NamedTuple):
 LossFn = Callable[[Params, Params, Batch, PRNGKey, Array], tuple[Float[Array, ""], Metrics]]
 
 
-def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate: float) -> LossFn:
-    """Mean loss of a generator over the tokens of a batch.
+def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate: float, train: bool = True) -> LossFn:
+    """Mean loss of a generator over the tokens of a batch; with dropout if `train`.
 
     `frozen` are the tokenizer's parameters. A batch holds "image" (uint8) or ready "tokens", and the condition.
     """
@@ -60,7 +63,7 @@ def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate
         loss, weight, metrics = generator.apply(
             {"params": params}, tokens, batch, order_fn(generator.spec, order_key, images, step), method="loss",
             embed=functools.partial(encoder, method="embed"),
-            drop=jax.random.bernoulli(drop_key, drop_rate, (images,)), rngs={"dropout": loss_key},
+            drop=jax.random.bernoulli(drop_key, drop_rate, (images,)), rngs={"dropout": loss_key} if train else {},
         )  # fmt: skip
         mean = (loss * weight).sum() / jnp.maximum(weight.sum(), 1)
         return mean, {"loss": mean, **metrics}
@@ -81,7 +84,11 @@ def gradients(loss_fn: LossFn) -> GradFn:
 def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, frozen: Params) -> Recipe:
     """Trains a generator on a frozen tokenizer's tokens."""
     tx = make_optimiser(stage.optim, stage.steps)
-    grad_fn = gradients(generator_loss(generator, tokenizer, stage.order, stage.drop))
+    held_out_loss = generator_loss(generator, tokenizer, stage.order, 0.0, train=False)
+
+    def update_of(generator):
+        grad_fn = gradients(generator_loss(generator, tokenizer, stage.order, stage.drop))
+        return make_update(grad_fn, tx, ema=stage.optim.ema, accumulate=stage.optim.accumulate)
 
     def init(key):
         return create({"model": generator.init_params(key)}, {}, tx, stage.optim.ema)
@@ -97,11 +104,13 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
         images = sample_images(
             generator, tokenizer, params, frozen, batch, order, knobs=knobs, keys=keys, guided=settings.guidance != 1
         )
-        return to_uint8(images), {}
+        loss, _ = held_out_loss(params, frozen, batch, key, stage.steps)
+        return to_uint8(images), {"loss": loss}
 
     return Recipe(
         init=init,
-        update=make_update(grad_fn, tx, ema=stage.optim.ema, accumulate=stage.optim.accumulate),
+        update=update_of(generator),
+        flops=functools.partial(model_flops, update_of(without_remat(generator))),
         preview=preview,
         frozen=frozen,
         lr=schedule(stage.optim, stage.steps),

@@ -1,5 +1,6 @@
 """The state of a training run and the one update that serves every recipe."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,11 +23,13 @@ class TrainState:
     """Everything a checkpoint holds.
 
     Attributes:
-      step: int32 [], finished updates.
+      step: int32 [], finished updates, skipped ones included.
       params: the networks by name; "model" is the one that is kept in the end.
       ema: moving average of `params["model"]`, or None.
       opt: optimiser state.
       extra: what a recipe carries beside trained parameters (batch statistics, code usage).
+      skipped: int32 [], updates whose loss or gradients were not finite.
+      skipped_in_a_row: int32 [], how many of them came last, without a good one after them.
     """
 
     step: Array
@@ -34,12 +37,15 @@ class TrainState:
     ema: Params | None
     opt: Any
     extra: Params
+    skipped: Array
+    skipped_in_a_row: Array
 
 
 def create(params: Params, extra: Params, tx: optax.GradientTransformation, ema: float) -> TrainState:
     # a copy: the update donates its state, and one buffer must not be given away twice
     average = jax.tree.map(jnp.copy, params["model"]) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, average, tx.init(params), extra)
+    zero = functools.partial(jnp.zeros, (), jnp.int32)
+    return TrainState(zero(), params, average, tx.init(params), extra, zero(), zero())
 
 
 def make_update(
@@ -52,8 +58,10 @@ def make_update(
 ) -> Callable[[TrainState, Params, Batch, PRNGKey], tuple[TrainState, Metrics]]:
     """The training step: gradients (averaged over `accumulate` equal parts of the batch), optimiser, EMA.
 
+    Where the loss or a gradient is not finite, the update is skipped: only `step` and the counts of skipped updates move.
+
     Args:
-      grad_fn: the recipe.
+      grad_fn: the recipe; its metrics have "loss".
       tx: optimiser over the whole of `params`.
       ema: decay per update; 0 keeps none.
       accumulate: number of parts; the batch size is a multiple of it.
@@ -81,13 +89,22 @@ def make_update(
     def update(state, frozen, batch, key):
         key, after_key = jax.random.split(key)
         grads, extra, metrics = gradients(state, frozen, batch, key)
-        updates, opt = tx.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.ema
-        if ema:
-            average = jax.tree.map(lambda old, new: old + (1 - ema) * (new - old), state.ema, params["model"])
-        metrics["grad_norm"] = optax.tree.norm(grads["model"])
-        state = TrainState(state.step + 1, params, average, opt, extra)
-        return after(state, after_key), metrics
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads))
+
+        def apply(state, grads, extra):
+            updates, opt = tx.update(grads, state.opt, state.params)
+            params, average = optax.apply_updates(state.params, updates), state.ema
+            if ema:
+                average = jax.tree.map(lambda old, new: old + (1 - ema) * (new - old), state.ema, params["model"])
+            new = state.replace(step=state.step + 1, params=params, ema=average, opt=opt, extra=extra)
+            return after(new.replace(skipped_in_a_row=jnp.zeros_like(state.step)), after_key)
+
+        def skip(state, grads, extra):
+            counts = {name: getattr(state, name) + 1 for name in ("step", "skipped", "skipped_in_a_row")}
+            return state.replace(**counts)
+
+        state = jax.lax.cond(finite, apply, skip, state, grads, extra)
+        metrics |= {"grad_norm": optax.tree.norm(grads["model"])}
+        return state, metrics | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
 
     return update

@@ -187,6 +187,7 @@ class Tiny(nn.Module):
     channels: int = 3
     codes: int = 64
     code_features: int = 3
+    rules: tuple = ()
 
     def setup(self):
         self.encoder, self.decoder = nn.Conv(self.code_features, (4, 4), 4), Pixels()
@@ -303,7 +304,9 @@ def test_reset_replaces_exactly_the_dead_codes_by_latents_of_the_batch():
     codebook, latents = random.normal(size=(6, 3)), random.normal(size=(6, 3))
     age = jnp.array([0, 5, 4, 9, 0, 5])
     extra = {"age": age, "latents": jnp.asarray(latents), "frequency": jnp.ones(6) / 6}
-    state = TrainState(jnp.int32(9), {"model": {"codebook": jnp.asarray(codebook)}}, None, (), extra)
+    state = TrainState(
+        jnp.int32(9), {"model": {"codebook": jnp.asarray(codebook)}}, None, (), extra, jnp.int32(0), jnp.int32(0)
+    )
     state = revive(state, jax.random.key(0), after=5)
     new = np.asarray(state.params["model"]["codebook"])
     np.testing.assert_array_equal(new[[0, 2, 4]], np.float32(codebook)[[0, 2, 4]])
