@@ -62,7 +62,10 @@ class Instruction:
     text: str
 
     def called(self) -> list[str]:
-        return re.findall(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)", self.text)
+        found = re.findall(r"(?:calls|to_apply|body|condition|(?:true|false)_computation)=%?([\w.\-]+)", self.text)
+        for several in re.findall(r"(?:called|branch)_computations=\{([^}]*)\}", self.text):
+            found += re.findall(r"%?([\w.\-]+)", several)
+        return found
 
     def attribute(self, name: str) -> str:
         found = re.search(rf"[ ,]{name}=(\{{[^}}]*\}}|[^, ]+)", self.text)
@@ -154,9 +157,11 @@ class Program:
         """Instructions that are run one after the other, and how often."""
         for instruction in self.computations[name].values():
             if instruction.op in ("while", "call", "conditional", "async-start"):
-                inner = [part for part in instruction.called() if part in self.computations]
-                for part in inner:
-                    yield from self._run(part, times * self._trips(instruction))
+                parts = [list(self._run(part, times * self._trips(instruction))) for part in instruction.called()]
+                if instruction.op == "conditional":  # the longest of its branches
+                    parts = [max(parts, key=len)]
+                for part in parts:
+                    yield from part
             elif instruction.op not in FREE:
                 yield instruction, name, times
 
