@@ -30,6 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ar_jax import codec, distributed
+from ar_jax.compiled import keep_compiled
 from ar_jax.data import label_ids
 from ar_jax.decode.guidance import interval
 from ar_jax.decode.logits import Filter
@@ -97,6 +98,7 @@ def main(arguments: list[str]) -> None:
     options = tyro.cli(Options, args=arguments, prog="sample.py", description=__doc__)
     with distributed.command("sample.py"):
         distributed.join(options.launch)
+        keep_compiled()
         sample(options)
 
 

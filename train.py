@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 
 from ar_jax import codec, distributed
+from ar_jax.compiled import keep_compiled
 from ar_jax.config import Experiment, Stage, load_config, parse
 from ar_jax.data import Data, Info, Source, batches, open_source
 from ar_jax.models import Model, describe, open_model, versions, write_json
@@ -41,6 +42,7 @@ def main(arguments: list[str]) -> None:
     with distributed.command("train.py"):
         experiment = parse(load_config(config), overrides, f"train.py {config}", __doc__)
         distributed.join(experiment.launch, notices=True)
+        keep_compiled()
         try:
             train(experiment, config, overrides)
         except Stopped as stopped:

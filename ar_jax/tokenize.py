@@ -30,6 +30,7 @@ import numpy as np
 import tyro
 
 from ar_jax import codec, distributed
+from ar_jax.compiled import keep_compiled
 from ar_jax.data import Data, Source, Unreadable, centre_crop, flip, open_records, open_source, ten_crop, write_shards
 from ar_jax.data.packed import tokens
 from ar_jax.distributed import Launch
@@ -77,6 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         model = open_model(arguments[0], "tokenizer")
         options = _parse(default_data(model), f"{prog} {arguments[0]}", arguments[1:])
         distributed.join(options.launch)
+        keep_compiled()
         tokenize(model, options)
 
 
