@@ -77,7 +77,7 @@ def kill_and_compare(place: Path, kills: int, seed: int = 0, say=lambda text: No
     began, chance = time.monotonic(), random.Random(seed)
     place.mkdir(parents=True, exist_ok=True)
     (place / "config.py").write_text(CONFIG)
-    updates = {"tokenizer": 6 + 2 * kills, "generator": 6 + 4 * kills}  # more than the kills below can reach
+    updates = {"tokenizer": 6 + kills, "generator": 6 + 5 * kills}  # together more than the kills can reach
     between = left_alone(place, updates)
     say(f"left alone: a save every {between:.2f} s")
 
