@@ -13,11 +13,12 @@ seed and its number only, not on the batch size or the number of devices.
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,15 +29,16 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from ar_jax import codec
+from ar_jax import codec, distributed
 from ar_jax.data import label_ids
 from ar_jax.decode.guidance import interval
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sequential import Knobs, sample_images
+from ar_jax.distributed import Launch
 from ar_jax.images import save_png, tile, to_uint8
 from ar_jax.models import Model, open_model, write_json
 from ar_jax.resize import resize
-from ar_jax.sharding import MeshShape, batch_sharding, make_mesh, shard
+from ar_jax.sharding import MeshShape, batch_sharding, make_mesh, put, shard
 from ar_jax.typing import Batch
 
 
@@ -86,16 +88,16 @@ class Options:
     checkpoint: str = "newest"
     """Of the generator: newest, best (of those kept with `keep_best`), or a step."""
     mesh: MeshShape = MeshShape()
+    launch: Launch = Launch()
 
 
 def main(arguments: list[str]) -> None:
     if not arguments:
         raise SystemExit(__doc__)
     options = tyro.cli(Options, args=arguments, prog="sample.py", description=__doc__)
-    try:
+    with distributed.command("sample.py"):
+        distributed.join(options.launch)
         sample(options)
-    except (ValueError, FileNotFoundError, OSError) as error:
-        raise SystemExit(f"sample.py: {error}") from error
 
 
 def sample(options: Options) -> None:
@@ -120,20 +122,26 @@ def sample(options: Options) -> None:
         "sampling": settings, "conditions": names, "dtype": options.dtype, "average": options.average, "resize": options.resize,
         "checkpoint": model.checkpoint,
     }  # fmt: skip
+    distributed.check_shared(folder.parent)
     todo = _missing(folder, options.count, identity)
     if len(todo):
         mesh = make_mesh(options.mesh)
         draw = make_sampler(model, tokenizer, settings, options, mesh)
-        with tqdm(total=options.count, initial=options.count - len(todo), unit="image", desc=str(out)) as bar:
+        done, quiet = options.count - len(todo), jax.process_index() != 0
+        with tqdm(total=options.count, initial=done, unit="image", desc=str(out), disable=quiet) as bar:
             for start in range(0, len(todo), options.batch):
                 ids = todo[start : start + options.batch]
                 padded = np.resize(ids, options.batch)  # the last batch too runs the one compiled program
-                images = draw({name: table[padded % len(names)] for name, table in conditions.items()}, padded)
-                for i, image in zip(ids, images, strict=False):
-                    save_png(_file(folder, i), image, {"condition": names[i % len(names)], "seed": str(options.seed)})
+                batch = {name: table[padded % len(names)] for name, table in conditions.items()}
+                for row, image in draw(batch, padded):
+                    if row < len(ids):
+                        about = {"condition": names[ids[row] % len(names)], "seed": str(options.seed)}
+                        save_png(_file(folder, ids[row]), image, about)
                 bar.update(len(ids))
-    _assemble(folder, out, options, len(names))
-    print(f"{options.count} images in {out}")
+    distributed.barrier("all images are written")
+    if jax.process_index() == 0:
+        _assemble(folder, out, options, len(names))
+    distributed.say(f"{options.count} images in {out}")
 
 
 SAMPLING = {"guidance": 1.0, "guidance_last": -1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -141,8 +149,12 @@ SAMPLING = {"guidance": 1.0, "guidance_last": -1, "temperature": 1.0, "top_k": 0
 
 def make_sampler(
     model: Model, tokenizer: Model, settings: dict, options: Options, mesh: jax.sharding.Mesh
-) -> Callable[[Batch, np.ndarray], np.ndarray]:
-    """Compiles generator and tokenizer into one program: (conditions, image numbers) -> uint8 [b h w 3]."""
+) -> Callable[[Batch, np.ndarray], Iterator[tuple[int, np.ndarray]]]:
+    """Compiles generator and tokenizer into one program over all processes.
+
+    It takes conditions and image numbers, the same on every process, and gives the rows of this process with their
+    images, uint8 [h w 3].
+    """
     share = mesh.shape["data"] * mesh.shape["fsdp"]
     if options.resize < 0:
         raise ValueError(f"--resize is {options.resize}; it must be a number of pixels, or 0 to keep the model's size")
@@ -155,12 +167,12 @@ def make_sampler(
     params, frozen = model.params(dtype=dtype, average=options.average), tokenizer.params(average=options.average)
     if options.unroll:
         generator, params = generator.unrolled(params)
-    params = jax.device_put(params, shard(params, mesh, generator.rules))
-    frozen = jax.device_put(frozen, shard(frozen, mesh, tokenizer.module.rules))
+    params = put(params, shard(params, mesh, generator.rules))
+    frozen = put(frozen, shard(frozen, mesh, tokenizer.module.rules))
     order_fn = codec.decode(model.settings["order"])
     logits_fn = Filter(settings["top_k"], settings["top_p"])
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
     def program(params, frozen, batch, ids):
         root, order_key = jax.random.split(jax.random.key(options.seed))
         keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(ids)
@@ -183,10 +195,14 @@ def make_sampler(
         return to_uint8(resize(images, (options.resize,) * 2) if options.resize else images)
 
     def draw(batch, ids):
-        batch, ids = jax.device_put((batch, ids.astype(np.uint32)), batch_sharding(mesh))
+        batch, ids = put((batch, ids.astype(np.uint32)), batch_sharding(mesh))
         with jax.set_mesh(mesh):
-            images = np.asarray(program(params, frozen, batch, ids))
-        return np.broadcast_to(images, (*images.shape[:3], 3))
+            images = program(params, frozen, batch, ids)
+        for part in images.addressable_shards:
+            if part.replica_id == 0:  # of copies of these rows, one is written
+                first = part.index[0].start or 0
+                for row, image in enumerate(np.asarray(part.data), first):
+                    yield row, np.broadcast_to(image, (*image.shape[:2], 3))
 
     return draw
 
@@ -238,9 +254,17 @@ def _file(folder: Path, i: int) -> Path:
 
 
 def _missing(folder: Path, count: int, identity: dict) -> np.ndarray:
-    """Numbers of the images still to draw; refuses a folder begun with other settings."""
+    """Numbers of the images still to draw, as process 0 sees them; refuses a folder begun with other settings."""
     if count < 1:
         raise ValueError(f"--count is {count}; it must be at least 1")
+    missing = np.ones(count, bool)
+    if jax.process_index() == 0:
+        _begin(folder, identity)
+        missing = np.array([not _file(folder, i).exists() for i in range(count)])
+    return np.flatnonzero(distributed.agreed(missing))
+
+
+def _begin(folder, identity):
     note = folder / "sampling.json"
     if note.exists():
         if json.loads(note.read_text()) != identity:
@@ -251,7 +275,6 @@ def _missing(folder: Path, count: int, identity: dict) -> np.ndarray:
         raise ValueError(f"{folder} is not empty and was not begun by sample.py; give another --out")
     else:
         write_json(note, identity)
-    return np.array([i for i in range(count) if not _file(folder, i).exists()], np.int64)
 
 
 def _assemble(folder: Path, out: Path, options: Options, conditions: int) -> None:

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import jax
 
-from ar_jax import codec
+from ar_jax import codec, distributed
 from ar_jax.config import Experiment, Stage, load_config, parse
 from ar_jax.data import Data, Info, Source, batches, open_source
 from ar_jax.models import Model, describe, open_model, versions, write_json
-from ar_jax.sharding import make_mesh
+from ar_jax.sharding import batch_rows, make_mesh
 from ar_jax.tokenize import check_cache
 from ar_jax.train.checkpoint import load_matching, save_params
 from ar_jax.train.gan import tokenizer_recipe
@@ -38,22 +38,27 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         raise SystemExit(__doc__)
     config, overrides = arguments[0], arguments[1:]
-    try:
-        train(parse(load_config(config), overrides, f"train.py {config}", __doc__), config, overrides)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"train.py: {error}") from error
-    except Stopped as stopped:
-        print(f"train.py: {stopped}")
-        raise SystemExit(AGAIN) from stopped
+    with distributed.command("train.py"):
+        experiment = parse(load_config(config), overrides, f"train.py {config}", __doc__)
+        distributed.join(experiment.launch, notices=True)
+        try:
+            train(experiment, config, overrides)
+        except Stopped as stopped:
+            distributed.say(f"train.py: {stopped}")
+            raise SystemExit(AGAIN) from stopped
 
 
 def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     """Runs both stages of an experiment."""
     run = Path(experiment.out) / experiment.name
+    distributed.check_shared(run)
     mesh = make_mesh(experiment.mesh)
+    for kind, stage in (("tokenizer", experiment.tokenizer), ("generator", experiment.generator)):
+        if stage.steps and not stage.path:
+            batch_rows(mesh, stage.batch, f"{kind}.batch")  # both batches are known to fit before either is trained on
     source = open_source(experiment.data)
     info = source.info
-    print(
+    distributed.say(
         f"{run}: {len(source)} images of {experiment.data.name}, {info.classes or 'no'} classes, "
         f"mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}"
     )
@@ -116,8 +121,8 @@ def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -
             raise ValueError(
                 f"{folder} already holds another {kind}: {difference}. Give --name for a new run, or remove the folder"
             )
-    if given and not (folder / "params").exists():
-        save_params(folder / "params", given.params())
+    if given and distributed.agreed(not (folder / "params").exists()):
+        save_params(folder / "params", jax.device_get(given.params()))
     return describe(folder, kind, module, info, settings)
 
 
@@ -130,7 +135,8 @@ def stage_fit(
     mesh: jax.sharding.Mesh,
     key: PRNGKey,
 ) -> None:
-    stream = batches(open_source(data), data, batch=stage.batch, seed=experiment.seed)
+    rows = batch_rows(mesh, stage.batch)
+    stream = batches(open_source(data), data, batch=stage.batch, seed=experiment.seed, rows=rows)
     start = functools.partial(load_start, stage, model.kind) if stage.start else None
     with jax.set_mesh(mesh):
         fit(recipe, stage, stream, held_out(data, stage.preview_images), model.folder, mesh, key, start)

@@ -29,6 +29,7 @@ from ar_jax.config import Experiment, load_config
 from ar_jax.decode.guidance import interval
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sequential import Knobs, sample
+from ar_jax.flops import model_flops, without_remat
 from ar_jax.images import to_uint8
 from ar_jax.models import untrained
 from ar_jax.train.optim import make_optimiser
@@ -141,7 +142,8 @@ def bench_train(experiment: Experiment, options: Options) -> dict[str, str]:
     codes = generator.spec.codes[0]
     tokens = jax.random.randint(jax.random.key(2), (images, generator.spec.n, len(generator.spec.codes)), 0, codes)
     batch = conditions(generator, images) | {"tokens": tokens}
-    flops = step_flops(generator, params, images)
+    plain = generator_loss(without_remat(generator), tokenizer, stage.order, stage.drop)
+    flops = model_flops(jax.grad(plain, has_aux=True), params, frozen, batch, jax.random.key(3), 0)
     step = Timer(jax.jit(update, donate_argnums=0), state, frozen, batch, jax.random.key(3), carry=True)
     peak, of_peak = [], []
     for _ in range(options.repeat):
@@ -205,15 +207,6 @@ def step_bytes(params: Params) -> int:
     """Bytes of the parameters that every decoding step reads: all but tables of which it reads a row, and conditions."""
     flat = traverse_util.flatten_dict(params, sep="/")
     return sum(x.nbytes for name, x in flat.items() if not name.startswith(("embedding", "conditioning/")))
-
-
-def step_flops(generator: Any, params: Params, images: int) -> int:
-    """Multiplications and additions of a training step: 6 a parameter and row, and causal attention."""
-    net, flat = generator.backbone, traverse_util.flatten_dict(params, sep="/")
-    weights = sum(x.size for name, x in flat.items() if not name.startswith(("embedding", "conditioning/")))
-    rows = generator.spec.n - 1 + (generator.conditioning.example().get("text", np.zeros((1, 1))).shape[1])
-    attention = 6 * net.layers * net.width * rows**2  # half of 12: a row sees half of the rows
-    return images * (6 * weights * rows + attention)
 
 
 def matmul_peak(dtype: Any) -> float:

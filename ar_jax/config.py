@@ -12,6 +12,7 @@ import flax.linen as nn
 import tyro
 
 from ar_jax.data import Data
+from ar_jax.distributed import Launch
 from ar_jax.orders import raster
 from ar_jax.sharding import MeshShape
 from ar_jax.train.guards import Guards
@@ -128,6 +129,7 @@ class Experiment:
     seed: int = 0
     data: Data = Data()
     mesh: MeshShape = MeshShape()
+    launch: Launch = Launch()
     tokenizer: TokenizerStage = TokenizerStage()
     generator: GeneratorStage = GeneratorStage()
 

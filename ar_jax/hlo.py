@@ -62,7 +62,10 @@ class Instruction:
     text: str
 
     def called(self) -> list[str]:
-        return re.findall(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.\-]+)", self.text)
+        found = re.findall(r"(?:calls|to_apply|body|condition|(?:true|false)_computation)=%?([\w.\-]+)", self.text)
+        for several in re.findall(r"(?:called|branch)_computations=\{([^}]*)\}", self.text):
+            found += re.findall(r"%?([\w.\-]+)", several)
+        return found
 
     def attribute(self, name: str) -> str:
         found = re.search(rf"[ ,]{name}=(\{{[^}}]*\}}|[^, ]+)", self.text)
@@ -154,9 +157,11 @@ class Program:
         """Instructions that are run one after the other, and how often."""
         for instruction in self.computations[name].values():
             if instruction.op in ("while", "call", "conditional", "async-start"):
-                inner = [part for part in instruction.called() if part in self.computations]
-                for part in inner:
-                    yield from self._run(part, times * self._trips(instruction))
+                parts = [list(self._run(part, times * self._trips(instruction))) for part in instruction.called()]
+                if instruction.op == "conditional":  # the longest of its branches
+                    parts = [max(parts, key=len)]
+                for part in parts:
+                    yield from part
             elif instruction.op not in FREE:
                 yield instruction, name, times
 
@@ -367,13 +372,18 @@ def _group(text: str) -> list[int]:
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
         return [int(n) for n in found[1].split(",") if n]
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        sizes = [int(n) for n in found[3].split(",")]
-        ids = np.arange(math.prod(sizes)).reshape(sizes)
-        ids = ids.transpose([int(n) for n in found[4].split(",")]) if found[4] else ids
-        return ids.reshape(int(found[1]), int(found[2]))[0].tolist()
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
-        axes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        ids = np.arange(math.prod(map(int, axes.values()))).reshape([int(n) for n in axes.values()])
-        grouped = re.findall(r"'(\w+)'", found[2])
+        return _ids(found[3], found[4]).reshape(int(found[1]), int(found[2]))[0].tolist()
+    mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+    if found := re.search(mesh, text):
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        ids = _ids(found[2] or str(math.prod(axes.values())), found[3]).reshape(list(axes.values()))
+        grouped = re.findall(r"'(\w+)'", found[4])
         return ids[tuple(slice(None) if name in grouped else 0 for name in axes)].ravel().tolist()
     return []
+
+
+def _ids(sizes: str, order: str | None) -> np.ndarray:
+    """0, 1, 2... in an array of these sizes, its axes then reordered; flat."""
+    shape = [int(n) for n in sizes.split(",")]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return (ids.transpose([int(n) for n in order.split(",")]) if order else ids).ravel()

@@ -5,8 +5,8 @@
     python -m ar_jax.plan configs/llamagen_xl_256.py --topology v5e:16x16 --mesh.fsdp 16 --generator.batch 2048
     python -m ar_jax.plan configs/llamagen_xl_256.py --topology v5e:2x4 --sample --images 64
 
-Compiles the real training step (or with --sample the real sampler) with the real TPU compiler (`pip install libtpu`; no
-TPU is needed), and reads the result. The estimate assumes that every operation takes the longer of computing at the
+Compiles the real training step (or with --sample the real sampler) with the real TPU compiler, which needs no TPU
+(`pip install 'jax[tpu]'`, in an environment of its own: only one process at a time can hold it), and reads the result. The estimate assumes that every operation takes the longer of computing at the
 chip's peak and moving its data at the full bandwidth, one after the other, while collectives run beside them. Real steps
 take longer. Exits with 1 if the program does not fit, and names a setting with which it does.
 """
@@ -28,12 +28,12 @@ from ar_jax.config import Experiment, Stage, load_config, parse
 from ar_jax.decode.guidance import interval
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sequential import Knobs, sample
-from ar_jax.flops import model_flops, without_remat
+from ar_jax.flops import model_flops
 from ar_jax.hlo import Program, Work
 from ar_jax.models import untrained
 from ar_jax.sharding import batch_sharding, make_mesh, replicated, shard
 from ar_jax.train.gan import tokenizer_recipe
-from ar_jax.train.recipes import Recipe, generator_recipe
+from ar_jax.train.recipes import generator_recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,8 +186,8 @@ def topology_devices(name: str) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:  # of the plugin, of many kinds
         raise ValueError(
-            f"--topology {name}: {error}. Give a slice such as v5e:16x16 or v5p:8x8x8, and install the compiler with "
-            "pip install libtpu; one process at a time can hold it"
+            f"--topology {name}: {error}. Give a slice such as v5e:16x16 or v5p:8x8x8, and install the compiler that "
+            "fits this JAX with pip install 'jax[tpu]'; one process at a time can hold it"
         ) from error
 
 
@@ -245,12 +245,11 @@ def trainer(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
             f"optim.accumulate {stage.optim.accumulate}) cannot share equally"
         )
 
-    def recipe_of(generator, tokenizer) -> Recipe:
-        if what == "tokenizer":
-            return tokenizer_recipe(stage, tokenizer)
-        return generator_recipe(stage, generator, tokenizer, jax.eval_shape(tokenizer.init_params, jax.random.key(0)))
-
-    recipe = recipe_of(generator, tokenizer)
+    if what == "tokenizer":
+        recipe = tokenizer_recipe(stage, tokenizer)
+    else:
+        frozen = jax.eval_shape(tokenizer.init_params, jax.random.key(0))
+        recipe = generator_recipe(stage, generator, tokenizer, frozen)
     batch = shapes_of_batch(experiment, generator if what == "generator" else None, tokenizer, stage)
     state = jax.eval_shape(recipe.init, jax.random.key(0))
     layout = shard(state, mesh, recipe.rules)
@@ -262,7 +261,6 @@ def trainer(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
         placed(key, replicated(mesh)),
     )  # fmt: skip
     update = jax.jit(recipe.update, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
-    plain = recipe_of(generator and without_remat(generator), without_remat(tokenizer))
     facts = {
         "parameters": f"{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.1f} M",
         "global batch": f"{stage.batch} images, {stage.batch / mesh.size:g} a chip",
@@ -271,7 +269,7 @@ def trainer(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
         facts,
         update,
         arguments,
-        {"model": model_flops(plain.update, state, frozen, batch, key), "images": stage.batch},
+        {"model": recipe.flops(state, frozen, batch, key), "images": stage.batch},
     )
 
 

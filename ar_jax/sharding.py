@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -49,7 +50,9 @@ def make_mesh(shape: MeshShape = MeshShape(), devices: Sequence[Any] | None = No
             f"that number, and at most one may be -1 (fill)"
         )
     sizes = [len(devices) // rest if size == -1 else size for size in sizes]
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # neighbours on a TPU's torus become neighbours on an axis; an axis may be part of one of the torus
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -127,8 +130,37 @@ def _parts(mesh, axes):
     return math.prod(mesh.shape[name] for name in names)
 
 
+def batch_rows(mesh: jax.sharding.Mesh, batch: int, name: str = "batch") -> np.ndarray:
+    """The rows of a batch that this process's devices hold, int [rows].
+
+    Raises:
+      ValueError: the batch (by this `name`) cannot be divided.
+    """
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch < 1 or batch % shares:
+        raise ValueError(f"{name} is {batch}; it must be a positive multiple of the {shares} batch shares of the mesh")
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
+    return np.unique(np.concatenate([np.arange(batch)[rows] for rows in held]))
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """This process's share of a batch, as part of the global one."""
+    """This process's rows of a batch (see `batch_rows`), as part of the global one."""
     where = batch_sharding(mesh)
     with jax.transfer_guard("allow"):  # of several processes' arrays, JAX takes this for an implicit transfer
         return {name: jax.make_array_from_process_local_data(where, value) for name, value in batch.items()}
+
+
+def put(tree: Any, where: Any) -> Any:
+    """Whole arrays, the same on every process, on the devices of a mesh.
+
+    Args:
+      where: a sharding, or a tree of them.
+    """
+
+    def one(x, where):
+        if where.is_fully_addressable:
+            return jax.device_put(x, where)
+        x = np.asarray(x)  # device_put would gather the arrays of all processes to compare them
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    return jax.tree.map(one, tree, jax.tree.broadcast(where, tree))

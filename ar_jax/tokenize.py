@@ -21,6 +21,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from concurrent import futures
+from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -28,9 +29,10 @@ import jax
 import numpy as np
 import tyro
 
-from ar_jax import codec
+from ar_jax import codec, distributed
 from ar_jax.data import Data, Source, Unreadable, centre_crop, flip, open_records, open_source, ten_crop, write_shards
 from ar_jax.data.packed import tokens
+from ar_jax.distributed import Launch
 from ar_jax.images import to_float
 from ar_jax.models import Model, open_model
 from ar_jax.sharding import make_mesh, put_batch, replicated
@@ -60,21 +62,22 @@ class Options:
     """Of the tokenizer's matrix products and convolutions; empty keeps the tokenizer's own."""
     seed: int = 0
     """For tokenizers that draw their tokens."""
+    launch: Launch = Launch()
 
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     prog = "python -m ar_jax.tokenize"
-    try:
-        if not arguments:
-            raise SystemExit(__doc__)
+    if not arguments:
+        raise SystemExit(__doc__)
+    with distributed.command(prog):
         if arguments[0].startswith("-"):  # --help, or an option in the place of TOKENIZER
             _parse(Data(), f"{prog} TOKENIZER", arguments)
             raise ValueError("give TOKENIZER first, a run folder of train.py or a converted tokenizer")
         model = open_model(arguments[0], "tokenizer")
-        tokenize(model, _parse(default_data(model), f"{prog} {arguments[0]}", arguments[1:]))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{prog}: {error}") from error
+        options = _parse(default_data(model), f"{prog} {arguments[0]}", arguments[1:])
+        distributed.join(options.launch)
+        tokenize(model, options)
 
 
 def _parse(data, prog, arguments):
@@ -105,12 +108,21 @@ def tokenize(tokenizer: Model, options: Options) -> None:
         "data": {name: getattr(data, name) for name in ("name", "path", "split", "size", "text", "text_rows")},
     }  # fmt: skip
     process, count = jax.process_index(), jax.process_count()
+    if min(options.shards, len(source)) < count:
+        raise ValueError(
+            f"{count} processes cannot share {len(source)} images in {options.shards} shards; each writes shards of its "
+            f"own, so give --shards at least {count}, or use fewer processes"
+        )
     spec = tokenizer.module.spec
-    print(
+    distributed.say(
         f"{options.out}: {len(source)} images of {data.name} {data.path} ({data.split}), {cache.versions} of each, "
-        f"{spec.n} tokens of {_kind(spec)}, by {tokenizer.folder} on {len(jax.local_devices())} "
+        f"{spec.n} tokens of {_kind(spec)}, by {tokenizer.folder} on {jax.device_count()} "
         f"{jax.devices()[0].device_kind}"
     )
+    distributed.check_shared(Path(options.out).parent)
+    if process == 0:  # claims the folder, so that the others find it begun
+        write_shards(options.out, cache, info, options.shards, only=())
+    distributed.barrier("begun")
     complete = write_shards(options.out, cache, info, options.shards, only=range(process, options.shards, count))
     if cache.left_out:
         names = sorted(cache.left_out)
@@ -139,8 +151,9 @@ def _check(tokenizer, options):
         raise ValueError("--crops 10 holds mirror images already; leave out --flip")
     if options.crops == 10 and (not options.scales or min(options.scales) < 1):
         raise ValueError(f"--scales is {options.scales}; ten crops need sizes of at least 1 times data.size")
-    if options.batch < 1:
-        raise ValueError(f"--batch is {options.batch}; it must be at least 1")
+    for name in ("batch", "shards"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least 1")
     if data.name == "tokens":
         raise ValueError("data.name is tokens, which are encoded already; give images")
 

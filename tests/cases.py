@@ -15,7 +15,7 @@ from ar_jax.nets.transformer import Transformer
 from ar_jax.orders import Order, raster
 from ar_jax.tokens import TokenSpec, grid
 
-SPEC = TokenSpec(grid(3, 4), codes=(11,))
+SPEC = TokenSpec(grid(3, 4), codes=(12,))
 INFO = Info(classes=3, captions=True, text_rows=4, text_width=6)
 
 

@@ -109,14 +109,16 @@ def test_an_image_does_not_depend_on_its_neighbours(case):
 
 
 @every_case
-def test_images_are_the_same_on_four_devices_with_sharded_weights(case):
-    mesh = make_mesh(MeshShape(data=2, fsdp=2, tp=1), jax.devices()[:4])
-    params = case.generator.unrolled(case.params)[1]
-    params = jax.device_put(params, shard(params, mesh, smallest=16))
+@pytest.mark.parametrize("shape", [MeshShape(2, 2, 1), MeshShape(2, 1, 2)], ids=["fsdp", "tp"])
+def test_images_are_the_same_on_four_devices_with_sharded_weights(case, shape):
+    mesh = make_mesh(shape, jax.devices()[:4])
+    generator, params = case.generator.unrolled(case.params)
+    params = jax.device_put(params, shard(params, mesh, generator.rules, smallest=16))
     assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(params))
     batch, keys = jax.device_put((case.batch, image_keys(case.images)), batch_sharding(mesh))
     slot = case.order(case.generator.spec, None, case.images).slot
-    np.testing.assert_array_equal(sampler(case)(params, batch, slot, keys), sampled(case))
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(sampler(case)(params, batch, slot, keys), sampled(case))
 
 
 @every_case

@@ -111,19 +111,6 @@ def test_an_interrupted_cache_goes_on_to_the_same_files(place, tmp_path):
         cache(place, out, "--flip", "--shards", 3)
 
 
-def test_processes_share_the_shards(place, tmp_path, monkeypatch):
-    whole = tmp_path / "whole"
-    cache(place, whole, "--batch", 4, "--shards", 3)
-    params = models.open_model(place / "vq", "tokenizer").params()
-    monkeypatch.setattr(models.Model, "params", lambda self: params)  # Orbax would wait for the other process
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    for process in (1, 0):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        tokenize.main([str(place / "vq"), "--out", str(tmp_path / "out"), "--batch", "4", "--shards", "3"])
-        assert (tmp_path / "out" / "info.json").exists() == (process == 0)
-    assert content(tmp_path / "out") == content(whole)
-
-
 def test_training_reads_the_cache(place, tmp_path):
     records = cache(place, tmp_path / "out", "--flip")
     data = Data(name="tokens", path=str(tmp_path / "out"))

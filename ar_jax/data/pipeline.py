@@ -1,5 +1,6 @@
 """Batches of a source: shuffled, cropped, divided over processes, and resumable from one number."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Iterator
@@ -19,22 +20,22 @@ def batches(
     batch: int,
     seed: int,
     train: bool = True,
-    shard: grain.sharding.ShardOptions | None = None,
+    rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """An iterator of batches with `get_state()` and `set_state()`.
 
     A batch has, of what the source offers, "image" uint8 [b size size 3], "label" int32 [b], "text" float32
     [b text_rows c] with "text_mask" bool [b text_rows], and "tokens" int32 [b n k] or float32 [b n c].
 
-    For training, b is this process's share of `batch`. The stream has no end; every record comes once in
-    each pass through the data, over all processes, and each pass has its own order. Order and crops depend
-    on `seed` only, not on the number of processes, so the state ({"global_next_index": records seen}) is the
-    same on all processes and valid on another number of them. Otherwise it is one pass in order: centre
+    For training, b is the number of `rows`. The stream has no end; every record comes once in each pass through
+    the data, over all processes, and each pass has its own order. Order, crops and the row of a record depend on
+    `seed` and `batch` only, not on the number of processes, so the state ({"global_next_index": records seen}) is
+    the same on all processes and valid on another number of them. Otherwise it is one pass in order: centre
     crops, the first version of the tokens, all of it on every process, the last batch smaller.
 
     Args:
       batch: records over all processes.
-      shard: this process's share; None asks JAX.
+      rows: those of each batch that this process reads; None is all.
     """
     if batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
@@ -48,12 +49,50 @@ def batches(
         records = records.map(functools.partial(_plain, data=data, info=source.info))
         return iter(records.batch(batch).to_iter_dataset(options))
 
-    shard = shard or grain.sharding.ShardByJaxProcess()
-    if batch % shard.shard_count:
-        raise ValueError(f"batch is {batch}, which {shard.shard_count} processes cannot share equally")
     records = records.seed(seed % 2**32).shuffle().repeat()
     records = records.random_map(functools.partial(_augmented, data=data, info=source.info))
-    return iter(grain.experimental.ElasticIterator(records, batch, shard, read_options=options))
+    return Batches(records, batch, np.arange(batch) if rows is None else rows, options)
+
+
+class Batches:
+    """Batches without end: some rows of each. Grain's ElasticIterator would deal the rows out like cards instead."""
+
+    def __init__(self, records: grain.MapDataset, batch: int, rows: np.ndarray, options: grain.ReadOptions):
+        self._records, self._batch, self._rows, self._options = records, batch, rows, options
+        self.set_state({"global_next_index": 0})
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        value = next(self._iterator)
+        self._next += self._batch
+        return value
+
+    def get_state(self) -> dict[str, int]:
+        return {"global_next_index": self._next}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self._next = state["global_next_index"]
+        share = grain.MapDataset.source(_Share(self._records, self._next, self._batch, self._rows))
+        self._iterator = iter(share.batch(len(self._rows)).to_iter_dataset(self._options))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """The records of `rows` of one batch after the other, from record `first` on."""
+
+    records: grain.MapDataset
+    first: int
+    batch: int
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return 2**50  # no end; Grain divides it as a float
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        batch, row = divmod(index, len(self.rows))
+        return self.records[self.first + batch * self.batch + int(self.rows[row])]
 
 
 def _augmented(record: dict[str, Any], rng: np.random.Generator, *, data: Data, info: Info) -> dict[str, np.ndarray]:

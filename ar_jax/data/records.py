@@ -59,8 +59,9 @@ def write_shards(
             raise ValueError(f"{out} holds an unfinished attempt with other settings; delete it or repeat them")
     elif out.exists() and any(out.glob("shard-*")):
         raise ValueError(f"{out} holds shards of unknown origin; give another folder or delete it")
-    out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "unfinished.json", plan)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_json(out / "unfinished.json", plan)
 
     bounds = [len(records) * i // shards for i in range(shards + 1)]
     mine = [i for i in range(shards) if only is None or i in only]

@@ -11,7 +11,6 @@ from jax import lax
 from ar_jax.data import Info
 from ar_jax.decode.guidance import widen
 from ar_jax.heads.categorical import Categorical
-from ar_jax.nets import transformer
 from ar_jax.nets.conditioning import Cond
 from ar_jax.nets.linear import look_up, output_major
 from ar_jax.nets.positions import NOWHERE
@@ -78,7 +77,7 @@ class Causal(nn.Module):
     @property
     def rules(self) -> Rules:
         """What tensor parallelism divides (see `sharding.shard`)."""
-        return (*transformer.RULES, *self.head.rules)
+        return (*self.backbone.rules, *self.head.rules)
 
     def embed(self, index: Int[Array, "b m"]) -> Float[Array, "b m d"]:
         return look_up(self.embedding.astype(self.backbone.dtype), index)

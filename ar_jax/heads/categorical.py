@@ -49,7 +49,8 @@ class Categorical(nn.Module):
 
     @property
     def rules(self) -> Rules:
-        return ((r"/readout/kernel$", P(None, "tp")),)
+        """What tensor parallelism divides (see `sharding.shard`)."""
+        return ((r"/readout/kernel$", P("tp", None) if self.output_major else P(None, "tp")),)
 
     @typed
     def loss(self, h: Float[Array, "b m d"], target: Int[Array, "b m 1"]) -> Float[Array, "b m"]:

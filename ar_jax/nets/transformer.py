@@ -19,11 +19,6 @@ from ar_jax.typing import Array, Bool, Float, Index, Int, Params, typed
 init = nn.initializers.normal(0.02)
 
 
-# Columns of qkv lie head by head (query, key, value of a head side by side), so that tp can divide heads.
-RULES: Rules = (
-    (r"/(qkv|gate|up)/kernel$", P(None, "tp")),
-    (r"/(out|down)/kernel$", P("tp", None)),
-)
 REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENTION),
     "full": None,
@@ -157,6 +152,13 @@ class Transformer(nn.Module):
                 length=self.layers,
             )(*sizes)
         self.norm = RMSNorm(self.eps)
+
+    @property
+    def rules(self) -> Rules:
+        """What tensor parallelism divides (see `sharding.shard`)."""
+        # Outputs of qkv lie head by head (query, key, value of a head side by side), so that whole heads are divided.
+        outputs, inputs = (P("tp", None), P(None, "tp")) if self.unroll else (P(None, "tp"), P("tp", None))
+        return (r"/(qkv|gate|up)/kernel$", outputs), (r"/(out|down)/kernel$", inputs)
 
     def empty_cache(self, batch: int) -> Cache:
         """A cache without rows; `Cache.grow` makes room."""

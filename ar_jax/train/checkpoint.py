@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from ar_jax.distributed import barrier
 from ar_jax.train.state import TrainState
 from ar_jax.typing import Params
 
@@ -61,7 +61,7 @@ class Checkpoints:
                 shutil.rmtree(leftover, ignore_errors=True)
             for path, found in broken.items():
                 _set_aside(path, found)
-        multihost_utils.sync_global_devices("broken checkpoints are set aside")
+        barrier("broken checkpoints are set aside")
         self._figures = {step: found for step in _steps(folder) if (found := _figures(folder / str(step)))}
         policies = ocp.training.preservation_policies
         kept = [policies.LatestN(keep), _Best(keep_best, best, self._figures)]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ar_jax.config import Stage
-from ar_jax.sharding import batch_sharding, put_batch, replicated, shard
+from ar_jax.distributed import say
+from ar_jax.sharding import batch_sharding, put, put_batch, replicated, shard
 from ar_jax.train.checkpoint import Checkpoints
 from ar_jax.train.guards import Health, Notice, Profile, Stopped, Watchdog
 from ar_jax.train.log import Log
@@ -35,7 +35,7 @@ def fit(
       recipe: the method.
       stage: length, log and checkpoint intervals.
       batches: iterator of this process's share of batches, with `get_state` and `set_state`.
-      shown: held-out batch for pictures.
+      shown: held-out batch for pictures, all of it on every process.
       folder: of this stage.
       mesh: from `make_mesh`.
       key: of the whole stage; update i uses `fold_in(key, i)`, so a resumed run repeats nothing and skips nothing.
@@ -50,8 +50,9 @@ def fit(
     init_key, key, shown_key = jax.random.split(key, 3)
     shapes = jax.eval_shape(recipe.init, init_key)
     layout = shard(shapes, mesh, recipe.rules)
-    images = stage.preview_images - stage.preview_images % max(1, batch_sharding(mesh).mesh.size)
-    shown = {name: np.asarray(value)[:images] for name, value in shown.items()}
+    images = len(next(iter(shown.values())))
+    divisible = images % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    shown = put(shown, batch_sharding(mesh) if divisible else replicated(mesh))
     if stage.keep_best:
         _, figures = jax.eval_shape(recipe.preview, shapes.params["model"], recipe.frozen, shown, shown_key)
         _check_best(stage, name, sorted(figures))
@@ -59,7 +60,7 @@ def fit(
     first = checkpoints.latest or 0
     if first >= stage.steps:
         checkpoints.close()
-        print(f"{name}: all {stage.steps} updates are done (checkpoint {first} in {folder})")
+        say(f"{name}: all {stage.steps} updates are done (checkpoint {first} in {folder})")
         return
     if first:
         state, facts = checkpoints.restore(shapes, layout)
@@ -73,7 +74,7 @@ def fit(
         state, metrics = recipe.update(state, frozen, batch, jax.random.fold_in(key, state.step + 1))
         return state, metrics | {"lr": lr}
 
-    frozen = jax.device_put(recipe.frozen, replicated(mesh))
+    frozen = put(recipe.frozen, replicated(mesh))
     key, shown_key = jax.jit(lambda keys: keys, out_shardings=replicated(mesh))((key, shown_key))
     update = jax.jit(advance, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
     preview = jax.jit(recipe.preview, out_shardings=replicated(mesh))
@@ -122,7 +123,7 @@ def fit(
                 settle(0)
                 with log.spending("aside"):
                     params = state.params["model"] if state.ema is None else state.ema
-                    picture, figures = jax.device_get(preview(params, frozen, put_batch(shown, mesh), shown_key))
+                    picture, figures = jax.device_get(preview(params, frozen, shown, shown_key))
                     figures = {name: float(value) for name, value in figures.items()}
                     log.metrics(step, {f"held_out/{name}": value for name, value in figures.items()})
                     log.picture(step, picture, columns=10)
