@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 
 import jax
@@ -77,7 +76,7 @@ def kill_and_compare(place: Path, kills: int, seed: int = 0, say=lambda text: No
     began, chance = time.monotonic(), random.Random(seed)
     place.mkdir(parents=True, exist_ok=True)
     (place / "config.py").write_text(CONFIG)
-    updates = {"tokenizer": 6 + 2 * kills, "generator": 6 + 4 * kills}  # more than the kills below can reach
+    updates = {"tokenizer": 6 + kills, "generator": 6 + 5 * kills}  # together more than the kills can reach
     between = left_alone(place, updates)
     say(f"left alone: a save every {between:.2f} s")
 
@@ -163,9 +162,12 @@ def progress(folder: Path) -> str:
 def arrays(run_folder: Path, stage: str) -> dict[str, tuple]:
     """Type, shape and bytes of everything in the newest complete checkpoint of a stage, by path."""
     folder = run_folder / stage / "checkpoints"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sharding info not provided")
-        state = ocp.load_checkpointables((folder / str(latest_step(folder))).absolute())
+    folder = (folder / str(latest_step(folder))).absolute()
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # it may have been saved by other processes
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), ocp.checkpointables_metadata(folder).metadata
+    )
+    state = ocp.load_checkpointables(folder, like)
     leaves = {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
     return {name: (str(x.dtype), x.shape, x.tobytes()) for name, x in leaves.items()}
 

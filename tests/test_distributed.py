@@ -14,13 +14,14 @@ import hosts
 import jax
 import numpy as np
 import pytest
+from kill_training import arrays
 from PIL import Image
 
 from ar_jax import distributed, models
 from ar_jax.data import Data, Info, open_records
 from ar_jax.distributed import Launch, join, surroundings
 from ar_jax.tokenizers.vqgan import VQGAN
-from ar_jax.train.checkpoint import save_params
+from ar_jax.train.checkpoint import latest_step, save_params
 
 IMAGES, BATCH = 24, 4  # an epoch is six updates
 CONFIG = """
@@ -359,3 +360,24 @@ def test_a_command_alone_ends_in_one_sentence():
         raise ValueError("no such thing")
     with pytest.raises(KeyError), distributed.command("some.py"):
         raise KeyError("a bug keeps its traceback")
+
+
+def test_all_processes_save_the_same_update_when_one_is_told_to_stop_and_go_on_to_the_same_bits(place):
+    steps, split, names = 60, ("--mesh.data", 1, "--mesh.fsdp", 2, "--generator.preview-every", 0), ("untold", "told")
+    commands = [training(place, name, "--generator.steps", steps, *split) for name in names]
+    hosts.run(commands[0], env={"SEEN": place / "untold.txt"})
+    running = hosts.started(commands[1], env={"SEEN": place / "told.txt"})
+    log = place / names[1] / "generator" / "metrics.jsonl"
+    end = time.monotonic() + 60
+    while not (log.exists() and log.read_text()):
+        assert time.monotonic() < end, hosts.ended(running)
+        time.sleep(0.01)
+    running[1].send_signal(signal.SIGTERM)
+    results = hosts.ended(running)
+    assert [code for code, _, _ in results] == [75, 75], results
+    step = latest_step(place / names[1] / "generator" / "checkpoints")
+    assert 1 <= step < steps
+    assert f"generator: told to stop, saved update {step}; the same command goes on" in results[0][1]
+    assert "told to stop" not in results[1][1]
+    hosts.run(commands[1], env={"SEEN": place / "told.txt"})
+    assert arrays(place / names[1], "generator") == arrays(place / names[0], "generator")

@@ -23,7 +23,7 @@ class Log:
     Only the process with `quiet=False` writes.
     """
 
-    def __init__(self, folder: Path, name: str, first: int, steps: int, chips: int, quiet: bool = False):
+    def __init__(self, folder: Path, name: str, first: int, steps: int, chips: int = 1, quiet: bool = False):
         self.flops = 0.0  # of an update
         self._folder, self._chips, self._quiet = folder, chips, quiet
         self._bar = tqdm(total=steps, initial=first, desc=name, unit="step", disable=quiet, dynamic_ncols=True)
