@@ -17,4 +17,4 @@ from ar_jax.config import Experiment
 
 
 def get_config() -> Experiment:
-    return class_conditional("3b", 256, guidance=1.65, remat="dots")
+    return class_conditional("3b", 256, guidance=1.65)

@@ -111,7 +111,7 @@ GENERATOR = Causal(Transformer(layers=2, width=64, heads=4, hidden=128), Label(6
     TokenSpec(grid(4, 4), codes=(64,)), Info(classes=10)
 )
 TOKENIZER = VQGAN(
-    size=(16, 16), features=16, mult=(1, 2), res_blocks=1, latent=16, codes=64, code_features=8, groups=4
+    size=(16, 16), features=16, mult=(1,), res_blocks=1, latent=16, codes=64, code_features=8, groups=4
 )  # fmt: skip
 
 
