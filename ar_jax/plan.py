@@ -70,6 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
             tyro.cli(Options, args=["--help"], prog=prog, description=__doc__)
         options, overrides = tyro.cli(Options, args=arguments, prog=prog, return_unknown_args=True)
         experiment = parse(load_config(options.config), overrides, f"{prog} {options.config}", __doc__)
+        if not options.topology:
+            raise ValueError("give at least one --topology, such as v5e:16x16")
         fits = [plan(experiment, options, name) for name in options.topology]
     except (ValueError, OSError) as error:
         raise SystemExit(f"{prog}: {error}") from error

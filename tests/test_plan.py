@@ -138,6 +138,11 @@ def test_chips_are_known_by_their_kind():
     assert peak_flops(jax.devices()[0]) is None
 
 
+def test_a_slice_has_to_be_named():
+    with pytest.raises(SystemExit, match="give at least one --topology"):
+        plan.main(["configs/mnist5k_llamagen.py"])
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_the_tpu_compiler_its_installation_is_named():
     with pytest.raises(SystemExit, match=r"--topology v5e:2x2: .*pip install 'jax\[tpu\]'"):
