@@ -369,16 +369,14 @@ def knobs_to_turn(experiment: Experiment, options: Options, chips: int) -> list[
         return [["--mesh.tp", "2"], ["--mesh.tp", "4"], ["--mesh.fsdp", str(chips)]]
     stage = options.stage or ("generator" if experiment.generator.module is not None else "tokenizer")
     settings = getattr(experiment, stage)
-    remat, fsdp = f"--{stage}.module.backbone.remat", ["--mesh.data", "-1", "--mesh.fsdp"]
-    can_recompute = stage == "generator" and hasattr(settings.module.backbone, "remat")
-    order = [[*fsdp, str(n)] for n in (16, 64) if experiment.mesh.fsdp < n <= chips]
-    if can_recompute:
-        order += [[remat, kind] for kind in ("dots", "full") if settings.module.backbone.remat != kind]
-    order += [[f"--{stage}.optim.accumulate", str(settings.optim.accumulate * n)] for n in (2, 4)]
-    if can_recompute and order:
-        order += [[*fsdp, "16", remat, "full"]] * (chips >= 16 > experiment.mesh.fsdp)
-    order += [[f"--{stage}.batch", str(settings.batch // 2)], [*fsdp, str(chips // 4), "--mesh.tp", "4"]]
-    return order
+    parts = [n for n in (4, 16, 64, chips) if experiment.mesh.fsdp < n <= chips]
+    fsdp = [["--mesh.data", "-1", "--mesh.fsdp", str(n)] for n in dict.fromkeys(parts)]
+    remat, recompute = f"--{stage}.module.backbone.remat", []
+    if stage == "generator" and hasattr(settings.module.backbone, "remat"):
+        recompute = [[remat, kind] for kind in ("dots", "full") if settings.module.backbone.remat != kind]
+    accumulate = [[f"--{stage}.optim.accumulate", str(settings.optim.accumulate * n)] for n in (2, 4)]
+    all_of_them = [*(fsdp[-1] if fsdp else []), *(recompute[-1] if recompute else []), *accumulate[-1]]
+    return [*fsdp, *recompute, *accumulate, [f"--{stage}.batch", str(settings.batch // 2)], all_of_them]
 
 
 if __name__ == "__main__":
