@@ -1,8 +1,15 @@
 """What a tokenizer's token array looks like, and where its slots lie."""
 
 import dataclasses
+import itertools
+import math
 
+import jax.numpy as jnp
 import numpy as np
+
+from ar_jax.typing import Array
+
+Scale = int | tuple[int, int]  # p is p x p, else height and width
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,8 +30,49 @@ class TokenSpec:
     def n(self) -> int:
         return len(self.coords)
 
+    @property
+    def scales(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of every level."""
+        level, *place = self.coords.T
+        return tuple(tuple(int(side[level == i].max()) + 1 for side in place) for i in range(level.max() + 1))
+
 
 def grid(height: int, width: int, level: int = 0) -> np.ndarray:
     """Coordinates of a grid in raster order, int32 [height*width 3]."""
     row, column = np.divmod(np.arange(height * width, dtype=np.int32), np.int32(width))
     return np.stack([np.full_like(row, level), row, column], axis=-1)
+
+
+def pyramid(scales: tuple[Scale, ...]) -> np.ndarray:
+    """Coordinates of grids one after the other, in the order given (coarse to fine), int32 [n 3].
+
+    Raises:
+      ValueError: no scale, or one without slots.
+    """
+    if not scales or min(min(sides(scale)) for scale in scales) < 1:
+        raise ValueError(f"scales is {scales}; it must be at least one side, or pair (height, width), of 1 or more")
+    return np.concatenate([grid(*sides(scale), level) for level, scale in enumerate(scales)])
+
+
+def sides(scale: Scale) -> tuple[int, int]:
+    """Height and width of a scale."""
+    return (scale, scale) if isinstance(scale, int) else tuple(scale)
+
+
+def maps(x: Array, scales: tuple[Scale, ...]) -> list[Array]:
+    """Cuts [b m ...], which holds the first scales one after the other, into one [b h w ...] per scale.
+
+    Raises:
+      ValueError: m is not the size of the first so many scales.
+    """
+    ends = list(itertools.accumulate(math.prod(sides(scale)) for scale in scales))
+    if x.shape[1] not in ends:
+        raise ValueError(f"{x.shape[1]} tokens are no whole number of the scales {scales}; it must be one of {ends}")
+    ends = ends[: ends.index(x.shape[1]) + 1]
+    spans = zip([0, *ends], ends, scales)
+    return [x[:, start:end].reshape(len(x), *sides(scale), *x.shape[2:]) for start, end, scale in spans]
+
+
+def rows(maps: list[Array]) -> Array:
+    """Joins maps [b h w ...] of scales one after the other to [b m ...]; the inverse of `maps`."""
+    return jnp.concatenate([x.reshape(len(x), -1, *x.shape[3:]) for x in maps], axis=1)

@@ -8,12 +8,13 @@ import pathlib
 import jax
 import numpy as np
 import parity_llamagen
+import parity_next_scale
 import parity_small
 import pytest
 from safetensors.numpy import load_file
 
 ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[2] / "shared" / "parity"))
-CASES = parity_llamagen.CASES | parity_small.CASES
+CASES = parity_llamagen.CASES | parity_next_scale.CASES | parity_small.CASES
 
 
 def _outputs():
@@ -67,6 +68,6 @@ def _compare(name, got, want, array):
 def test_every_fixture_of_the_supported_methods_has_a_case():
     if not ROOT.exists():
         pytest.skip(f"no fixtures at {ROOT}; set AR_JAX_PARITY")
-    supported = ("llamagen", "lpips", "patchgan")
+    supported = ("llamagen", "lpips", "patchgan", "var_vqvae", "flexvar_vq")
     present = {path.name for path in ROOT.iterdir() if path.name.startswith(supported)}
     assert present <= CASES.keys()

@@ -33,6 +33,7 @@ def convert(
     size: int = 0,
     heads: int = 0,
     groups: int = 0,
+    scales: tuple[int, ...] = (),
     entry: str = "",
     average: bool = True,
 ) -> None:
@@ -59,18 +60,28 @@ def convert(
         like c2i_B_384.pt; tokenizers default to 256. A generator works at one size only.
       heads: Attention heads, which the file does not hold either. 0 takes the published number for the width.
       groups: Groups of a tokenizer's norms. 0 takes the published number.
+      scales: Sides of a token pyramid, coarse to fine. Left out: the published ones of the size.
       entry: Which weights of a .pt file, for example ema; "" takes model, module, state_dict or the top level.
       average: Of a run folder, take the moving average of the weights if the run keeps one.
     """
     if (to is None) == (back is None):
         raise ValueError("give either --to DIR (from a released file) or --back FILE (to one); --help shows examples")
     if to is not None:
-        to_folder(path.expanduser(), to.expanduser(), size=size, heads=heads, groups=groups, entry=entry)
+        to_folder(path.expanduser(), to.expanduser(), size=size, heads=heads, groups=groups, scales=scales, entry=entry)
     else:
         to_file(path.expanduser(), back.expanduser(), average=average)
 
 
-def to_folder(path: Path, folder: Path, *, size: int = 0, heads: int = 0, groups: int = 0, entry: str = "") -> None:
+def to_folder(
+    path: Path,
+    folder: Path,
+    *,
+    size: int = 0,
+    heads: int = 0,
+    groups: int = 0,
+    scales: tuple[int, ...] = (),
+    entry: str = "",
+) -> None:
     """Writes the model folder of a released file, complete or not at all.
 
     Raises:
@@ -84,7 +95,7 @@ def to_folder(path: Path, folder: Path, *, size: int = 0, heads: int = 0, groups
     try:
         found = identify(
             {key: value.shape for key, value in weights.items()}, size=size or int(hint[1] if hint else 0), heads=heads,
-            groups=groups,
+            groups=groups, scales=scales,
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -1,6 +1,7 @@
 """LlamaGen's released checkpoints: VQ-16 and VQ-8 tokenizers, class- and text-conditional transformers."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,6 @@ from ar_jax.tokens import TokenSpec, grid
 
 HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 2560: 40, 3200: 32, 4096: 32}  # by width; not in the file
 GUIDANCE = {768: 2.0, 1024: 2.0, 1280: 1.75, 1536: 1.75, 3200: 1.65}  # published scales of the class models, by width
-BUFFERS = {"tokenizer": {"quantize.codebook_used": (65536,)}}  # a log of recent codes, no part of the function
 FIXED = {"cls_embedding.uncond_embedding"}  # held as a parameter but never trained
 
 
@@ -125,7 +125,9 @@ def recognise(shapes: dict[str, tuple[int, ...]]) -> str:
     return ""
 
 
-def build(kind: str, shapes: dict[str, tuple[int, ...]], *, size: int, heads: int, groups: int) -> nn.Module:
+def build(
+    kind: str, shapes: dict[str, tuple[int, ...]], *, size: int, heads: int, groups: int, scales: tuple[int, ...]
+) -> nn.Module:
     """The network of a file.
 
     Args:
@@ -133,6 +135,7 @@ def build(kind: str, shapes: dict[str, tuple[int, ...]], *, size: int, heads: in
       shapes: by key.
       size: of the images in pixels; 0 if unknown.
       heads, groups: 0 takes the published number.
+      scales: unused.
     Raises:
       ValueError: something is needed that neither the file nor the caller knows.
       KeyError: a key is missing.
@@ -168,13 +171,18 @@ def describe(module: nn.Module) -> tuple[str, Info, dict[str, Any]]:
     return words, info, {"order": codec.encode(raster), "sampling": sampling}
 
 
+def buffers(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """A log of recent codes, no part of the function."""
+    return {"quantize.codebook_used": (65536,)} if isinstance(module, VQGAN) else {}
+
+
 def rules(module: nn.Module) -> list[Rule]:
     """Names of a network's parameters in the released files.
 
     Raises:
       ValueError: LlamaGen has no such network.
     """
-    if isinstance(module, VQGAN):
+    if type(module) is VQGAN:
         return vqgan_rules(module)
     if type(module) is Causal and isinstance(module.conditioning, Caption | Label):
         return gpt_rules(module)

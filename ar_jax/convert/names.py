@@ -12,10 +12,16 @@ from ar_jax.typing import Params
 
 
 class Layout(NamedTuple):
-    """How a parameter is stored in PyTorch, and back."""
+    """How a parameter is stored in PyTorch, and back.
+
+    Attributes:
+      to_torch, from_torch: between our array and theirs.
+      part: (i, n), ours is the i-th of n equal parts of their entry's first axis.
+    """
 
     to_torch: Callable
     from_torch: Callable
+    part: tuple[int, int] = (0, 1)
 
 
 PLAIN = Layout(lambda x: x, lambda x: x)
@@ -67,7 +73,10 @@ def to_params(weights: Mapping[str, np.ndarray], shapes: Params, rules: list[Rul
             if all(part.shape == want[1:] for part in parts):
                 params[path] = np.stack(parts)
         else:
-            params[path] = np.ascontiguousarray(layout.from_torch(_get(weights, key, path)))
+            entry, (i, n) = _get(weights, key, path), layout.part
+            if n > 1 and len(entry) % n == 0:  # else the shape below is wrong
+                entry = np.split(entry, n)[i]
+            params[path] = np.ascontiguousarray(layout.from_torch(entry))
         if path not in params or params[path].shape != want:
             raise ValueError(f"{key} (our {path}) has another shape than the model's {tuple(want)}")
     return traverse_util.unflatten_dict(params, sep="/")
@@ -76,14 +85,16 @@ def to_params(weights: Mapping[str, np.ndarray], shapes: Params, rules: list[Rul
 def to_weights(params: Params, rules: list[Rule]) -> dict[str, np.ndarray]:
     """A state dict under the source's names; the inverse of `to_params`."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    weights = {}
+    weights, parts = {}, {}
     for path, key, layout in _renamed(params, rules):
         value = np.asarray(flat[path])
         if "{}" in key:
             weights |= {key.format(i): np.ascontiguousarray(layout.to_torch(part)) for i, part in enumerate(value)}
+        elif layout.part[1] > 1:
+            parts.setdefault(key, {})[layout.part[0]] = layout.to_torch(value)
         else:
             weights[key] = np.ascontiguousarray(layout.to_torch(value))
-    return weights
+    return weights | {key: np.concatenate([found[i] for i in sorted(found)]) for key, found in parts.items()}
 
 
 def key_shapes(shapes: Params, rules: list[Rule]) -> dict[str, tuple[int, ...]]:
@@ -95,6 +106,8 @@ def key_shapes(shapes: Params, rules: list[Rule]) -> dict[str, tuple[int, ...]]:
         stacked = "{}" in key
         one = jax.ShapeDtypeStruct(leaf.shape[1:] if stacked else leaf.shape, leaf.dtype)
         shape = jax.eval_shape(layout.to_torch, one).shape
+        if layout.part[1] > 1:
+            shape = (shape[0] * layout.part[1], *shape[1:])
         keys |= {key.format(i): shape for i in range(leaf.shape[0])} if stacked else {key: shape}
     return keys
 

@@ -2,10 +2,10 @@
 
 A family is a module with these names, and a line in `SOURCES`:
 
-    BUFFERS      kind -> {key: shape} of entries that are no part of the network; zeros where they are not known
     FIXED        keys of parameters that are not trained
     recognise    shapes by key -> "tokenizer", "generator" or ""
     build        kind, shapes, and what files do not hold -> the network
+    buffers      network, shapes by key -> {key: shape} of entries that are no part of it; zeros where they are not known
     describe     network -> a sentence, the `Info` of its data, settings of its model folder
     rules        network -> the rules that name its parameters (`names.Rule`)
 """
@@ -18,11 +18,15 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from ar_jax.convert import llamagen
+from ar_jax.convert import flexvar, llamagen, var
 from ar_jax.convert.names import Rule, differences, key_shapes
 from ar_jax.typing import Params
 
-SOURCES: dict[str, ModuleType] = {"llamagen": llamagen}
+SOURCES: dict[str, ModuleType] = {
+    "var": var,
+    "flexvar": flexvar,
+    "llamagen": llamagen,
+}  # the special before the general
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -37,6 +41,7 @@ class Found(NamedTuple):
       params: its tree of shapes.
       rules: names of its parameters in the family's files.
       keys: shapes by the family's keys, buffers aside.
+      buffers: shapes of the entries a released file has beside the parameters.
     """
 
     family: str
@@ -45,15 +50,11 @@ class Found(NamedTuple):
     params: Params
     rules: list[Rule]
     keys: Shapes
+    buffers: Shapes
 
     @property
     def source(self) -> ModuleType:
         return SOURCES[self.family]
-
-    @property
-    def buffers(self) -> Shapes:
-        """Shapes of the entries a released file has beside the parameters."""
-        return self.source.BUFFERS.get(self.kind, {})
 
     @property
     def trained(self) -> int:
@@ -61,13 +62,14 @@ class Found(NamedTuple):
         return sum(math.prod(shape) for key, shape in self.keys.items() if key not in self.source.FIXED)
 
 
-def identify(shapes: Shapes, *, size: int = 0, heads: int = 0, groups: int = 0) -> Found:
+def identify(shapes: Shapes, *, size: int = 0, heads: int = 0, groups: int = 0, scales: tuple[int, ...] = ()) -> Found:
     """The network of a file, from the shapes of all its entries; every one of them has to fit.
 
     Args:
       size: of the images in pixels; 0 if unknown.
       heads: of the attention; 0 takes the published number.
       groups: of the group norms; 0 takes the published number.
+      scales: of the token pyramid; () takes the published ones of the size.
     Raises:
       ValueError: the file is not known or is damaged; the first differing key is named.
     """
@@ -81,8 +83,8 @@ def identify(shapes: Shapes, *, size: int = 0, heads: int = 0, groups: int = 0) 
     kind = kinds[family]
     refusal = f"looks like a {kind} of {family}, but "
     try:
-        module = SOURCES[family].build(kind, shapes, size=size, heads=heads, groups=groups)
-        found = _named(family, kind, module)
+        module = SOURCES[family].build(kind, shapes, size=size, heads=heads, groups=groups, scales=scales)
+        found = _named(family, kind, module, shapes)
     except KeyError as error:
         raise ValueError(f"{refusal}{error.args[0]} is missing") from error
     except ValueError as error:
@@ -104,13 +106,14 @@ def export(module: nn.Module, kind: str, family: str = "") -> Found:
     reasons = []
     for name in [family] if family else SOURCES:
         try:
-            return _named(name, kind, module)
+            return _named(name, kind, module, {})
         except (KeyError, ValueError) as error:
             reasons.append(f"{name}: {error}")
     raise ValueError(f"this {type(module).__name__} has no released form; {'; '.join(reasons)}")
 
 
-def _named(family, kind, module):
+def _named(family, kind, module, shapes):
     rules = SOURCES[family].rules(module)
     params = jax.eval_shape(module.init_params, jax.random.key(0))
-    return Found(family, kind, module, params, rules, key_shapes(params, rules))
+    buffers = SOURCES[family].buffers(module, shapes)
+    return Found(family, kind, module, params, rules, key_shapes(params, rules), buffers)

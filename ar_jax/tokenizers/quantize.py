@@ -1,11 +1,14 @@
 """Quantisers as pure functions over codebooks."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ar_jax.resize import resize
+from ar_jax.tokens import rows
 from ar_jax.typing import Array, Float, Int, Metrics, typed
 
 
@@ -21,6 +24,16 @@ def distances(z: Float[Array, "*b c"], codebook: Float[Array, "v c"]) -> Float[A
     """Squared Euclidean distance to every code, float32."""
     dots = jnp.einsum("...c,vc->...v", z, codebook, precision=lax.Precision.HIGHEST)
     return jnp.square(z).sum(-1, keepdims=True) + jnp.square(codebook).sum(-1) - 2 * dots
+
+
+def codebook_init(l2_norm: bool) -> Callable:
+    """Initialiser of a codebook [v c]: uniform within 1/v, with `l2_norm` brought to length 1."""
+
+    def init(key, shape):
+        codebook = jax.random.uniform(key, shape, minval=-1 / shape[0], maxval=1 / shape[0])
+        return normalise(codebook) if l2_norm else codebook
+
+    return init
 
 
 def straight_through(z, code):
@@ -70,6 +83,49 @@ def vector_quantise(
     if loss.entropy:
         losses["entropy"] = loss.entropy * _entropy_loss(-distance / loss.temperature)
     return straight_through(z, code), index, losses
+
+
+@typed
+def residual_quantise(
+    latents: Float[Array, "b h w c"],
+    codebook: Float[Array, "v c"],
+    sizes: tuple[tuple[int, int], ...],
+    part: Callable[[int, Array], Array],
+    loss: VectorLoss = VectorLoss(),
+    cosine: bool = False,
+) -> tuple[Float[Array, "b h w c"], Int[Array, "b n"], Float[Array, "b n c"], Metrics]:
+    """Describes a map as a sum: every scale quantises, in its size, what the scales before it left over.
+
+    Args:
+      latents: the map.
+      codebook: shared by all scales.
+      sizes: height and width of every scale.
+      part: level, its map of codes -> what it adds to the sum, of the size of `latents`.
+      loss: weights. "codebook" is the distance between the sum after a scale and the latents, with the gradient of all
+        parts so far; "commit" the same, with that of the latents; all are means over the scales.
+      cosine: search by angle; what is added are the codes as they are.
+
+    Returns:
+      The sum with the gradient of `latents`, the indices of all scales, what they stand for, and the weighted losses.
+    Source: VAR (arXiv:2404.02905), algorithm 1.
+    """
+    rest, total, levels = lax.stop_gradient(latents), jnp.zeros_like(latents), []
+    for level, size in enumerate(sizes):
+        z = resize(rest, size, "area")
+        distance = distances(normalise(z), normalise(codebook)) if cosine else distances(z, codebook)
+        index = jnp.argmin(distance, axis=-1).astype(jnp.int32)
+        added = part(level, codebook[index])
+        total, rest = total + added, rest - lax.stop_gradient(added)
+        losses = {
+            "codebook": loss.codebook * jnp.square(total - lax.stop_gradient(latents)).mean(),
+            "commit": loss.commit * jnp.square(lax.stop_gradient(total) - latents).mean(),
+        }
+        if loss.entropy:
+            losses["entropy"] = loss.entropy * _entropy_loss(-distance / loss.temperature)
+        levels.append((index, z, losses))
+    index, z, losses = zip(*levels)
+    losses = jax.tree.map(lambda *x: sum(x) / len(x), *losses)
+    return straight_through(latents, total), rows(index), rows(z), losses
 
 
 def _entropy_loss(affinity):

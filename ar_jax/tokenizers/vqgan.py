@@ -3,12 +3,11 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from ar_jax.sharding import Rules
 from ar_jax.tokenizers.conv import RULES, Decoder, Encoder, init
-from ar_jax.tokenizers.quantize import VectorLoss, normalise, vector_quantise
+from ar_jax.tokenizers.quantize import VectorLoss, codebook_init, normalise, vector_quantise
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.typing import Array, Float, Int, Metrics, Params, PRNGKey, typed
 
@@ -75,7 +74,7 @@ class VQGAN(nn.Module):
         self.decoder = Decoder(mult=self.decoder_mult or self.mult, out=self.channels, **net)
         self.quant = nn.Dense(self.code_features, kernel_init=init)
         self.post_quant = nn.Dense(self.latent, kernel_init=init)
-        self.codebook = self.param("codebook", _codebook_init(self.l2_norm), (self.codes, self.code_features))
+        self.codebook = self.param("codebook", codebook_init(self.l2_norm), (self.codes, self.code_features))
 
     @typed
     def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Int[Array, "b n 1"]:
@@ -110,9 +109,7 @@ class VQGAN(nn.Module):
         """What the quantiser sees, before any normalisation."""
         return self.quant(self.encoder(image))
 
-    def quantise(
-        self, latents: Float[Array, "b h w c"]
-    ) -> tuple[Float[Array, "b h w c"], Int[Array, "b h w"], Metrics]:
+    def quantise(self, latents: Float[Array, "*b c"]) -> tuple[Float[Array, "*b c"], Int[Array, "*b"], Metrics]:
         z = latents.astype(jnp.float32)
         return vector_quantise(normalise(z) if self.l2_norm else z, self._codes(), self.vq)
 
@@ -122,11 +119,3 @@ class VQGAN(nn.Module):
 
     def _codes(self):
         return normalise(self.codebook) if self.l2_norm else self.codebook
-
-
-def _codebook_init(l2_norm):
-    def codebook_init(key, shape):
-        codebook = jax.random.uniform(key, shape, minval=-1 / shape[0], maxval=1 / shape[0])
-        return normalise(codebook) if l2_norm else codebook
-
-    return codebook_init

@@ -1,0 +1,191 @@
+"""The residual pyramid: a convolutional autoencoder around one codebook that describes the latent scale by scale."""
+
+import itertools
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ar_jax.resize import resize
+from ar_jax.sharding import Rules
+from ar_jax.tokenizers.conv import RULES, Decoder, Encoder, init
+from ar_jax.tokenizers.quantize import VectorLoss, codebook_init, residual_quantise
+from ar_jax.tokens import Scale, TokenSpec, maps, pyramid, rows, sides
+from ar_jax.typing import Array, Float, Int, Metrics, Params, PRNGKey, typed
+
+
+class ResidualPyramid(nn.Module):
+    """Image to grids of codes, coarse to fine, and back. The defaults are VAR's tokenizer for 256 pixels.
+
+    The latent is a sum over scales: each adds its codes, enlarged to the size of the latent and smoothed by a
+    convolution. So the first scales are an image too, and what is known of it so far (`context`) predicts the next.
+
+    Attributes:
+      size: height and width of the images in pixels, multiples of 2^(levels of `mult` - 1).
+      scales: sides, or pairs (height, width), coarse to fine; the last is the size of the latent. Parameters serve any.
+      features: channels of the finest level.
+      mult: channel multiplier of each encoder level, fine to coarse; the decoder mirrors it.
+      res_blocks: residual blocks per encoder level; the decoder has one more.
+      codes: size of the codebook, which all scales share.
+      code_features: width of a code, and of the latent.
+      kernel: side of the convolutions around the quantiser.
+      smoothers: convolutions that smooth enlarged codes, each serving neighbouring scales; 0 is one for every scale.
+      smoothing: their share in what is added, 0..1.
+      groups: of the group norms.
+      cosine: codes are searched by angle.
+      vq: weights of the quantiser's losses.
+      channels: of the image.
+      dtype: of the encoder and decoder; the quantiser is float32.
+    Source: VAR (arXiv:2404.02905).
+    """
+
+    size: tuple[int, int] = (256, 256)
+    scales: tuple[Scale, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    features: int = 160
+    mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    res_blocks: int = 2
+    codes: int = 4096
+    code_features: int = 32
+    kernel: int = 3
+    smoothers: int = 4
+    smoothing: float = 0.5
+    groups: int = 32
+    cosine: bool = False
+    vq: VectorLoss = VectorLoss()
+    channels: int = 3
+    dtype: Any = jnp.float32
+
+    @property
+    def downsample(self) -> int:
+        return 2 ** (len(self.mult) - 1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the latent."""
+        if any(side % self.downsample for side in self.size):
+            raise ValueError(f"tokenizer.size must be multiples of {self.downsample} pixels, got {self.size}")
+        return self.size[0] // self.downsample, self.size[1] // self.downsample
+
+    @property
+    def spec(self) -> TokenSpec:
+        if not self.scales or sides(self.scales[-1]) != self.grid:
+            raise ValueError(
+                f"tokenizer.scales is {self.scales}, but its last one must be the latent's {self.grid}: images of "
+                f"{self.size} pixels divided by {self.downsample}"
+            )
+        return TokenSpec(pyramid(self.scales), codes=(self.codes,))
+
+    @property
+    def rules(self) -> Rules:
+        """What tensor parallelism divides (see `sharding.shard`)."""
+        return RULES
+
+    def init_params(self, key: PRNGKey) -> Params:
+        return self.init(key, jnp.zeros((1, *self.size, self.channels)), method="autoencode")["params"]
+
+    def setup(self):
+        net = {"features": self.features, "res_blocks": self.res_blocks, "groups": self.groups, "dtype": self.dtype}
+        self.encoder = Encoder(mult=self.mult, out=self.code_features, **net)
+        self.decoder = Decoder(mult=self.mult, out=self.channels, **net)
+        self.quant = nn.Conv(self.code_features, (self.kernel, self.kernel), kernel_init=init)
+        self.post_quant = nn.Conv(self.code_features, (self.kernel, self.kernel), kernel_init=init)
+        self.smooth = Smooth(self.smoothers or len(self.scales))
+        self.codebook = self.param("codebook", codebook_init(l2_norm=False), (self.codes, self.code_features))
+
+    @typed
+    def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Int[Array, "b n 1"]:
+        """Codes of images in [-1, 1], of all scales; `key` is unused, the codes are deterministic."""
+        _, index, _, _ = self.quantise(self.latents(image))
+        return index[..., None]
+
+    @typed
+    def embed(self, tokens: Int[Array, "b n 1"]) -> Float[Array, "b n c"]:
+        """The codes of tokens, without what other scales add."""
+        return self.codebook[tokens[..., 0]]
+
+    @typed
+    def context(self, tokens: Int[Array, "b n 1"]) -> Float[Array, "b n c"]:
+        """What is known of every slot from coarser scales: their sum in its scale's size; zeros on the first scale.
+
+        A level depends on the tokens of the levels before it only, so later ones may be anything.
+        """
+        first, *others = self.spec.scales
+        start = jnp.zeros((len(tokens), *first, self.code_features))
+        return rows([start, *(resize(x, size, "area") for x, size in zip(self.sums(tokens), others))])
+
+    @typed
+    def own(self, tokens: Int[Array, "b n 1"]) -> Float[Array, "b n c"]:
+        """What every slot's own scale adds to the latent, in that scale's size; depends on no other scale."""
+        return rows([resize(x, size, "area") for x, size in zip(self.parts(tokens), self.spec.scales)])
+
+    @typed
+    def decode(self, tokens: Int[Array, "b m 1"], *, key: PRNGKey | None = None) -> Float[Array, "b H W c"]:
+        """Images in [-1, 1], from the tokens of all scales or of the first few; `key` is unused."""
+        return jnp.clip(self.pixels(self.sums(tokens)[-1]), -1, 1)
+
+    @typed
+    def autoencode(self, image: Float[Array, "b H W c"]) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
+        """One training pass.
+
+        Returns:
+          The reconstruction, not clipped; the weighted losses of the quantiser by name; and what training may want to
+          look at: "latents" [b n c], what each slot's code stands for, and "index" [b n].
+        """
+        total, index, latents, losses = self.quantise(self.latents(image))
+        return self.pixels(total), losses, {"latents": latents, "index": index}
+
+    def latents(self, image: Float[Array, "b H W c"]) -> Float[Array, "b h w c"]:
+        """What the quantiser sees."""
+        return self.quant(self.encoder(image)).astype(jnp.float32)
+
+    def quantise(
+        self, latents: Float[Array, "b h w c"]
+    ) -> tuple[Float[Array, "b h w c"], Int[Array, "b n"], Float[Array, "b n c"], Metrics]:
+        """See `residual_quantise`."""
+        return residual_quantise(latents, self.codebook, self.spec.scales, self.part, self.vq, self.cosine)
+
+    def part(self, level: int, codes: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
+        """What a scale's map of codes adds to the latent."""
+        x = resize(codes, self.grid)
+        smoother = smoother_of_level(len(self.scales), self.smooth.count)[level]
+        return (1 - self.smoothing) * x + self.smoothing * self.smooth(x, smoother)
+
+    def parts(self, tokens: Int[Array, "b m 1"]) -> list[Float[Array, "b h w c"]]:
+        """What each of the first scales, whose tokens are given, adds to the latent."""
+        return [self.part(level, codes) for level, codes in enumerate(maps(self.embed(tokens), self.spec.scales))]
+
+    def sums(self, tokens: Int[Array, "b m 1"]) -> list[Float[Array, "b h w c"]]:
+        """The latent as it is known after each of the first scales, whose tokens are given."""
+        return list(itertools.accumulate(self.parts(tokens)))
+
+    def pixels(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
+        """Images from a latent, not clipped."""
+        return self.decoder(self.post_quant(latents))
+
+
+class Smooth(nn.Module):
+    """3x3 convolutions side by side, of which a call takes one."""
+
+    count: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], which: int) -> Float[Array, "b h w c"]:
+        c = x.shape[-1]
+        each = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=(0,))
+        kernel = self.param("kernel", each, (self.count, 3, 3, c, c))[which]
+        bias = self.param("bias", nn.initializers.zeros, (self.count, c))[which]
+        form = ("NHWC", "HWIO", "NHWC")
+        precision = lax.Precision.HIGHEST  # its sums choose the next codes
+        return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=form, precision=precision) + bias
+
+
+def smoother_of_level(levels: int, smoothers: int) -> np.ndarray:
+    """Which of the convolutions smooths which level, int [levels]: the nearest to its place between first and last.
+
+    Exact ties fall as float64 rounds, as in the published model.
+    """
+    edge = 1 / 12 if smoothers == 4 else 1 / (2 * smoothers)
+    ticks = np.linspace(edge, 1 - edge, smoothers)
+    return np.array([np.abs(ticks - level / max(levels - 1, 1)).argmin() for level in range(levels)])
