@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from ar_jax.config import GeneratorStage
-from ar_jax.decode.guidance import interval
-from ar_jax.decode.logits import Filter
-from ar_jax.decode.sequential import Knobs, sample_images
+from ar_jax.decode.sequential import sample_images
+from ar_jax.decode.settings import arrange, make_knobs
 from ar_jax.flops import model_flops, without_remat
 from ar_jax.images import to_float, to_uint8
 from ar_jax.sharding import Rules
@@ -55,17 +54,16 @@ def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate
 
     def loss_fn(params, frozen, batch, key, step):
         order_key, drop_key, loss_key, encode_key = jax.random.split(key, 4)
-        encoder = functools.partial(tokenizer.apply, {"params": frozen})
+        call = functools.partial(tokenizer.apply, {"params": frozen})
         tokens = batch.get("tokens")
         if tokens is None:
-            tokens = encoder(to_float(batch["image"]), key=encode_key, method="encode")
+            tokens = call(to_float(batch["image"]), key=encode_key, method="encode")
         images = len(tokens)
         loss, weight, metrics = generator.apply(
             {"params": params}, tokens, batch, order_fn(generator.spec, order_key, images, step), method="loss",
-            embed=functools.partial(encoder, method="embed"),
-            drop=jax.random.bernoulli(drop_key, drop_rate, (images,)), rngs={"dropout": loss_key} if train else {},
+            tokenizer=call, drop=jax.random.bernoulli(drop_key, drop_rate, (images,)), rngs={"dropout": loss_key} if train else {},
         )  # fmt: skip
-        mean = (loss * weight).sum() / jnp.maximum(weight.sum(), 1)
+        mean = (loss * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
         return mean, {"loss": mean, **metrics}
 
     return loss_fn
@@ -84,27 +82,25 @@ def gradients(loss_fn: LossFn) -> GradFn:
 def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, frozen: Params) -> Recipe:
     """Trains a generator on a frozen tokenizer's tokens."""
     tx = make_optimiser(stage.optim, stage.steps)
-    held_out_loss = generator_loss(generator, tokenizer, stage.order, 0.0, train=False)
+    train_order = stage.train_order or stage.order
+    held_out_loss = generator_loss(generator, tokenizer, train_order, 0.0, train=False)
 
     def update_of(generator):
-        grad_fn = gradients(generator_loss(generator, tokenizer, stage.order, stage.drop))
+        grad_fn = gradients(generator_loss(generator, tokenizer, train_order, stage.drop))
         return make_update(grad_fn, tx, ema=stage.optim.ema, accumulate=stage.optim.accumulate)
 
     def init(key):
         return create({"model": generator.init_params(key)}, {}, tx, stage.optim.ema)
 
     def preview(params, frozen, batch, key):
-        order = stage.order(generator.spec, key, len(next(iter(batch.values()))), stage.steps)
-        steps, settings = len(order.sizes), stage.sampling
-        knobs = Knobs(
-            interval(settings.guidance, steps, settings.guidance_last), jnp.full(steps, settings.temperature),
-            Filter(settings.top_k, settings.top_p),
-        )  # fmt: skip
-        keys = jax.random.split(key, len(next(iter(batch.values()))))
-        images = sample_images(
-            generator, tokenizer, params, frozen, batch, order, knobs=knobs, keys=keys, guided=settings.guidance != 1
-        )
-        loss, _ = held_out_loss(params, frozen, batch, key, stage.steps)
+        count = len(next(iter(batch.values())))
+        drawer, decoder = arrange(stage.sampling, generator, tokenizer)
+        order = stage.order(drawer.spec, key, count, stage.steps)
+        knobs, guided = make_knobs(stage.sampling, order, drawer.spec.scales)
+        keys = jax.random.split(key, count)
+        images = sample_images(drawer, decoder, params, frozen, batch, order, knobs=knobs, keys=keys, guided=guided)
+        # the same order at every preview, or losses could not be compared
+        loss, _ = held_out_loss(params, frozen, batch, jax.random.key(0), stage.steps)
         return to_uint8(images), {"loss": loss}
 
     return Recipe(
