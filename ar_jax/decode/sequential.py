@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ar_jax.decode.edit import Edit, Source, hold, keep
 from ar_jax.decode.guidance import paired
 from ar_jax.decode.logits import Filter
 from ar_jax.orders import Order, scan_steps, to_slots
@@ -43,6 +44,7 @@ def sample(
     keys: Key[Array, "b"],
     guided: bool,
     segments: int = 1,
+    source: Source | None = None,
 ) -> Tokens:
     """Draws the tokens of one image per key.
 
@@ -56,6 +58,7 @@ def sample(
       keys: one per image; the draw of a rank uses `fold_in(key, rank)`, so an image does not depend on its neighbours.
       guided: run every image with and without its condition.
       segments: the cache grows in so many parts (see `scan_steps`).
+      source: tokens that are known beforehand; what is drawn in their places is dropped.
 
     Returns:
       Tokens in slot order; with `knobs.soften` the vectors in their place.
@@ -66,20 +69,26 @@ def sample(
     if guided:
         cond = paired(cond, call(batch, jnp.ones(images, bool), method="condition"))
 
+    def known(state):
+        return state if source is None else state.replace(tokens=keep(state.tokens, source, order))
+
     def step(state, i, first, size):
         ranks = first + jnp.arange(size)
         rank_keys = jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(ranks))(keys)
-        return call(
+        state = call(
             state, i, first, size, cond=cond, order=order, tokenizer=tokenizer, knobs=knobs, keys=rank_keys,
             method="step",
         )  # fmt: skip
+        return known(state)
 
     def grow(state, ranks):
-        return call(state, ranks, cond, method="grow")
+        return known(call(state, ranks, cond, method="grow"))
 
     vectors = 0
     if knobs.soften is not None:
         vectors = jax.eval_shape(lambda: tokenizer(jnp.zeros((1, 1, 1), jnp.int32), method="embed")).shape[-1]
+        if source is not None:
+            source = source.replace(tokens=tokenizer(source.tokens, method="embed"))
     state = call(cond, order, images, vectors, method="begin")
     state = scan_steps(order.sizes, step, state, grow=grow, segments=segments)
     return to_slots(state.tokens, order)
@@ -97,10 +106,14 @@ def sample_images(
     keys: Key[Array, "b"],
     guided: bool,
     segments: int = 1,
+    edit: Edit | None = None,
 ) -> Float[Array, "b h w c"]:
-    """Draws tokens with a generator and decodes them: `sample`, then the tokenizer's `decode`."""
-    frozen = functools.partial(tokenizer.apply, {"params": tokenizer_params})
+    """Draws tokens with a generator, all or those that an edit leaves free, and decodes them."""
+    frozen, source = functools.partial(tokenizer.apply, {"params": tokenizer_params}), None
+    if edit is not None:
+        source, frozen = hold(tokenizer, frozen, edit)
     tokens = sample(
-        generator, params, batch, order, tokenizer=frozen, knobs=knobs, keys=keys, guided=guided, segments=segments
-    )
+        generator, params, batch, order, tokenizer=frozen, knobs=knobs, keys=keys, guided=guided, segments=segments,
+        source=source,
+    )  # fmt: skip
     return frozen(tokens, method="decode")

@@ -1,6 +1,7 @@
 """The residual pyramid: a convolutional autoencoder around one codebook that describes the latent scale by scale."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +14,9 @@ from ar_jax.sharding import Rules
 from ar_jax.tokenizers.conv import RULES, Decoder, Encoder, init
 from ar_jax.tokenizers.quantize import VectorLoss, codebook_init, residual_quantise
 from ar_jax.tokens import Scale, TokenSpec, maps, pyramid, rows, sides
-from ar_jax.typing import Array, Float, Int, Metrics, Params, PRNGKey, typed
+from ar_jax.typing import Array, Bool, Float, Int, Metrics, Params, PRNGKey, typed
+
+Held = tuple[Array, Array]
 
 
 class ResidualPyramid(nn.Module):
@@ -106,14 +109,17 @@ class ResidualPyramid(nn.Module):
         return self.codebook[tokens[..., 0]]
 
     @typed
-    def context(self, tokens: Int[Array, "b n 1"]) -> Float[Array, "b n c"]:
+    def context(self, tokens: Int[Array, "b n 1"], held: Held | None = None) -> Float[Array, "b n c"]:
         """What is known of every slot from coarser scales: their sum in its scale's size; zeros on the first scale.
 
         A level depends on the tokens of the levels before it only, so later ones may be anything.
+
+        Args:
+          held: tokens of another image, and bool [b h w], the cells of the latent in which they do not count.
         """
         first, *others = self.spec.scales
         start = jnp.zeros((len(tokens), *first, self.code_features))
-        return rows([start, *(resize(x, size, "area") for x, size in zip(self.sums(tokens), others))])
+        return rows([start, *(resize(x, size, "area") for x, size in zip(self.sums(tokens, held), others))])
 
     @typed
     def own(self, tokens: Int[Array, "b n 1"]) -> Float[Array, "b n c"]:
@@ -121,9 +127,21 @@ class ResidualPyramid(nn.Module):
         return rows([resize(x, size, "area") for x, size in zip(self.parts(tokens), self.spec.scales)])
 
     @typed
-    def decode(self, tokens: Int[Array, "b m 1"], *, key: PRNGKey | None = None) -> Float[Array, "b H W c"]:
-        """Images in [-1, 1], from the tokens of all scales or of the first few; `key` is unused."""
-        return jnp.clip(self.pixels(self.sums(tokens)[-1]), -1, 1)
+    def decode(
+        self, tokens: Int[Array, "b m 1"], held: Held | None = None, *, key: PRNGKey | None = None
+    ) -> Float[Array, "b H W c"]:
+        """Images in [-1, 1], from the tokens of all scales or of the first few; `held` as in `context`, `key` is unused."""
+        return jnp.clip(self.pixels(self.sums(tokens, held)[-1]), -1, 1)
+
+    @nn.nowrap
+    def held(self, frozen: Callable, tokens: Int[Array, "b n 1"], free: Bool[Array, "b H W"]) -> Callable:
+        """The frozen tokenizer with the latent of `tokens` wherever no pixel is free (see `decode.edit`)."""
+        cells = free_cells(free, self.grid)
+
+        def call(*arguments, method):
+            return frozen(*arguments, *([(tokens, cells)] if method in ("context", "decode") else []), method=method)
+
+        return call
 
     @typed
     def autoencode(self, image: Float[Array, "b H W c"]) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
@@ -156,9 +174,13 @@ class ResidualPyramid(nn.Module):
         """What each of the first scales, whose tokens are given, adds to the latent."""
         return [self.part(level, codes) for level, codes in enumerate(maps(self.embed(tokens), self.spec.scales))]
 
-    def sums(self, tokens: Int[Array, "b m 1"]) -> list[Float[Array, "b h w c"]]:
+    def sums(self, tokens: Int[Array, "b m 1"], held: Held | None = None) -> list[Float[Array, "b h w c"]]:
         """The latent as it is known after each of the first scales, whose tokens are given."""
-        return list(itertools.accumulate(self.parts(tokens)))
+        sums = list(itertools.accumulate(self.parts(tokens)))
+        if held is None:
+            return sums
+        others, free = held
+        return [jnp.where(free[..., None], own, other) for own, other in zip(sums, self.sums(others))]
 
     def pixels(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
         """Images from a latent, not clipped."""

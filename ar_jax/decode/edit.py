@@ -1,0 +1,74 @@
+"""Zero-shot editing: images that keep a part of a given one, for every generator and without training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from ar_jax.orders import Order, to_ranks
+from ar_jax.resize import area_matrix
+from ar_jax.tokens import TokenSpec
+from ar_jax.typing import Array, Bool, Tokens, typed
+
+
+@struct.dataclass
+class Edit:
+    """What is given of an image.
+
+    Attributes:
+      image: float32 [b H W c] in [-1, 1].
+      free: bool [b H W], pixels to be drawn; the others are kept.
+      scales: of the tokenizer's scales the first so many are kept whole.
+    """
+
+    image: Array
+    free: Array
+    scales: int = struct.field(pytree_node=False, default=0)
+
+
+@struct.dataclass
+class Source:
+    """The tokens of an image of which some are kept.
+
+    Attributes:
+      tokens: [b n k] or [b n c], in slot order.
+      known: bool [b n], those that are kept.
+    """
+
+    tokens: Array
+    known: Array
+
+
+def hold(tokenizer: Any, frozen: Callable, edit: Edit) -> tuple[Source, Callable]:
+    """The tokens that an edit keeps, and the frozen tokenizer to sample and decode with.
+
+    A token is drawn if any of its pixels is free. Where tokens of several scales add up (a tokenizer with `held`), those
+    of coarse scales reach beyond the free pixels, so there what is read and decoded of them is the image's own as well.
+    """
+    tokens = frozen(edit.image, method="encode")
+    known = ~free_slots(tokenizer.spec, edit.free) | (jnp.asarray(tokenizer.spec.coords)[:, 0] < edit.scales)
+    if hasattr(tokenizer, "held"):
+        frozen = tokenizer.held(frozen, tokens, edit.free)
+    return Source(tokens, known), frozen
+
+
+@typed
+def free_slots(spec: TokenSpec, free: Bool[Array, "b H W"]) -> Bool[Array, "b n"]:
+    """Slots with a free pixel in their cell of the image."""
+    return jnp.concatenate([free_cells(free, size).reshape(len(free), -1) for size in spec.scales], axis=1)
+
+
+@typed
+def free_cells(free: Bool[Array, "b H W"], size: tuple[int, int]) -> Bool[Array, "b h w"]:
+    """Cells of a grid of that height and width with a free pixel in them; cells overlap where pixels do not divide."""
+    rows, columns = (area_matrix(n, m) > 0 for n, m in zip(size, free.shape[1:]))
+    return jnp.einsum("hy,wx,byx->bhw", rows.astype(np.float32), columns.astype(np.float32), free.astype(jnp.float32)) > 0
+
+
+def keep(tokens: Tokens, source: Source, order: Order) -> Tokens:
+    """The first ranks of a canvas, with the known tokens in their places."""
+    ranks = tokens.shape[1]
+    known = to_ranks(source.known[..., None].astype(jnp.int32), order)[:, :ranks]
+    return jnp.where(known > 0, to_ranks(source.tokens, order)[:, :ranks].astype(tokens.dtype), tokens)
