@@ -36,6 +36,7 @@ from ar_jax.decode.guidance import interval
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sequential import Knobs, sample_images
 from ar_jax.distributed import Launch
+from ar_jax.flops import everywhere
 from ar_jax.images import save_png, tile, to_uint8
 from ar_jax.models import Model, open_model, write_json
 from ar_jax.resize import resize
@@ -165,7 +166,7 @@ def make_sampler(
             f"--batch is {options.batch}; it must be a positive multiple of the {share} batch shares of the mesh"
         )
     generator, dtype = model.module, jnp.dtype(options.dtype).type
-    generator = generator.clone(backbone=generator.backbone.clone(dtype=dtype), head=generator.head.clone(dtype=dtype))
+    generator = everywhere(generator, dtype=dtype)
     params, frozen = model.params(dtype=dtype, average=options.average), tokenizer.params(average=options.average)
     if options.unroll:
         generator, params = generator.unrolled(params)
@@ -178,7 +179,8 @@ def make_sampler(
     def program(params, frozen, batch, ids):
         root, order_key = jax.random.split(jax.random.key(options.seed))
         keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(ids)
-        order = order_fn(generator.spec, order_key, len(ids), 0)
+        order_keys = jax.vmap(lambda i: jax.random.fold_in(order_key, i))(ids)
+        order = order_fn(generator.spec, order_keys, len(ids), 0)
         steps = len(order.sizes)
         guidance = interval(settings["guidance"], steps, settings["guidance_last"])
         knobs = Knobs(jnp.asarray(guidance), jnp.full(steps, settings["temperature"], jnp.float32), logits_fn)

@@ -29,7 +29,7 @@ from ar_jax.config import Experiment, load_config
 from ar_jax.decode.guidance import interval
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sequential import Knobs, sample
-from ar_jax.flops import model_flops, without_remat
+from ar_jax.flops import everywhere, model_flops, without_remat
 from ar_jax.images import to_uint8
 from ar_jax.models import untrained
 from ar_jax.train.optim import make_optimiser
@@ -79,7 +79,7 @@ def bench_sample(experiment: Experiment, options: Options) -> dict[str, str]:
     images, dtype = options.batch or 1, jnp.dtype(options.dtype)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     generator, params = generator.unrolled(params)
-    order = experiment.generator.order(generator.spec, jax.random.key(0), images, 0)
+    order = experiment.generator.order(generator.spec, jax.random.split(jax.random.key(0), images), images, 0)
     steps = len(order.sizes)
     knobs = Knobs(
         jnp.asarray(interval(options.guidance, steps)), jnp.ones(steps), Filter(options.top_k, options.top_p)
@@ -194,7 +194,7 @@ def networks(experiment: Experiment, options: Options) -> tuple[Any, Any, Params
     if generator is None:
         raise ValueError("the config has no generator")
     dtype = jnp.dtype(options.dtype).type
-    generator = generator.clone(backbone=generator.backbone.clone(dtype=dtype), head=generator.head.clone(dtype=dtype))
+    generator = everywhere(generator, dtype=dtype)
     params, frozen = (jax.jit(net.init_params)(jax.random.key(0)) for net in (generator, tokenizer))
     return generator, tokenizer, params, frozen
 

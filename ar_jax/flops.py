@@ -22,18 +22,21 @@ def model_flops(fn: Callable, *args: Any) -> float:
 
 
 def without_remat(module: Any) -> Any:
-    """The same dataclass with every field named `remat`, also of dataclasses inside it, set to "none"."""
+    """The same module without recomputation in the backward pass."""
+    return everywhere(module, remat="none", chunk=0)  # chunks recompute their logits
+
+
+def everywhere(module: Any, **values: Any) -> Any:
+    """The same dataclass with all fields of these names set, also those of dataclasses inside it."""
     changes = {}
     for field in dataclasses.fields(module):
         if not field.init or field.name in ("parent", "name"):
             continue
         value = getattr(module, field.name)
-        if field.name == "remat":
-            changes["remat"] = "none"
-        elif field.name == "chunk":  # recomputes its logits
-            changes["chunk"] = 0
+        if field.name in values:
+            changes[field.name] = values[field.name]
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            changes[field.name] = without_remat(value)
+            changes[field.name] = everywhere(value, **values)
     return dataclasses.replace(module, **changes) if changes else module
 
 

@@ -28,7 +28,7 @@ from ar_jax.config import Experiment, Stage, load_config, parse
 from ar_jax.decode.guidance import interval
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sequential import Knobs, sample
-from ar_jax.flops import model_flops
+from ar_jax.flops import everywhere, model_flops
 from ar_jax.hlo import Program, Work
 from ar_jax.models import untrained
 from ar_jax.sharding import batch_sharding, make_mesh, replicated, shard
@@ -295,13 +295,13 @@ def sampler(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
     if generator is None:
         raise ValueError("--sample: the config has no generator")
     dtype, images = jnp.dtype(options.dtype).type, options.images * mesh.size
-    generator = generator.clone(backbone=generator.backbone.clone(dtype=dtype), head=generator.head.clone(dtype=dtype))
+    generator = everywhere(generator, dtype=dtype)
     stacked = jax.eval_shape(generator.init_params, jax.random.key(0))
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), stacked)
     laid_out = []
     params = jax.eval_shape(lambda params: laid_out.append(generator.unrolled(params)) or laid_out[0][1], stacked)
     generator = laid_out[0][0]
-    order = experiment.generator.order(generator.spec, None, images, 0)
+    order = experiment.generator.order(generator.spec, jax.random.split(jax.random.key(0), images), images, 0)
     settings, steps = experiment.generator.sampling, len(order.sizes)
     guided = settings.guidance != 1
     knobs = Knobs(

@@ -35,3 +35,13 @@ def interval(scale: float, steps: int, last: int = -1) -> np.ndarray:
     if last > -1:
         weight[last + 2 :] = 1
     return weight
+
+
+def linear(scale: float, sizes: tuple[int, ...]) -> np.ndarray:
+    """Guidance weight of every step, float32 [steps]: rises from 1 to `scale` with the part of tokens known after it.
+
+    The last step counts one token as unknown, as in MAR (arXiv:2406.11838).
+    """
+    known = np.cumsum(sizes)
+    known[-1] -= 1
+    return (1 + (scale - 1) * known / (known[-1] + 1)).astype(np.float32)

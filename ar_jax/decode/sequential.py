@@ -75,7 +75,7 @@ def sample(
         return call(state, ranks, cond, method="grow")
 
     state = call(cond, order, images, method="begin")
-    state = scan_steps(order.sizes, step, state, grow=grow, segments=segments)
+    state = scan_steps(order.sizes, step, state, rooms=order.rooms, grow=grow, segments=segments)
     return to_slots(state.tokens, order)
 
 

@@ -94,6 +94,7 @@ class Causal(nn.Module):
         order: Order,
         *,
         drop: Bool[Array, "b"],
+        key: PRNGKey | None = None,
         embed: Callable | None = None,
     ) -> tuple[Float[Array, "b n"], Float[Array, "b n"], Metrics]:
         """Teacher forcing.
@@ -103,6 +104,7 @@ class Causal(nn.Module):
           batch: the condition, and optionally "valid" [b], the weight of each image (default 1).
           order: one slot per step.
           drop: images trained without their condition.
+          key: unused.
           embed: unused; this generator learns its own embedding of the codes.
 
         Returns:

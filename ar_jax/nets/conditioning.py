@@ -36,10 +36,12 @@ class Label(nn.Module):
     Attributes:
       width: of the network.
       classes: number of classes; 0 until the data is known (`complete`).
+      apart: "no class" is a parameter of its own, as in MAR, instead of the table's last row.
     """
 
     width: int
     classes: int = 0
+    apart: bool = False
 
     def complete(self, info: Info) -> "Label":
         if not info.classes:
@@ -54,7 +56,9 @@ class Label(nn.Module):
     @typed
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
         """Looks up `batch["label"]`, int [b] in 0..classes (classes itself means none), dropped where `drop` is set."""
-        table = self.param("embedding", init, (self.classes + 1, self.width))
+        table = self.param("embedding", init, (self.classes + (not self.apart), self.width))
+        if self.apart:
+            table = jnp.concatenate([table, self.param("none", init, (1, self.width))])
         label = jnp.where(drop, self.classes, batch["label"])
         return Cond(look_up(table, label)[:, None])
 

@@ -54,16 +54,17 @@ def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate
     """
 
     def loss_fn(params, frozen, batch, key, step):
-        order_key, drop_key, loss_key, encode_key = jax.random.split(key, 4)
+        order_key, drop_key, loss_key, encode_key, dropout_key = jax.random.split(key, 5)
         encoder = functools.partial(tokenizer.apply, {"params": frozen})
         tokens = batch.get("tokens")
         if tokens is None:
             tokens = encoder(to_float(batch["image"]), key=encode_key, method="encode")
         images = len(tokens)
         loss, weight, metrics = generator.apply(
-            {"params": params}, tokens, batch, order_fn(generator.spec, order_key, images, step), method="loss",
+            {"params": params}, tokens, batch,
+            order_fn(generator.spec, jax.random.split(order_key, images), images, step), method="loss", key=loss_key,
             embed=functools.partial(encoder, method="embed"),
-            drop=jax.random.bernoulli(drop_key, drop_rate, (images,)), rngs={"dropout": loss_key} if train else {},
+            drop=jax.random.bernoulli(drop_key, drop_rate, (images,)), rngs={"dropout": dropout_key} if train else {},
         )  # fmt: skip
         mean = (loss * weight).sum() / jnp.maximum(weight.sum(), 1)
         return mean, {"loss": mean, **metrics}
@@ -94,13 +95,14 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
         return create({"model": generator.init_params(key)}, {}, tx, stage.optim.ema)
 
     def preview(params, frozen, batch, key):
-        order = stage.order(generator.spec, key, len(next(iter(batch.values()))), stage.steps)
+        images = len(next(iter(batch.values())))
+        keys = jax.random.split(key, images)
+        order = stage.order(generator.spec, keys, images, stage.steps)
         steps, settings = len(order.sizes), stage.sampling
         knobs = Knobs(
             interval(settings.guidance, steps, settings.guidance_last), jnp.full(steps, settings.temperature),
             Filter(settings.top_k, settings.top_p),
         )  # fmt: skip
-        keys = jax.random.split(key, len(next(iter(batch.values()))))
         images = sample_images(
             generator, tokenizer, params, frozen, batch, order, knobs=knobs, keys=keys, guided=settings.guidance != 1
         )
