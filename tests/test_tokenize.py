@@ -12,15 +12,28 @@ from PIL import Image
 from ar_jax import models, tokenize
 from ar_jax.data import Data, Info, batches, centre_crop, flip, open_records, open_source, ten_crop
 from ar_jax.images import to_float
+from ar_jax.tokenizers.pyramid import Pyramid
+from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.train.checkpoint import save_params
 
 SIZE, COUNT = 8, 10
 
 
-def tokenizer_folder(folder, images, seed=0):
+NET = {
+    "size": (SIZE, SIZE),
+    "features": 4,
+    "mult": (1, 1),
+    "res_blocks": 0,
+    "codes": 32,
+    "code_features": 4,
+    "groups": 2,
+}
+GRID = VQGAN(latent=4, **NET)
+
+
+def tokenizer_folder(folder, images, seed=0, module=GRID):
     """A tiny tokenizer with random weights, large enough that images differ in their codes."""
-    module = VQGAN((SIZE, SIZE), features=4, mult=(1, 1), res_blocks=0, latent=4, codes=32, code_features=4, groups=2)
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(module.init_params, jax.random.key(0))
     params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), shapes)
@@ -76,6 +89,20 @@ def test_cached_tokens_are_those_of_the_tokenizer(place, tmp_path, capsys):
         np.testing.assert_array_equal(records[i]["tokens"], encoded(place, image[None]))
     assert len({records[i]["tokens"].tobytes() for i in range(COUNT)}) > COUNT // 2  # the test could fail
     assert "1 of each, 16 tokens of codes 32 as uint16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("network", [ResidualPyramid, functools.partial(Pyramid, latent=4)])
+def test_pyramids_are_cached_with_all_their_scales(place, tmp_path, network, capsys):
+    tokenizer_folder(tmp_path / "vq", place / "images", module=network(scales=(1, 2, 4), **NET))
+    tokenize.main([str(tmp_path / "vq"), "--out", str(tmp_path / "out"), "--batch", "4"])
+    assert "1 of each, 21 tokens of codes 32 as uint16" in capsys.readouterr().out
+    records, image = open_records(tmp_path / "out"), centre_crop(source_of(place)[5]["image"], SIZE)
+    expected = encoder(tmp_path / "vq")(jnp.asarray(image[None]))
+    np.testing.assert_array_equal(records[5]["tokens"], expected)
+    assert len({records[i]["tokens"].tobytes() for i in range(COUNT)}) > COUNT // 2
+    data = Data(name="tokens", path=str(tmp_path / "out"))
+    tokenize.check_cache(data, models.open_model(tmp_path / "vq", "tokenizer"))
+    assert next(batches(open_source(data), data, batch=5, seed=0))["tokens"].shape == (5, 21, 1)
 
 
 def test_mirror_images_are_second_versions(place, tmp_path):

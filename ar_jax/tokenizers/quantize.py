@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ar_jax.resize import resize
 from ar_jax.tokens import rows
-from ar_jax.typing import Array, Float, Int, Metrics, typed
+from ar_jax.typing import Array, Bool, Float, Int, Metrics, typed
 
 
 @typed
@@ -137,12 +138,39 @@ def _entropy_loss(affinity):
 
 
 @typed
-def usage(index: Int[Array, "*b"], codes: int) -> Metrics:
-    """How a batch uses its codebook.
+def count_codes(index: Int[Array, "b ..."], codes: int, level: np.ndarray) -> Int[Array, "l v"]:
+    """How often every level of a batch uses every code.
+
+    Args:
+      index: codes, the slots of an image in the order of `level`.
+      codes: size of the codebook.
+      level: of every slot, int [n].
+    """
+    places = level * codes + index.reshape(len(index), -1)
+    levels = int(level.max()) + 1
+    return jnp.bincount(places.reshape(-1), length=levels * codes).reshape(levels, codes)
+
+
+@typed
+def usage(frequency: Float[Array, "l v"] | Int[Array, "l v"], used: Bool[Array, "l v"] | None = None) -> Metrics:
+    """How a codebook is used.
+
+    Args:
+      frequency: of every code on every level.
+      used: which of them count as in use; left out, those that occur.
 
     Returns:
-      "usage", the share of codes that occur, and "code_perplexity", exp of the entropy of their frequencies (1..codes).
+      "usage", the share of codes in use, and "code_perplexity", exp of the entropy of their frequencies (1..codes);
+      if there are several levels, also those of each: "usage/0", "code_perplexity/0" and so on.
     """
-    frequency = jnp.bincount(index.reshape(-1), length=codes) / index.size
-    entropy = -(frequency * jnp.log(jnp.maximum(frequency, 1e-30))).sum()
-    return {"usage": (frequency > 0).mean(), "code_perplexity": jnp.exp(entropy)}
+    used = frequency > 0 if used is None else used
+    metrics = {"usage": used.any(0).mean(), "code_perplexity": _perplexity(frequency.sum(0))}
+    if len(frequency) > 1:
+        for level, (share, some) in enumerate(zip(used.mean(1), frequency)):
+            metrics |= {f"usage/{level}": share, f"code_perplexity/{level}": _perplexity(some)}
+    return metrics
+
+
+def _perplexity(frequency):
+    p = frequency / frequency.sum()
+    return jnp.exp(-(p * jnp.log(jnp.maximum(p, 1e-30))).sum())

@@ -6,6 +6,7 @@ from typing import Any
 import dm_pix
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ar_jax.config import Losses, TokenizerStage
@@ -13,7 +14,7 @@ from ar_jax.flops import model_flops, without_remat
 from ar_jax.images import to_float, to_uint8
 from ar_jax.nets import patchgan
 from ar_jax.nets.lpips import Lpips, find_lpips
-from ar_jax.tokenizers.quantize import usage
+from ar_jax.tokenizers.quantize import count_codes, usage
 from ar_jax.train.optim import make_optimiser, schedule
 from ar_jax.train.recipes import Recipe
 from ar_jax.train.state import GradFn, create, make_update
@@ -49,9 +50,10 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
     def init(key):
         model_key, judge_key = jax.random.split(key)
         params = {"model": tokenizer.init_params(model_key)}
+        share = np.bincount(level := _level(tokenizer)) / len(level)  # of the tokens, by level
         extra = {
-            "age": jnp.zeros(tokenizer.codes, jnp.int32),
-            "frequency": jnp.full(tokenizer.codes, 1 / tokenizer.codes),
+            "age": jnp.zeros((len(share), tokenizer.codes), jnp.int32),
+            "frequency": jnp.repeat(jnp.float32(share)[:, None] / tokenizer.codes, tokenizer.codes, axis=1),
         }
         if losses.reset_after:
             extra["latents"] = jnp.zeros((tokenizer.codes, tokenizer.code_features))
@@ -67,7 +69,7 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
         shown = to_uint8(recon)
         a, b = ((x.astype(jnp.float32) / 255) for x in (batch["image"], shown))
         metrics = {"psnr": dm_pix.psnr(a, b).mean(), "ssim": dm_pix.ssim(a, b).mean()}
-        metrics |= usage(seen["index"], tokenizer.codes)
+        metrics |= usage(count_codes(seen["index"], tokenizer.codes, _level(tokenizer)))
         return jnp.stack([batch["image"], shown], axis=1).reshape(-1, *shown.shape[1:]), metrics
 
     return Recipe(
@@ -109,8 +111,8 @@ def tokenizer_gradients(tokenizer: Any, judge: patchgan.PatchGan | None, losses:
         (recon, quantiser), pull, (vq, seen) = jax.vjp(autoencode, params["model"], has_aux=True)
         (nll, metrics), push = jax.value_and_grad(fidelity, has_aux=True)(recon)
         metrics |= vq | {"loss": nll + quantiser, "psnr": -10 * jnp.log10(jnp.square(recon - real).mean() / 4)}
-        extra = extra | _track(extra, seen, tokenizer.codes)
-        metrics |= {"usage": (extra["age"] < _window(tokenizer, seen)).mean(), "code_perplexity": _perplexity(extra)}
+        extra = extra | _track(extra, seen, tokenizer)
+        metrics |= usage(extra["frequency"], extra["age"] < _window(tokenizer, len(real)))
 
         grads = {}
         if judge:
@@ -153,31 +155,39 @@ def _fool(judge, discriminator, stats, recon, loss):
     return loss(logits), stats
 
 
-def _track(extra, seen, codes):
-    count = jnp.bincount(seen["index"].reshape(-1), length=codes)
+def _level(tokenizer):
+    return tokenizer.spec.coords[:, 0]
+
+
+def _track(extra, seen, tokenizer):
+    count = count_codes(seen["index"], tokenizer.codes, _level(tokenizer))
     tracked = {
         "age": jnp.where(count > 0, 0, extra["age"] + 1),
         "frequency": MEMORY * extra["frequency"] + (1 - MEMORY) * count / seen["index"].size,
     }
     if "latents" in extra:
-        # As many latents as there are codes: candidates to take a dead code's place.
-        tracked["latents"] = jnp.resize(seen["latents"].reshape(-1, seen["latents"].shape[-1]), extra["latents"].shape)
+        latents = seen["latents"].reshape(-1, seen["latents"].shape[-1])
+        tracked["latents"] = latents[_candidates(_level(tokenizer), len(seen["index"]), tokenizer.codes)]
     return tracked
 
 
-def _window(tokenizer, seen):
-    """Updates within which evenly used codes would all but surely occur: 65,536 ids as in LlamaGen, at least 4 a code."""
-    return max(1, max(65536, 4 * tokenizer.codes) // seen["index"].size)
+def _candidates(level, images, codes):
+    """Which latents of a batch may take a dead code's place, int [codes]: of all levels equally many, at random."""
+    random, places = np.random.default_rng(0), np.arange(images * len(level))
+    some = [random.permutation(places[np.tile(level == i, images)]) for i in range(level.max() + 1)]
+    return np.stack([np.resize(one, codes) for one in some], axis=1).reshape(-1)[:codes]
 
 
-def _perplexity(extra):
-    p = extra["frequency"]
-    return jnp.exp(-(p * jnp.log(jnp.maximum(p, 1e-30))).sum())
+def _window(tokenizer, images):
+    """Updates within which a level's codes, evenly used, would all but surely occur, int [levels 1]: 65,536 ids as in
+    LlamaGen, at least 4 a code."""
+    ids = images * np.bincount(_level(tokenizer))[:, None]
+    return np.maximum(1, max(65536, 4 * tokenizer.codes) // ids)
 
 
 def revive(state, key, after):
     """Puts random latents of the current batch in the place of codes unused for `after` updates."""
-    dead = state.extra["age"] >= after
+    dead = (state.extra["age"] >= after).all(0)  # on all levels
     chosen = jax.random.permutation(key, state.extra["latents"])
 
     def renew(model):

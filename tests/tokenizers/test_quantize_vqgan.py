@@ -8,6 +8,7 @@ import pytest
 
 from ar_jax.tokenizers.quantize import (
     VectorLoss,
+    count_codes,
     distances,
     normalise,
     straight_through,
@@ -115,13 +116,28 @@ def test_normalised_vectors_have_unit_length_and_zero_stays_finite():
     assert np.isfinite(jax.grad(lambda x: normalise(x).sum())(zero)).all()
 
 
+def used(index, codes, level):
+    return usage(count_codes(jnp.asarray(index), codes, np.asarray(level)))
+
+
 def test_usage_and_perplexity_have_their_closed_forms():
-    even = usage(jnp.arange(8).reshape(2, 4) % 4, 16)
+    even = used(np.arange(8).reshape(2, 4) % 4, 16, [0] * 4)
     np.testing.assert_allclose([even["usage"], even["code_perplexity"]], [0.25, 4], rtol=1e-6)
-    one = usage(jnp.full((3, 5), 7), 16)
+    one = used(np.full((3, 5), 7), 16, [0] * 5)
+    assert one.keys() == {"usage", "code_perplexity"}
     np.testing.assert_allclose([one["usage"], one["code_perplexity"]], [1 / 16, 1], rtol=1e-6)
-    uneven = usage(jnp.array([0, 0, 0, 2]), 4)  # 3/4 and 1/4
+    uneven = used([[0], [0], [0], [2]], 4, [0])  # 3/4 and 1/4
     np.testing.assert_allclose(uneven["code_perplexity"], 4 / 27**0.25, rtol=1e-6)
+
+
+def test_usage_is_told_of_every_level_and_of_all():
+    found = used([[3, 0, 1, 2, 3], [3, 0, 0, 1, 1]], 8, [0, 1, 1, 1, 1])
+    np.testing.assert_allclose([found["usage"], found["usage/0"], found["usage/1"]], [1 / 2, 1 / 8, 1 / 2], rtol=1e-6)
+    p = np.array([3, 3, 1, 1]) / 8
+    np.testing.assert_allclose(found["code_perplexity/0"], 1, rtol=1e-6)
+    np.testing.assert_allclose(found["code_perplexity/1"], np.exp(-(p * np.log(p)).sum()), rtol=1e-6)
+    p = np.array([3, 3, 1, 3]) / 10
+    np.testing.assert_allclose(found["code_perplexity"], np.exp(-(p * np.log(p)).sum()), rtol=1e-6)
 
 
 @functools.cache
