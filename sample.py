@@ -32,11 +32,10 @@ from tqdm import tqdm
 from ar_jax import codec, distributed
 from ar_jax.compiled import keep_compiled
 from ar_jax.data import label_ids
-from ar_jax.decode.guidance import interval
-from ar_jax.decode.logits import Filter
-from ar_jax.decode.sequential import Knobs, sample_images
+from ar_jax.decode.sequential import sample_images
+from ar_jax.decode.settings import Sampling, arrange, make_knobs
 from ar_jax.distributed import Launch
-from ar_jax.flops import everywhere
+from ar_jax.flops import with_fields
 from ar_jax.images import save_png, tile, to_uint8
 from ar_jax.models import Model, open_model, write_json
 from ar_jax.resize import resize
@@ -70,7 +69,10 @@ class Options:
     """Of the grid; 0 chooses."""
     seed: int = 0
     guidance: float | None = None
-    """Classifier-free guidance scale; 1 is unguided. This and the next four: the model's own if left out."""
+    """Classifier-free guidance scale; 1 is unguided, with the ramp 0. This and the next ones down to `banned`: the model's
+    own if left out."""
+    guidance_rule: Literal["interval", "ramp", "linear"] | None = None
+    """One weight up to `guidance_last`; or VAR's 1 + t, where t rises to `guidance` over the steps."""
     guidance_last: int | None = None
     """Last guided decode step, counted from the step after the first token; -1 guides all."""
     temperature: float | None = None
@@ -79,6 +81,17 @@ class Options:
     """Draw from the k most likely codes; 0 is off."""
     top_p: float | None = None
     """Draw from the most likely codes of this probability mass; 1 is off."""
+    soft: bool | None = None
+    """Mixtures of codes instead of codes, as VAR's more_smooth (next-scale models)."""
+    scales: str = ""
+    """Scales to draw, such as 1,2,3,5,8 or 1,2x4,4x8, where pairs are height x width (FlexVAR)."""
+    largest: int | None = None
+    """Scales with a longer side than this are drawn greedily and, with the ramp, guided in full; 0 is none."""
+    refine: str | None = None
+    """Of every scale: tokens that stay as first drawn, then those drawn anew by further steps, such as "1 1,3 1,1,2,5"
+    (HMAR); "" draws none anew."""
+    banned: tuple[int, ...] | None = None
+    """Codes that are never drawn."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of parameters and matrix products of the generator."""
     unroll: bool = True
@@ -107,22 +120,22 @@ def sample(options: Options) -> None:
     """Draws `options.count` images and writes them."""
     model = open_model(options.run, "generator", options.checkpoint).fixed()
     tokenizer = open_model(options.tokenizer or _own_tokenizer(model), "tokenizer")
+    settings = sampling(model.settings.get("sampling", {}), options)
+    generator, decoder = arrange(settings, model.module, tokenizer.module)
+    model, tokenizer = dataclasses.replace(model, module=generator), dataclasses.replace(tokenizer, module=decoder)
     if tokenizer.module.spec.codes != model.module.spec.codes or tokenizer.module.spec.n != model.module.spec.n:
         raise ValueError(
             f"the generator makes {model.module.spec.n} tokens with codes {model.module.spec.codes}, but the tokenizer "
             f"{tokenizer.folder} has {tokenizer.module.spec.n} with {tokenizer.module.spec.codes}; give --tokenizer"
         )
     names, conditions = condition_table(model, options)
-    settings = model.settings.get("sampling", {})
-    chosen = {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
-    settings = {**SAMPLING, **settings, **chosen}
 
     out, folder = Path(options.out), Path(options.out)
     if out.suffix in (".png", ".npz"):
         folder = out.with_name(f".{out.name}.parts")
     identity = {
         "run": str(model.folder.resolve()), "tokenizer": str(tokenizer.folder.resolve()), "seed": options.seed,
-        "sampling": settings, "conditions": names, "dtype": options.dtype, "average": options.average, "resize": options.resize,
+        "sampling": json.loads(json.dumps(dataclasses.asdict(settings))), "conditions": names, "dtype": options.dtype, "average": options.average, "resize": options.resize,
         "checkpoint": model.checkpoint,
     }  # fmt: skip
     distributed.check_shared(folder.parent)
@@ -147,11 +160,41 @@ def sample(options: Options) -> None:
     distributed.say(f"{options.count} images in {out}")
 
 
-SAMPLING = {"guidance": 1.0, "guidance_last": -1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+def sampling(own: dict, options: Options) -> Sampling:
+    """The model's own settings, with what the command line says in their place.
+
+    Raises:
+      ValueError: something is not of its form.
+    """
+    chosen = {name: given for name in SETTINGS - {"known"} if (given := getattr(options, name)) is not None}
+    chosen["scales"] = _scales(options.scales) if options.scales else own.get("scales", ())
+    if options.refine is not None:
+        try:
+            chosen["refine"] = tuple(tuple(map(int, part.split(","))) for part in options.refine.split())
+        except ValueError:
+            raise ValueError(f"--refine is {options.refine!r}; give numbers such as '1 1,3 1,1,2,5'") from None
+    unknown = own.keys() - SETTINGS
+    if unknown:
+        raise ValueError(f"the model's sampling settings have {sorted(unknown)}, which this version does not know")
+    return Sampling(**{name: _tuples(value) for name, value in (own | chosen).items()})
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+SETTINGS = {field.name for field in dataclasses.fields(Sampling)}
+
+
+def _scales(text: str) -> tuple[int | tuple[int, int], ...]:
+    parts = [tuple(part.split("x")) for part in text.split(",")]
+    if not all(len(part) in (1, 2) and all(side.isdecimal() and int(side) > 0 for side in part) for part in parts):
+        raise ValueError(f"--scales is {text!r}; give sides such as 1,2,3,5,8, or pairs (height x width) such as 4x8")
+    return tuple(int(part[0]) if len(part) == 1 else (int(part[0]), int(part[1])) for part in parts)
 
 
 def make_sampler(
-    model: Model, tokenizer: Model, settings: dict, options: Options, mesh: jax.sharding.Mesh
+    model: Model, tokenizer: Model, settings: Sampling, options: Options, mesh: jax.sharding.Mesh
 ) -> Callable[[Batch, np.ndarray], Iterator[tuple[int, np.ndarray]]]:
     """Compiles generator and tokenizer into one program over all processes.
 
@@ -166,14 +209,13 @@ def make_sampler(
             f"--batch is {options.batch}; it must be a positive multiple of the {share} batch shares of the mesh"
         )
     generator, dtype = model.module, jnp.dtype(options.dtype).type
-    generator = everywhere(generator, dtype=dtype)
+    generator = with_fields(generator, dtype=dtype)
     params, frozen = model.params(dtype=dtype, average=options.average), tokenizer.params(average=options.average)
     if options.unroll:
         generator, params = generator.unrolled(params)
     params = put(params, shard(params, mesh, generator.rules))
     frozen = put(frozen, shard(frozen, mesh, tokenizer.module.rules))
     order_fn = codec.decode(model.settings["order"])
-    logits_fn = Filter(settings["top_k"], settings["top_p"])
 
     @functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
     def program(params, frozen, batch, ids):
@@ -181,9 +223,7 @@ def make_sampler(
         keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(ids)
         order_keys = jax.vmap(lambda i: jax.random.fold_in(order_key, i))(ids)
         order = order_fn(generator.spec, order_keys, len(ids), 0)
-        steps = len(order.sizes)
-        guidance = interval(settings["guidance"], steps, settings["guidance_last"])
-        knobs = Knobs(jnp.asarray(guidance), jnp.full(steps, settings["temperature"], jnp.float32), logits_fn)
+        knobs, guided = make_knobs(settings, order, generator.spec.scales)
         images = sample_images(
             generator,
             tokenizer.module,
@@ -193,7 +233,7 @@ def make_sampler(
             order,
             knobs=knobs,
             keys=keys,
-            guided=settings["guidance"] != 1,
+            guided=guided,
             segments=options.segments,
         )
         return to_uint8(resize(images, (options.resize,) * 2) if options.resize else images)

@@ -13,6 +13,7 @@ a shared machine changes from moment to moment. Compilation is reported apart.
 """
 
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -26,10 +27,9 @@ import tyro
 from flax import traverse_util
 
 from ar_jax.config import Experiment, load_config
-from ar_jax.decode.guidance import interval
-from ar_jax.decode.logits import Filter
-from ar_jax.decode.sequential import Knobs, sample
-from ar_jax.flops import everywhere, model_flops, without_remat
+from ar_jax.decode.sequential import sample
+from ar_jax.decode.settings import arrange, make_knobs
+from ar_jax.flops import model_flops, with_fields, without_remat
 from ar_jax.images import to_uint8
 from ar_jax.models import untrained
 from ar_jax.train.optim import make_optimiser
@@ -50,11 +50,11 @@ class Options:
     """Images at a time; 0 takes 1 for sampling and 4 for training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products; sampling also keeps the parameters in it."""
-    guidance: float = 2.0
-    """Classifier-free guidance scale of the sampler; 1 halves the rows."""
-    top_k: int = 0
+    guidance: float | None = None
+    """Classifier-free guidance scale of the sampler, and the next two: the config's if left out."""
+    top_k: int | None = None
     """Of the sampler; 0 is off."""
-    top_p: float = 1.0
+    top_p: float | None = None
     """Of the sampler; 1 is off."""
     segments: int = 4
     """Parts in which the sampler's cache grows."""
@@ -79,35 +79,33 @@ def bench_sample(experiment: Experiment, options: Options) -> dict[str, str]:
     images, dtype = options.batch or 1, jnp.dtype(options.dtype)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     generator, params = generator.unrolled(params)
+    settings = experiment.generator.sampling
+    chosen = {name: value for name in ("guidance", "top_k", "top_p") if (value := getattr(options, name)) is not None}
+    settings = dataclasses.replace(settings, **chosen)
+    generator, tokenizer = arrange(settings, generator, tokenizer)
     order = experiment.generator.order(generator.spec, jax.random.split(jax.random.key(0), images), images, 0)
     steps = len(order.sizes)
-    knobs = Knobs(
-        jnp.asarray(interval(options.guidance, steps)), jnp.ones(steps), Filter(options.top_k, options.top_p)
-    )  # fmt: skip
+    knobs, guided = make_knobs(settings, order, generator.spec.scales)
 
-    @jax.jit
-    def draw(params, batch, keys):
+    def tokens(params, frozen, batch, keys):
+        call = functools.partial(tokenizer.apply, {"params": frozen})
         return sample(
-            generator,
-            params,
-            batch,
-            order,
-            knobs=knobs,
-            keys=keys,
-            guided=options.guidance != 1,
+            generator, params, batch, order, tokenizer=call, knobs=knobs, keys=keys, guided=guided,
             segments=options.segments,
-        )
+        )  # fmt: skip
+
+    draw = jax.jit(tokens)
 
     @jax.jit
     def decode(frozen, tokens):
         return to_uint8(tokenizer.apply({"params": frozen}, tokens, method="decode"))
 
     batch, keys = conditions(generator, images), jax.random.split(jax.random.key(1), images)
-    loop = Timer(draw, params, batch, keys)
+    loop = Timer(draw, params, frozen, batch, keys)
     pixels = Timer(decode, frozen, loop.result)
     read = step_bytes(params)
-    rows = images * (2 if options.guidance != 1 else 1)
-    operations = 2 * rows * steps * read / dtype.itemsize
+    rows = images * (2 if guided else 1)
+    operations = model_flops(tokens, params, frozen, batch, keys)
     bandwidth, peak, of_bandwidth, of_peak = [], [], [], []
     for _ in range(options.repeat):
         bandwidth.append(read_bandwidth(read))
@@ -122,6 +120,7 @@ def bench_sample(experiment: Experiment, options: Options) -> dict[str, str]:
         "token loop": f"{loop.best:.2f} s, {loop.best / steps * 1e3:.2f} ms a step",
         "image decoder": f"{pixels.best:.2f} s",
         "images/s (both)": f"{images / (loop.best + pixels.best):.3f}",
+        "model operations of the loop": f"{operations / 1e9:.0f} GFLOP",
         "weights read a step": f"{read / 1e6:.0f} MB",
         "memory bandwidth, measured": f"{max(bandwidth) / 1e9:.1f} GB/s",
         "matmul peak, measured": f"{max(peak) / 1e9:.0f} GFLOP/s",
@@ -135,14 +134,15 @@ def bench_train(experiment: Experiment, options: Options) -> dict[str, str]:
     images = options.batch or 4
     generator, tokenizer, params, frozen = networks(experiment, options)
     stage, dtype = experiment.generator, jnp.dtype(options.dtype)
+    order = stage.train_order or stage.order
     tx = make_optimiser(stage.optim, max(stage.steps, stage.optim.warmup + 1))
-    loss = generator_loss(generator, tokenizer, stage.order, stage.drop)
+    loss = generator_loss(generator, tokenizer, order, stage.drop)
     update = make_update(gradients(loss), tx, ema=stage.optim.ema)
     state = create({"model": params}, {}, tx, stage.optim.ema)
     codes = generator.spec.codes[0]
     tokens = jax.random.randint(jax.random.key(2), (images, generator.spec.n, len(generator.spec.codes)), 0, codes)
     batch = conditions(generator, images) | {"tokens": tokens}
-    plain = generator_loss(without_remat(generator), tokenizer, stage.order, stage.drop)
+    plain = generator_loss(without_remat(generator), tokenizer, order, stage.drop)
     flops = model_flops(jax.grad(plain, has_aux=True), params, frozen, batch, jax.random.key(3), 0)
     step = Timer(jax.jit(update, donate_argnums=0), state, frozen, batch, jax.random.key(3), carry=True)
     peak, of_peak = [], []
@@ -194,7 +194,7 @@ def networks(experiment: Experiment, options: Options) -> tuple[Any, Any, Params
     if generator is None:
         raise ValueError("the config has no generator")
     dtype = jnp.dtype(options.dtype).type
-    generator = everywhere(generator, dtype=dtype)
+    generator = with_fields(generator, dtype=dtype)
     params, frozen = (jax.jit(net.init_params)(jax.random.key(0)) for net in (generator, tokenizer))
     return generator, tokenizer, params, frozen
 
@@ -206,7 +206,7 @@ def conditions(generator: Any, images: int) -> Batch:
 def step_bytes(params: Params) -> int:
     """Bytes of the parameters that every decoding step reads: all but tables of which it reads a row, and conditions."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    return sum(x.nbytes for name, x in flat.items() if not name.startswith(("embedding", "conditioning/")))
+    return sum(x.nbytes for name, x in flat.items() if not name.startswith(("inputs/", "conditioning/")))
 
 
 def matmul_peak(dtype: Any) -> float:

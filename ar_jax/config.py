@@ -12,6 +12,7 @@ import flax.linen as nn
 import tyro
 
 from ar_jax.data import Data
+from ar_jax.decode.settings import Sampling
 from ar_jax.distributed import Launch
 from ar_jax.orders import raster
 from ar_jax.sharding import MeshShape
@@ -90,32 +91,19 @@ class TokenizerStage(Stage):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How previews and `sample.py` draw, unless told otherwise."""
-
-    guidance: float = 1.0
-    """Classifier-free guidance scale; 1 is unguided."""
-    guidance_last: int = -1
-    """Last guided decode step, counted from the step after the first token; -1 guides all."""
-    temperature: float = 1.0
-    """Divides the logits; 0 is greedy."""
-    top_k: int = 0
-    """Draw from the k most likely codes; 0 is off."""
-    top_p: float = 1.0
-    """Draw from the most likely codes of this probability mass; 1 is off."""
-
-
-@dataclasses.dataclass(frozen=True)
 class GeneratorStage(Stage):
     """Training of a generator on the tokens of a frozen tokenizer."""
 
     order: Callable = raster
     """What is predicted next."""
+    train_order: Callable | None = None
+    """What training predicts next, if it is something else than sampling does."""
     drop: float = 0.1
     """Part of the images trained without their condition, for guidance."""
     tokens: str = ""
     """Train on this token cache (written by `python -m ar_jax.tokenize`) instead of encoding images in every update."""
     sampling: Sampling = Sampling()
+    """How previews and `sample.py` draw, unless told otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)

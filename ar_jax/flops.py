@@ -22,12 +22,12 @@ def model_flops(fn: Callable, *args: Any) -> float:
 
 
 def without_remat(module: Any) -> Any:
-    """The same module without recomputation in the backward pass."""
-    return everywhere(module, remat="none", chunk=0)  # chunks recompute their logits
+    """The same module without anything that is computed again in the backward pass."""
+    return with_fields(module, remat="none", chunk=0)
 
 
-def everywhere(module: Any, **values: Any) -> Any:
-    """The same dataclass with all fields of these names set, also those of dataclasses inside it."""
+def with_fields(module: Any, **values: Any) -> Any:
+    """The same dataclass with fields of these names, also of dataclasses inside it, set to these values."""
     changes = {}
     for field in dataclasses.fields(module):
         if not field.init or field.name in ("parent", "name"):
@@ -36,7 +36,7 @@ def everywhere(module: Any, **values: Any) -> Any:
         if field.name in values:
             changes[field.name] = values[field.name]
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            changes[field.name] = everywhere(value, **values)
+            changes[field.name] = with_fields(value, **values)
     return dataclasses.replace(module, **changes) if changes else module
 
 

@@ -15,7 +15,9 @@ from flax import struct
 from jax import lax
 
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Index, Int, Key, Tokens, typed
+from ar_jax.typing import Array, Bool, Index, Int, Key, PRNGKey, Tokens, typed
+
+NEVER = np.int32(2**30)  # the step of padding: later than all others
 
 State = TypeVar("State")
 
@@ -30,15 +32,24 @@ class Order:
       rooms: ranks computed by each step, at least its size; those beyond it are thrown away and computed again in a later
         step. Neighbours of equal room share one loop, so that many different sizes need not make many programs. () is
         `sizes`; only generators that feed no row to a cache can do it.
+      drawn: int32 [n], steps that are drawn anew for every update of a training, in place of `sizes`, or None. Ranks of
+        step `NEVER` are padding. Such an order may leave slots out.
     """
 
     slot: Array
     sizes: tuple[int, ...] = struct.field(pytree_node=False)
     rooms: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    drawn: Array | None = None
 
     @property
-    def step(self) -> np.ndarray:
-        """Step of each rank, int32 [n]."""
+    def n(self) -> int:
+        return self.slot.shape[1]
+
+    @property
+    def step(self) -> Array:
+        """Step of each rank, int32 [n]; numpy unless it is drawn."""
+        if self.drawn is not None:
+            return self.drawn
         return np.repeat(np.arange(len(self.sizes), dtype=np.int32), self.sizes)
 
 
@@ -49,6 +60,87 @@ OrderFn = Callable[[TokenSpec, Key[Array, "b"], int, Int[Array, ""]], Order]
 def raster(spec: TokenSpec, keys: Key[Array, "b"] | None = None, images: int = 1, train_step: Index = 0) -> Order:
     """Slots in the tokenizer's own order, one a step."""
     return Order(slot=np.arange(spec.n, dtype=np.int32)[None], sizes=(1,) * spec.n)
+
+
+def scales(spec: TokenSpec, keys: Key[Array, "b"] | None = None, images: int = 1, train_step: Index = 0) -> Order:
+    """One scale of the tokenizer per step, coarse to fine."""
+    sizes = tuple(height * width for height, width in spec.scales)
+    return Order(slot=np.arange(spec.n, dtype=np.int32)[None], sizes=sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnScales:
+    """Orders that take another part of the tokenizer's scales in every update, the same for all images of a batch.
+
+    The array's length is fixed, so one compiled program serves all lists; what a list does not fill is padding.
+
+    Attributes:
+      usual: sides of the list that is taken with probability `often`; its length is the limit of all others.
+      often: probability.
+      keep: sides that other lists begin with.
+      some: (how many, from, to): so many different ones of these sides, `to` included.
+      last: the side that other lists end with.
+    Source: FlexVAR (arXiv:2502.20313); the defaults are its recipe, for a tokenizer with scales 1..16.
+    """
+
+    usual: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    often: float = 0.05
+    keep: tuple[int, ...] = (1, 2)
+    some: tuple[tuple[int, int, int], ...] = ((5, 3, 10), (2, 11, 15))
+    last: int = 16
+
+    def __call__(self, spec: TokenSpec, keys: Key[Array, "b"], images: int = 1, train_step: Index = 0) -> Order:
+        """An order over the tokenizer's scales, drawn with the first key.
+
+        Raises:
+          ValueError: the tokenizer lacks a side, or has scales that are not square.
+        """
+        sides = np.array([height for height, width in spec.scales if height == width])
+        wanted = {*self.usual, *self.keep, self.last, *(s for _, low, up in self.some for s in range(low, up + 1))}
+        if len(sides) != len(spec.scales) or not wanted <= set(sides.tolist()):
+            raise ValueError(
+                f"order draws lists of the square scales {tuple(sorted(wanted))}, but the tokenizer has {spec.scales}; "
+                f"give it all of them"
+            )
+        chosen = self.draw(sides, keys[0])
+        level = spec.coords[:, 0]
+        limit = sum(side**2 for side in self.usual)
+        inside = chosen[level]
+        slot = jnp.argsort(~inside, stable=True)[:limit].astype(jnp.int32)
+        step = (jnp.cumsum(chosen) - 1).astype(jnp.int32)[level]
+        step = jnp.where(inside, step, NEVER)[slot]
+        return Order(slot=slot[None], sizes=(), drawn=step)
+
+    def draw(self, sides: np.ndarray, key: PRNGKey) -> Bool[Array, "s"]:
+        """Which of the sides are in the list."""
+        keys = iter(jax.random.split(key, 16))
+
+        def pick(candidates, count):
+            """So many of the candidates, at random."""
+            noise = jnp.where(candidates, jax.random.uniform(next(keys), sides.shape), -1)
+            return candidates & (jnp.argsort(jnp.argsort(-noise)) < count)
+
+        chosen = jnp.asarray(np.isin(sides, (*self.keep, self.last)))
+        for count, low, up in self.some:
+            chosen |= pick(jnp.asarray((low <= sides) & (sides <= up)), count)
+        x = jax.random.uniform(next(keys))
+        for threshold in (0.9, 0.95, 0.98, 0.99):
+            place = jnp.cumsum(chosen) - 1
+            inner = chosen & (place >= 2) & (place < chosen.sum() - 1)
+            chosen &= ~(pick(inner, 1) & (x > threshold))
+        limit = sum(side**2 for side in self.usual)
+
+        def shorten(carry):
+            chosen, key = carry
+            key, now = jax.random.split(key)
+            late = chosen & (jnp.cumsum(chosen[::-1])[::-1] <= 4)
+            noise = jnp.where(late, jax.random.uniform(now, sides.shape), -1)
+            return chosen & (jnp.arange(len(sides)) != noise.argmax()), key
+
+        too_long = lambda carry: jnp.where(carry[0], sides**2, 0).sum() > limit  # noqa: E731
+        chosen, _ = lax.while_loop(too_long, shorten, (chosen, next(keys)))
+        usual = jax.random.uniform(next(keys)) < self.often
+        return jnp.where(usual, np.isin(sides, self.usual), chosen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +202,22 @@ def rooms(sizes: tuple[int, ...], scans: int) -> tuple[int, ...]:
 @typed
 def to_ranks(tokens: Tokens, order: Order) -> Tokens:
     """Reorders tokens from slots to ranks."""
+    if _in_place(order, tokens):
+        return tokens
     return jnp.take_along_axis(tokens, jnp.asarray(order.slot)[..., None], axis=1)
 
 
 @typed
 def to_slots(tokens: Tokens, order: Order) -> Tokens:
     """Reorders tokens from ranks to slots; the inverse of `to_ranks`."""
+    if _in_place(order, tokens):
+        return tokens
     return jnp.take_along_axis(tokens, jnp.argsort(order.slot, axis=-1)[..., None], axis=1)
+
+
+def _in_place(order, tokens):
+    slot = order.slot
+    return isinstance(slot, np.ndarray) and np.array_equal(slot, np.arange(tokens.shape[1])[None])
 
 
 def scan_steps(

@@ -12,6 +12,8 @@ take longer. Exits with 1 if the program does not fit, and names a setting with 
 """
 
 import dataclasses
+import functools
+import itertools
 import os
 import sys
 import time
@@ -25,10 +27,9 @@ import tyro
 
 from ar_jax.chips import Chip, chip
 from ar_jax.config import Experiment, Stage, load_config, parse
-from ar_jax.decode.guidance import interval
-from ar_jax.decode.logits import Filter
-from ar_jax.decode.sequential import Knobs, sample
-from ar_jax.flops import everywhere, model_flops
+from ar_jax.decode.sequential import sample
+from ar_jax.decode.settings import arrange, make_knobs
+from ar_jax.flops import model_flops, with_fields
 from ar_jax.hlo import Program, Work
 from ar_jax.models import untrained
 from ar_jax.sharding import batch_sharding, make_mesh, replicated, shard
@@ -256,8 +257,6 @@ def trainer(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
     state = jax.eval_shape(recipe.init, jax.random.key(0))
     layout = shard(state, mesh, recipe.rules)
     frozen, key = recipe.frozen, jax.eval_shape(lambda: jax.random.key(0))
-    if what == "generator" and "tokens" in batch:
-        frozen = {}  # the update does not read it
     arguments = (
         placed(state, layout), placed(frozen, replicated(mesh)), placed(batch, batch_sharding(mesh)),
         placed(key, replicated(mesh)),
@@ -291,53 +290,64 @@ def shapes_of_batch(experiment: Experiment, generator: Any, tokenizer: Any, stag
 
 def sampler(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -> tuple[dict, Any, tuple, dict]:
     """Facts, jitted token loop, its arguments as shapes, and the rest of `Compiled`."""
-    generator, _ = untrained(experiment)
+    generator, tokenizer = untrained(experiment)
     if generator is None:
         raise ValueError("--sample: the config has no generator")
+    settings = experiment.generator.sampling
+    generator, tokenizer = arrange(settings, generator, tokenizer)
     dtype, images = jnp.dtype(options.dtype).type, options.images * mesh.size
-    generator = everywhere(generator, dtype=dtype)
+    generator = with_fields(generator, dtype=dtype)
     stacked = jax.eval_shape(generator.init_params, jax.random.key(0))
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), stacked)
     laid_out = []
     params = jax.eval_shape(lambda params: laid_out.append(generator.unrolled(params)) or laid_out[0][1], stacked)
     generator = laid_out[0][0]
     order = experiment.generator.order(generator.spec, jax.random.split(jax.random.key(0), images), images, 0)
-    settings, steps = experiment.generator.sampling, len(order.sizes)
-    guided = settings.guidance != 1
-    knobs = Knobs(
-        interval(settings.guidance, steps, settings.guidance_last), np.full(steps, settings.temperature, np.float32),
-        Filter(settings.top_k, settings.top_p),
-    )  # fmt: skip
+    knobs, guided = make_knobs(settings, order, generator.spec.scales)
 
-    def draw(params, batch, keys):
-        return sample(generator, params, batch, order, knobs=knobs, keys=keys, guided=guided, segments=options.segments)
+    def draw(params, frozen, batch, keys):
+        call = functools.partial(tokenizer.apply, {"params": frozen})
+        return sample(
+            generator, params, batch, order, tokenizer=call, knobs=knobs, keys=keys, guided=guided,
+            segments=options.segments,
+        )  # fmt: skip
 
     example = jax.eval_shape(generator.conditioning.example)
     batch = {name: jax.ShapeDtypeStruct((images, *x.shape[1:]), x.dtype) for name, x in example.items()}
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
     over_batch = batch_sharding(mesh)
     layout = shard(params, mesh, generator.rules)
-    arguments = (placed(params, layout), placed(batch, over_batch), placed(keys, over_batch))
+    frozen = jax.eval_shape(tokenizer.init_params, jax.random.key(0))
+    arguments = (
+        placed(params, layout), placed(frozen, replicated(mesh)), placed(batch, over_batch), placed(keys, over_batch)
+    )  # fmt: skip
     facts = {
         "parameters": f"{sum(x.size for x in jax.tree.leaves(params)) / 1e6:.1f} M in {options.dtype}",
-        "images": f"{images}, {options.images} a chip, guidance {'on' if guided else 'off'}, {steps} steps",
+        "images": f"{images}, {options.images} a chip, guidance {'on' if guided else 'off'}, {len(order.sizes)} steps",
     }
     per_replica = images * (2 if guided else 1) // (mesh.shape["data"] * mesh.shape["fsdp"])
     rest = {
-        "model": model_flops(draw, params, batch, keys), "images": images, "steps": steps,
-        "step": step_bytes(generator, params, per_replica, options.segments) / mesh.shape["tp"],
+        "model": model_flops(draw, params, frozen, batch, keys), "images": images, "steps": len(order.sizes),
+        "step": step_bytes(generator, params, per_replica, order.sizes, options.segments) / mesh.shape["tp"],
     }  # fmt: skip
     return facts, jax.jit(draw), arguments, rest
 
 
-def step_bytes(generator: Any, params: Any, rows: int, segments: int) -> float:
-    """Bytes a decoding step has to move: all weights once, the cache as long as it is then, float32 logits once."""
-    net, n = generator.backbone, generator.spec.n
-    weights = sum(x.size * x.dtype.itemsize for part in ("backbone", "head") for x in jax.tree.leaves(params[part]))
+def step_bytes(generator: Any, params: Any, rows: int, sizes: tuple[int, ...], segments: int) -> float:
+    """Bytes a decoding step has to move, on average: all weights once, the cache as long as it is then, float32 logits."""
+    net = generator.backbone
+    read = {name: part for name, part in params.items() if name not in ("inputs", "conditioning")}
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(read))
     before = generator.conditioning.example().get("text", np.zeros((1, 1))).shape[1] - 1
-    ends = [part[-1] + 1 for part in np.array_split(np.arange(n), segments) for _ in part]
-    cache = 2 * net.layers * rows * (before + np.mean(ends)) * net.width * jnp.dtype(net.dtype).itemsize
-    return weights + cache + rows * sum(generator.spec.codes) * 4
+    known, ends = 0, []
+    for size, run in itertools.groupby(sizes):
+        parts = np.array_split(known + size * np.arange(1, len(list(run)) + 1), segments)
+        ends += [part[-1] for part in parts for _ in part]
+        known = ends[-1]
+    cache = 0.0
+    if jax.eval_shape(lambda: net.empty_cache(1)) is not None:
+        cache = 2 * net.layers * rows * (before + np.mean(ends)) * net.width * jnp.dtype(net.dtype).itemsize
+    return weights + cache + rows * np.mean(sizes) * sum(generator.spec.codes) * 4
 
 
 def placed(tree: Any, where: Any) -> Any:

@@ -114,7 +114,7 @@ def cached(generator, params, batch, tokens):
     state = state.replace(tokens=jnp.asarray(tokens)[..., None])
 
     def row(self, state, rank):
-        h, cache = self.row(state, rank, cond, order)
+        h, cache = self.rows(state, rank, 1, cond, order)
         return self.head(h)[:, 0], state.replace(cache=cache)
 
     step = jax.jit(lambda state, rank: call(state, rank, method=row))
@@ -136,7 +136,6 @@ def greedy(generator, params, batch, scale, last=-1):
             params,
             batch,
             raster(generator.spec),
-            embed=None,
             guided=scale > 1,
             knobs=Knobs(jnp.asarray(interval(scale, n, last)), jnp.zeros(n)),
             keys=jax.random.split(jax.random.key(0), images),

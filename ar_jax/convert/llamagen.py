@@ -32,7 +32,7 @@ def gpt_rules(generator: Causal) -> list[Rule]:
         ("backbone/blocks/up/kernel", layer + "feed_forward.w3.weight", LINEAR),
         ("backbone/blocks/down/kernel", layer + "feed_forward.w2.weight", LINEAR),
         ("backbone/norm/scale", "norm.weight", PLAIN),
-        ("embedding", "tok_embeddings.weight", PLAIN),
+        ("inputs/embedding", "tok_embeddings.weight", PLAIN),
         ("head/readout/kernel", "output.weight", LINEAR),
         ("conditioning/embedding", "cls_embedding.embedding_table.weight", PLAIN),
         (r"conditioning/(fc[12])/kernel", r"cls_embedding.cap_proj.\1.weight", LINEAR),

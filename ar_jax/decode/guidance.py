@@ -37,6 +37,15 @@ def interval(scale: float, steps: int, last: int = -1) -> np.ndarray:
     return weight
 
 
+def ramp(scale: float, steps: int, reach: int = 0) -> np.ndarray:
+    """Guidance weight of every step, float32 [steps], as VAR counts: 1 + t with (1 + t) cond - t uncond.
+
+    t rises from 0 at step 0 to `scale` at step `reach` and on beyond it; steps-1 if that comes first, or `reach` is 0.
+    """
+    full = max(min(reach or steps, steps - 1), 1)
+    return (1 + scale * np.arange(steps) / full).astype(np.float32)
+
+
 def linear(scale: float, sizes: tuple[int, ...]) -> np.ndarray:
     """Guidance weight of every step, float32 [steps]: rises from 1 to `scale` with the part of tokens known after it.
 

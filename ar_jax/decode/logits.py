@@ -49,21 +49,32 @@ def _keep(logits, enough):
 class Filter:
     """Top-k, then top-p; as static knob of a sampler.
 
+    Entries stay whose likelier ones have less than `top_p` together, which is both LlamaGen's rule (from the largest
+    down) and VAR's (from the smallest up), but for what rounding does to the sums.
+
     Attributes:
+      banned: entries that are never drawn.
       top_k: number of entries kept, 0 keeps all.
       top_p: probability mass kept, in (0, 1]; 1 keeps all.
     """
 
     top_k: int = 0
     top_p: float = 1.0
+    banned: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.banned and min(self.banned) < 0:
+            raise ValueError(f"banned must be codes, 0 or more, got {self.banned}")
 
     def __call__(self, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
+        if self.banned:
+            if max(self.banned) >= logits.shape[-1]:
+                raise ValueError(f"banned has code {max(self.banned)}, but there are only {logits.shape[-1]} codes")
+            logits = logits.at[..., np.array(self.banned)].set(-jnp.inf)
         return top_p(top_k(logits, self.top_k), self.top_p)
 
 
@@ -72,3 +83,17 @@ def draw(logits: Float[Array, "b m v"], keys: Key[Array, "b m"], temperature: Fl
     """Draws one entry per row with its own key; temperature 0 takes the largest."""
     drawn = jax.vmap(jax.vmap(jax.random.categorical))(keys, logits)
     return jnp.where(temperature > 0, drawn, logits.argmax(-1)).astype(jnp.int32)
+
+
+@typed
+def mixture(
+    logits: Float[Array, "b m v"], keys: Key[Array, "b m"], sharpness: Float[Array, ""]
+) -> Float[Array, "b m v"]:
+    """A draw that is blurred: weights of all entries, the less blurred the nearer `sharpness` is to 1.
+
+    softmax((logits (1 + sharpness) + Gumbel noise) / max(0.27 (1 - 0.95 sharpness), 0.005)): VAR's `more_smooth`, where
+    sharpness rises from 0 at the first scale to 1 at the last.
+    """
+    noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:])))(keys)
+    blur = jnp.maximum(0.27 * (1 - 0.95 * sharpness), 0.005)
+    return jax.nn.softmax((logits * (1 + sharpness) + noise) / blur)

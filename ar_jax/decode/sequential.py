@@ -21,11 +21,13 @@ class Knobs:
     Attributes:
       guidance: float32 [steps], weight of the condition; 1 is unguided.
       temperature: float32 [steps]; 0 is greedy.
+      soften: float32 [steps], or None for codes: mixtures of all codes are drawn, blurred as `logits.mixture` says.
       logits_fn: applied to the guided logits divided by the temperature.
     """
 
     guidance: Array
     temperature: Array
+    soften: Array | None = None
     logits_fn: Callable = struct.field(pytree_node=False, default=Filter())
 
 
@@ -36,7 +38,7 @@ def sample(
     batch: Batch,
     order: Order,
     *,
-    embed: Callable | None = None,
+    tokenizer: Callable | None = None,
     knobs: Knobs,
     keys: Key[Array, "b"],
     guided: bool,
@@ -49,14 +51,14 @@ def sample(
       params: its parameters.
       batch: conditions, first axis b.
       order: what each step reveals.
-      embed: the frozen tokenizer's `embed`, for generators whose inputs are embedded codes.
+      tokenizer: calls a method of the frozen tokenizer, `tokenizer(tokens, method="embed")`; LlamaGen needs none.
       knobs: guidance, temperature, filter.
       keys: one per image; the draw of a rank uses `fold_in(key, rank)`, so an image does not depend on its neighbours.
       guided: run every image with and without its condition.
       segments: the cache grows in so many parts (see `scan_steps`).
 
     Returns:
-      Tokens in slot order.
+      Tokens in slot order; with `knobs.soften` the vectors in their place.
     """
     images = len(keys)
     call = functools.partial(generator.apply, {"params": params})
@@ -68,13 +70,17 @@ def sample(
         ranks = first + jnp.arange(size)
         rank_keys = jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(ranks))(keys)
         return call(
-            state, i, first, size, cond=cond, order=order, embed=embed, knobs=knobs, keys=rank_keys, method="step"
-        )
+            state, i, first, size, cond=cond, order=order, tokenizer=tokenizer, knobs=knobs, keys=rank_keys,
+            method="step",
+        )  # fmt: skip
 
     def grow(state, ranks):
         return call(state, ranks, cond, method="grow")
 
-    state = call(cond, order, images, method="begin")
+    vectors = 0
+    if knobs.soften is not None:
+        vectors = jax.eval_shape(lambda: tokenizer(jnp.zeros((1, 1, 1), jnp.int32), method="embed")).shape[-1]
+    state = call(cond, order, images, vectors, method="begin")
     state = scan_steps(order.sizes, step, state, rooms=order.rooms, grow=grow, segments=segments)
     return to_slots(state.tokens, order)
 
@@ -93,10 +99,8 @@ def sample_images(
     segments: int = 1,
 ) -> Float[Array, "b h w c"]:
     """Draws tokens with a generator and decodes them: `sample`, then the tokenizer's `decode`."""
-    decoder = functools.partial(tokenizer.apply, {"params": tokenizer_params})
+    frozen = functools.partial(tokenizer.apply, {"params": tokenizer_params})
     tokens = sample(
-        generator, params, batch, order, embed=functools.partial(decoder, method="embed"), knobs=knobs, keys=keys,
-        guided=guided,
-        segments=segments,
-    )  # fmt: skip
-    return decoder(tokens, method="decode")
+        generator, params, batch, order, tokenizer=frozen, knobs=knobs, keys=keys, guided=guided, segments=segments
+    )
+    return frozen(tokens, method="decode")

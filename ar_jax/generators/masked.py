@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +11,7 @@ from flax import struct
 
 from ar_jax.data import Info
 from ar_jax.decode.guidance import widen
+from ar_jax.generators.inputs import Frozen
 from ar_jax.nets.conditioning import Cond
 from ar_jax.nets.linear import look_up
 from ar_jax.nets.mlp import norm, xavier
@@ -122,7 +122,7 @@ class Masked(nn.Module):
         *,
         drop: Bool[Array, "b"],
         key: PRNGKey,
-        embed: Callable | None = None,
+        tokenizer: Frozen | None = None,
     ) -> tuple[Float[Array, "b n"], Float[Array, "b n"], Metrics]:
         """Prediction of the ranks that are hidden, which are the last ones; how many is drawn once for the batch.
 
@@ -132,7 +132,7 @@ class Masked(nn.Module):
           order: whatever its steps.
           drop: images trained without their condition.
           key: for the mask and the head.
-          embed: unused.
+          tokenizer: unused.
 
         Returns:
           The head's loss and weight of every rank (0 where it is known), and metrics.
@@ -182,7 +182,8 @@ class Masked(nn.Module):
         valid = jnp.arange(x.shape[1])[None] < self.buffer + known
         return self.encoder(constrain(self.input_norm(x), BATCH), valid=valid)
 
-    def begin(self, cond: Cond, order: Order, images: int) -> State:
+    def begin(self, cond: Cond, order: Order, images: int, vectors: int = 0) -> State:
+        """Nothing is known; `vectors` is unused."""
         return State(jnp.zeros((images, 0, self.spec.channels)))
 
     def grow(self, state: State, ranks: int, cond: Cond) -> State:
@@ -200,7 +201,7 @@ class Masked(nn.Module):
         order: Order,
         knobs: Any,
         keys: Key[Array, "b m"],
-        embed: Callable | None = None,
+        tokenizer: Frozen | None = None,
     ) -> State:
         """Draws ranks `first..first+size` from the ranks before; there may be more than the step reveals."""
         h = self.hidden(state.tokens, jnp.asarray(first, jnp.int32), cond, order)

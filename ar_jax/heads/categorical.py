@@ -1,6 +1,7 @@
 """The categorical head: one softmax over a codebook."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -9,15 +10,15 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from ar_jax.decode.guidance import fold
-from ar_jax.decode.logits import draw
+from ar_jax.decode.logits import draw, mixture
 from ar_jax.nets.linear import Linear
 from ar_jax.sharding import Rules
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Float, Index, Int, Key, typed
+from ar_jax.typing import Array, Float, Index, Int, Key, PRNGKey, Tokens, typed
 
 
 class Categorical(nn.Module):
-    """A linear readout without bias, zero at the start, with float32 logits.
+    """A linear readout with float32 logits.
 
     Attributes:
       codes: size of the codebook; 0 until the tokenizer is known (`complete`).
@@ -25,12 +26,16 @@ class Categorical(nn.Module):
       output_major: layout of the readout for decoding (see `linear.output_major`).
       chunk: the training loss is computed for so many rows of every image at a time, and again in the backward pass, so
         that the logits of all rows never lie in memory; 0 computes all at once.
+      bias: the readout has one.
+      std: of the readout at the start.
     """
 
     codes: int = 0
     dtype: Any = jnp.float32
     output_major: bool = False
     chunk: int = 0
+    bias: bool = False
+    std: float = 0.0
 
     def complete(self, spec: TokenSpec) -> "Categorical":
         if len(spec.codes) != 1:
@@ -40,7 +45,8 @@ class Categorical(nn.Module):
         return self.clone(codes=spec.codes[0])
 
     def setup(self):
-        self.readout = Linear(self.codes, self.dtype, jnp.float32, nn.initializers.zeros, self.output_major)
+        begin = nn.initializers.normal(self.std) if self.std else nn.initializers.zeros
+        self.readout = Linear(self.codes, self.dtype, jnp.float32, begin, self.output_major, self.bias)
 
     @typed
     def __call__(self, h: Float[Array, "B m d"]) -> Float[Array, "B m v"]:
@@ -53,8 +59,10 @@ class Categorical(nn.Module):
         return ((r"/readout/kernel$", P("tp", None) if self.output_major else P(None, "tp")),)
 
     @typed
-    def loss(self, h: Float[Array, "b m d"], target: Int[Array, "b m 1"]) -> Float[Array, "b m"]:
-        """Cross entropy in nats."""
+    def loss(
+        self, h: Float[Array, "b m d"], target: Int[Array, "b m 1"], *, key: PRNGKey | None = None
+    ) -> Float[Array, "b m"]:
+        """Cross entropy in nats; `key` is unused."""
         rows = h.shape[1]
         if not 0 < self.chunk < rows:
             return self._cross_entropy(h, target)
@@ -78,8 +86,21 @@ class Categorical(nn.Module):
         chosen = jnp.where(jnp.arange(self.codes) == target, logits, 0).sum(-1)
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 
-    def sample(self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs, i: Index) -> Int[Array, "b m 1"]:
-        """Draws a code per row of step `i`; guided rows (B = b * ways) are folded first."""
+    def sample(
+        self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs, i: Index, tokenizer: Callable | None = None
+    ) -> Tokens:
+        """Draws a code per row of step `i`; guided rows (B = b * ways) are folded first.
+
+        With `knobs.soften`, a mixture of all the tokenizer's codes in place of one.
+        """
+        logits = self.filtered(h, len(keys), knobs, i)
+        if knobs.soften is not None:
+            everything = tokenizer(jnp.arange(self.codes)[None, :, None], method="embed")[0]
+            return mixture(logits, keys, jnp.asarray(knobs.soften)[i]) @ everything
+        return draw(logits, keys, jnp.asarray(knobs.temperature)[i])[..., None]
+
+    def filtered(self, h: Float[Array, "B m d"], images: int, knobs, i: Index) -> Float[Array, "b m v"]:
+        """Logits of step `i` that a draw is made from: guided, divided by the temperature, filtered."""
         guidance, temperature = jnp.asarray(knobs.guidance)[i], jnp.asarray(knobs.temperature)[i]
-        logits = fold(self(h), h.shape[0] // keys.shape[0], guidance) / jnp.maximum(temperature, 1e-5)
-        return draw(knobs.logits_fn(logits), keys, temperature)[..., None]
+        logits = fold(self(h), h.shape[0] // images, guidance) / jnp.maximum(temperature, 1e-5)
+        return knobs.logits_fn(logits)

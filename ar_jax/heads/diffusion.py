@@ -101,7 +101,9 @@ class Diffusion(nn.Module):
         return square, bound
 
     @typed
-    def sample(self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs, i: Index) -> Float[Array, "b m c"]:
+    def sample(
+        self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs: Any, i: Index, tokenizer: Any = None
+    ) -> Float[Array, "b m c"]:
         """Denoises a token per row; guided rows (B = b * ways) share their noise and are folded in every step.
 
         Guidance changes the predicted noise, the temperature multiplies the noise added in between.

@@ -98,7 +98,9 @@ class Flow(nn.Module):
         return jnp.square(noise - x0 - found).mean(-1)
 
     @typed
-    def sample(self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs, i: Index) -> Float[Array, "b m c"]:
+    def sample(
+        self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs: Any, i: Index, tokenizer: Any = None
+    ) -> Float[Array, "b m c"]:
         """Moves a token per row from noise to data; guided rows (B = b * ways) share it and are folded in every step.
 
         Guidance changes the velocity, the temperature multiplies all noise.

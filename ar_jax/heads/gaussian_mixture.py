@@ -90,7 +90,9 @@ class GaussianMixture(nn.Module):
         return -self(h).log_density(target.astype(jnp.float32))
 
     @typed
-    def sample(self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs, i: Index) -> Float[Array, "b m c"]:
+    def sample(
+        self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs: Any, i: Index, tokenizer: Any = None
+    ) -> Float[Array, "b m c"]:
         """Draws a token per row; of guided rows (B = b * ways), one by rejection (see `guided`).
 
         Guidance g means density p^g / q^(g - 1) of the densities with (p) and without condition (q). The temperature

@@ -1,6 +1,7 @@
 """Attention decided by integers: every row carries the step at which its token becomes known."""
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,11 @@ LANES = 128  # of a TPU's vector registers
 
 @typed
 def visible(
-    query_step: Int[Array, "q"], key_step: Int[Array, "r"], first: Index = 0, valid: Bool[Array, "B r"] | None = None
+    query_step: Int[Array, "q"],
+    key_step: Int[Array, "r"],
+    first: Index = 0,
+    valid: Bool[Array, "B r"] | None = None,
+    own: bool = False,
 ) -> Bool[Array, "#B q r"]:
     """Which rows a row may see: those whose step is not later, and always itself.
 
@@ -26,22 +31,35 @@ def visible(
       key_step: steps of all rows.
       first: place of the first querying row among all rows.
       valid: rows that others may see (padded caption rows are not); None is all.
+      own: rows of the same step only.
     """
-    past = (jnp.asarray(key_step) <= jnp.asarray(query_step)[:, None])[None]
+    seen = _compare(own)(jnp.asarray(key_step), jnp.asarray(query_step)[:, None])[None]
     if valid is None:
-        return past
-    own = first + jnp.arange(len(query_step))[:, None] == jnp.arange(len(key_step))
-    return past & valid[:, None] | own
+        return seen
+    itself = first + jnp.arange(len(query_step))[:, None] == jnp.arange(len(key_step))
+    return seen & valid[:, None] | itself
+
+
+def _compare(own):
+    return operator.eq if own else operator.le
 
 
 @typed
 def attend(
-    q: Float[Array, "B h q e"], k: Float[Array, "B h r e"], v: Float[Array, "B h r e"], mask: Bool[Array, "#B q r"]
+    q: Float[Array, "B h q e"],
+    k: Float[Array, "B h r e"],
+    v: Float[Array, "B h r e"],
+    mask: Bool[Array, "#B q r"],
+    scale: float | None = None,
 ) -> Float[Array, "B h q e"]:
-    """Scaled dot-product attention with a float32 softmax."""
-    logits = jnp.einsum("bhqe,bhre->bhqr", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    """Dot-product attention with a float32 softmax; products are multiplied by `scale`, None is e^-1/2."""
+    logits = jnp.einsum("bhqe,bhre->bhqr", q * _scale(q, scale), k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(mask[:, None], logits, -jnp.inf))
     return jnp.einsum("bhqr,bhre->bhqe", weights.astype(v.dtype), v)
+
+
+def _scale(q, scale):
+    return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 @struct.dataclass
@@ -51,17 +69,21 @@ class Sight:
     Attributes:
       mask: bool [#B q r] for `attend`, or None.
       valid: bool [B q] or None, for `splash`.
-      step: of every row, for `splash`; None takes `attend`.
+      step, keys: of the querying and of all rows, for `splash`; None takes `attend`.
+      own: rows see those of the same step only.
     """
 
     mask: Array | None = None
     valid: Array | None = None
     step: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
+    keys: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
+    own: bool = struct.field(pytree_node=False, default=False)
 
-    def __call__(self, q: Array, k: Array, v: Array) -> Array:
+    def __call__(self, q: Array, k: Array, v: Array, scale: float | None = None) -> Array:
         if self.step is None:
-            return attend(q, k, v, self.mask)
-        return splash(q, k, v, np.array(self.step, np.int32), self.valid)
+            return attend(q, k, v, self.mask, scale)
+        step, keys = (np.array(x, np.int32) for x in (self.step, self.keys))
+        return splash(q, k, v, step, self.valid, keys=keys, own=self.own, scale=scale)
 
 
 def sight(
@@ -69,43 +91,54 @@ def sight(
     keys: Int[Array, "r"] | None = None,
     first: Index = 0,
     valid: Bool[Array, "B r"] | None = None,
+    own: bool = False,
 ) -> Sight:
     """What rows of these steps see.
 
-    On a TPU `splash` computes it where all rows see all rows (`keys` is None) and the steps are known while tracing.
+    On a TPU `splash` computes it where the steps are known while tracing; with a cache, if the rows fill a kernel's block
+    and none of them is hidden.
 
     Args: as of `visible`; `keys` are the steps of a cache's rows.
     """
-    if keys is None and isinstance(step, np.ndarray) and platform() == "tpu":
-        return Sight(valid=valid, step=tuple(step.tolist()))
-    return Sight(visible(step, step if keys is None else keys, first, valid))
+    known = all(isinstance(x, np.ndarray) for x in (step, step if keys is None else keys))
+    worth = keys is None or (len(step) >= LANES and valid is None)
+    keys = step if keys is None else keys
+    if known and worth and platform() == "tpu":
+        return Sight(valid=valid, step=tuple(step.tolist()), keys=tuple(keys.tolist()), own=own)
+    return Sight(visible(step, keys, first, valid, own))
 
 
 @typed
 def splash(
     q: Float[Array, "B h q e"],
-    k: Float[Array, "B h q e"],
-    v: Float[Array, "B h q e"],
+    k: Float[Array, "B h r e"],
+    v: Float[Array, "B h r e"],
     step: Int[np.ndarray, "q"],
     valid: Bool[Array, "B q"] | None = None,
     interpret: bool = False,
+    keys: Int[np.ndarray, "r"] | None = None,
+    own: bool = False,
+    scale: float | None = None,
 ) -> Float[Array, "B h q e"]:
-    """`attend` of all rows to all rows by JAX's splash kernel: no logits in memory, no work on blocks nobody sees.
+    """`attend` by JAX's splash kernel: no logits in memory, no work on blocks nobody sees.
 
     On the mesh in use (`jax.set_mesh`) every device takes its images and its heads.
 
     Args:
-      step: of every row, fixed while tracing.
-      valid: as in `visible`. Rows that are not valid get other values than from `attend`; nobody sees them.
+      step: of the querying rows, fixed while tracing.
+      valid: as in `visible`, where all rows see all rows. Rows that are not valid get other values than from `attend`;
+        nobody sees them.
       interpret: run the kernel step by step on any device, for tests.
+      keys: steps of the rows that are seen; None is `step`.
+      own, scale: as in `visible` and `attend`.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention
 
+    keys = step if keys is None else keys
     rows, features = q.shape[2:]
-    padded = -(-rows // LANES) * LANES
-    room = ((0, 0), (0, 0), (0, padded - rows), (0, -features % (LANES // 2)))
-    q, k, v = (jnp.pad(x, room) for x in (q * features**-0.5, k, v))
-    if valid is None and padded > rows:
+    q, k, v = (_padded(x) for x in (q * _scale(q, scale), k, v))
+    padded, mask = q.shape[2], _static_mask(step.tobytes(), keys.tobytes(), own)
+    if valid is None and (padded > rows or len(keys) != rows):
         segments = None  # the mask hides the padding
     else:
         segments = jnp.ones((len(q), rows), bool) if valid is None else valid
@@ -113,8 +146,8 @@ def splash(
 
     def local(q, k, v, segments):
         kernel = splash_attention.make_splash_mha(
-            splash_attention.MultiHeadMask([_static_mask(step.tobytes(), rows, padded)] * q.shape[1]),
-            block_sizes=_blocks(padded),
+            splash_attention.MultiHeadMask([mask] * q.shape[1]),
+            block_sizes=_blocks(padded, k.shape[2]),
             head_shards=1,
             q_seq_shards=1,
             residual_checkpoint_name=ATTENTION,
@@ -131,18 +164,30 @@ def splash(
     return local(q, k, v, segments)[:, :, :rows, :features]
 
 
+def _padded(x):
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES), (0, -x.shape[3] % (LANES // 2))))
+
+
 @functools.lru_cache
-def _static_mask(step: bytes, rows: int, padded: int):
+def _static_mask(step: bytes, keys: bytes, own: bool):
     from jax.experimental.pallas.ops.tpu import splash_attention
 
-    # padding comes after everything: nobody sees it, and it sees all, so that its softmax has a finite sum
-    steps = np.pad(np.frombuffer(step, np.int32), (0, padded - rows), constant_values=np.iinfo(np.int32).max)
-    return splash_attention.NumpyMask(steps[None, :] <= steps[:, None])
+    def padded(steps):
+        # padding comes after everything: nobody sees it
+        steps = np.frombuffer(steps, np.int32)
+        return np.pad(steps, (0, -len(steps) % LANES), constant_values=np.iinfo(np.int32).max)
+
+    seen = _compare(own)(padded(keys)[None, :], padded(step)[:, None])
+    seen[:, 0] |= ~seen.any(1)  # the softmax of a padded row needs a finite sum too
+    return splash_attention.NumpyMask(seen)
 
 
-def _blocks(rows):
+def _blocks(rows, keys):
     from jax.experimental.pallas.ops.tpu import splash_attention
 
-    block = next(size for size in range(min(rows, 1024), 0, -LANES) if rows % size == 0)
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    return splash_attention.BlockSizes(**dict.fromkeys(names, block), use_fused_bwd_kernel=True)
+    def block(rows):
+        return next(size for size in range(min(rows, 1024), 0, -LANES) if rows % size == 0)
+
+    queries = dict.fromkeys(("block_q", "block_q_dkv"), block(rows))
+    others = ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute")
+    return splash_attention.BlockSizes(**queries, **dict.fromkeys(others, block(keys)), use_fused_bwd_kernel=True)

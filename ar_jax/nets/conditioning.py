@@ -1,5 +1,7 @@
 """Conditions (class label, caption) as rows that come before the tokens."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +21,13 @@ class Cond:
     Attributes:
       rows: [B p d] rows before the first token; the last one predicts it.
       valid: bool [B p], rows that others may see, or None where all are.
+      mod: what modulates the network, or None: from the conditioning a vector [B d], then what the network makes of it
+        once for all its layers (`Backbone.modulate`).
     """
 
     rows: Array
     valid: Array | None = None
+    mod: Any = None
 
     @property
     def step(self) -> np.ndarray:
@@ -36,11 +41,13 @@ class Label(nn.Module):
     Attributes:
       width: of the network.
       classes: number of classes; 0 until the data is known (`complete`).
+      std: of the rows at the start.
       apart: "no class" is a parameter of its own, as in MAR, instead of the table's last row.
     """
 
     width: int
     classes: int = 0
+    std: float = 0.02
     apart: bool = False
 
     def complete(self, info: Info) -> "Label":
@@ -56,11 +63,12 @@ class Label(nn.Module):
     @typed
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
         """Looks up `batch["label"]`, int [b] in 0..classes (classes itself means none), dropped where `drop` is set."""
-        table = self.param("embedding", init, (self.classes + (not self.apart), self.width))
+        std = nn.initializers.normal(self.std)
+        table = self.param("embedding", std, (self.classes + (not self.apart), self.width))
         if self.apart:
-            table = jnp.concatenate([table, self.param("none", init, (1, self.width))])
-        label = jnp.where(drop, self.classes, batch["label"])
-        return Cond(look_up(table, label)[:, None])
+            table = jnp.concatenate([table, self.param("none", std, (1, self.width))])
+        row = look_up(table, jnp.where(drop, self.classes, batch["label"]))
+        return Cond(row[:, None], mod=row)
 
 
 class Caption(nn.Module):

@@ -17,13 +17,14 @@ PRODUCT = "product"  # name of the results, for policies of what a backward pass
 
 
 class Linear(nn.Module):
-    """x W, without bias.
+    """x W, or x W + b.
 
     Attributes:
       features: of the result.
       dtype: of the product's inputs; the parameter stays float32.
       out_dtype: of the result; None is `dtype`. float32 accumulates and returns float32.
       output_major: the kernel is [features, d], the layout for decoding (see `output_major`).
+      bias: add a learned vector, zero at the start.
     """
 
     features: int
@@ -31,6 +32,7 @@ class Linear(nn.Module):
     out_dtype: Any = None
     kernel_init: Any = nn.initializers.normal(0.02)
     output_major: bool = False
+    bias: bool = False
 
     @nn.compact
     @typed
@@ -39,6 +41,8 @@ class Linear(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         multiply = stream if self.output_major else product
         y = multiply(x.astype(self.dtype), kernel.astype(self.dtype), self.out_dtype or self.dtype)
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
         return checkpoint_name(y, PRODUCT)
 
 

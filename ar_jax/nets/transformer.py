@@ -64,6 +64,74 @@ class RMSNorm(nn.Module):
         return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
+class Backbone(nn.Module):
+    """What stacks of blocks have in common: layout of the layers, cache, and what the backward pass keeps.
+
+    Attributes:
+      layers, width, heads: sizes.
+      dtype: of the matrix products; parameters stay float32.
+      remat: what the backward pass computes again to save memory: "none", "dots" (all but matrix products and
+        attention) or "full" (everything inside a block).
+      unroll: the layout for decoding, one tree of output-major kernels per layer instead of stacked ones (see `unrolled`).
+    """
+
+    layers: int
+    width: int
+    heads: int
+    dtype: Any = jnp.float32
+    remat: Literal["none", "dots", "full"] = "none"
+    unroll: bool = False
+
+    @nn.nowrap
+    def stack(self, block: type[nn.Module], sizes: tuple, axes: tuple) -> Any:
+        """The blocks, for `setup`.
+
+        Args:
+          block: called with rows, the layer's keys and values (or None) and the arguments of `run`.
+          sizes: its fields.
+          axes: of those arguments, 0 (one slice per layer) or `nn.broadcast`.
+        """
+        if self.remat not in ("none", *REMAT):
+            raise ValueError(f"backbone.remat is {self.remat!r}; it must be one of none, {', '.join(REMAT)}")
+        if self.remat != "none":
+            block = nn.remat(block, prevent_cse=self.unroll, policy=REMAT[self.remat])
+        if self.unroll:
+            return [block(*sizes) for _ in range(self.layers)]
+        return nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, *axes),
+            length=self.layers,
+        )(*sizes)
+
+    @nn.nowrap
+    def run(self, blocks: Any, x: Array, cache: Cache | None, each: tuple, shared: tuple) -> tuple[Array, Cache | None]:
+        """Rows through all layers; `each` holds arrays with a slice per layer, `shared` what all layers get."""
+        layers = cache and (cache.k, cache.v)
+        if not self.unroll:
+            x, layers = blocks(x, layers, *each, *shared)
+            return x, cache and Cache(*layers)
+        done = []
+        for i, block in enumerate(blocks):
+            x, pair = block(x, layers and (layers[0][i], layers[1][i]), *(part[i] for part in each), *shared)
+            done.append(pair)
+        return x, cache and Cache(*(list(side) for side in zip(*done)))
+
+    def empty_cache(self, batch: int) -> Cache | None:
+        """A cache without rows; `Cache.grow` makes room."""
+        shape = (batch, self.heads, 0, self.width // self.heads)
+        if self.unroll:
+            k, v = ([jnp.zeros(shape, self.dtype) for _ in range(self.layers)] for _ in "kv")
+        else:
+            k, v = (jnp.zeros((self.layers, *shape), self.dtype) for _ in "kv")
+        return Cache(k, v)
+
+    def modulate(self, vector: Float[Array, "B d"] | None) -> Any:
+        """What the condition's vector does to this network, of all its layers at once; nothing."""
+        return None
+
+
 class Block(nn.Module):
     """Pre-norm attention and SwiGLU."""
 
@@ -103,7 +171,7 @@ class Block(nn.Module):
         return self.out(jnp.moveaxis(out, 1, 2).reshape(x.shape)), cache
 
 
-class Transformer(nn.Module):
+class Transformer(Backbone):
     """A stack of `Block`s with two-dimensional rotary positions and a final norm.
 
     Attributes:
@@ -111,22 +179,13 @@ class Transformer(nn.Module):
       hidden: width of the SwiGLU; 0 takes Llama's rule, 8/3 width rounded up to a multiple of 256.
       dropout: rate after attention and MLP; active only when a "dropout" key is given to `apply`.
       base: wave length base of the rotary positions.
-      dtype: of the matrix products; parameters stay float32.
-      remat: what the backward pass computes again to save memory: "none", "dots" (all but matrix products and
-        attention) or "full" (everything inside a block).
-      unroll: the layout for decoding, one tree of output-major kernels per layer instead of stacked ones (see `unrolled`).
+      dtype, remat, unroll: see `Backbone`.
     """
 
-    layers: int
-    width: int
-    heads: int
     hidden: int = 0
     dropout: float = 0.0
     base: float = 10000.0
     eps: float = 1e-5
-    dtype: Any = jnp.float32
-    remat: Literal["none", "dots", "full"] = "none"
-    unroll: bool = False
 
     def setup(self):
         if self.width % self.heads or self.width // self.heads % 4:
@@ -136,21 +195,7 @@ class Transformer(nn.Module):
             )
         hidden = self.hidden or -(-(8 * self.width // 3) // 256) * 256
         sizes = (self.width, self.heads, hidden, self.dropout, self.eps, self.dtype, self.unroll)
-        if self.remat not in ("none", *REMAT):
-            raise ValueError(f"backbone.remat is {self.remat!r}; it must be one of none, {', '.join(REMAT)}")
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=self.unroll, policy=REMAT[self.remat])
-        if self.unroll:
-            self.blocks = [block(*sizes) for _ in range(self.layers)]
-        else:
-            self.blocks = nn.scan(
-                block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-                length=self.layers,
-            )(*sizes)
+        self.blocks = self.stack(Block, sizes, (nn.broadcast, nn.broadcast, nn.broadcast))
         self.norm = RMSNorm(self.eps)
 
     @property
@@ -160,15 +205,6 @@ class Transformer(nn.Module):
         outputs, inputs = (P("tp", None), P(None, "tp")) if self.unroll else (P(None, "tp"), P("tp", None))
         return (r"/(qkv|gate|up)/kernel$", outputs), (r"/(out|down)/kernel$", inputs)
 
-    def empty_cache(self, batch: int) -> Cache:
-        """A cache without rows; `Cache.grow` makes room."""
-        shape = (batch, self.heads, 0, self.width // self.heads)
-        if self.unroll:
-            k, v = ([jnp.zeros(shape, self.dtype) for _ in range(self.layers)] for _ in "kv")
-        else:
-            k, v = (jnp.zeros((self.layers, *shape), self.dtype) for _ in "kv")
-        return Cache(k, v)
-
     @typed
     def __call__(
         self,
@@ -176,6 +212,7 @@ class Transformer(nn.Module):
         step: Int[Array, "q"],
         coords: Int[Array, "#B q 3"],
         *,
+        mod: None = None,
         valid: Bool[Array, "B r"] | None = None,
         cache: Cache | None = None,
         first: Index = 0,
@@ -187,6 +224,7 @@ class Transformer(nn.Module):
           x: input rows.
           step: of these rows, a numpy array where it is known while tracing; a row sees rows of no later step.
           coords: their level, row, column.
+          mod: nothing modulates this network.
           valid: rows that others may see; None is all.
           cache: with room for all rows of `keys`.
           first: place of the first row in the sequence.
@@ -195,21 +233,12 @@ class Transformer(nn.Module):
         x = x.astype(self.dtype)
         table = rotary(coords, self.width // self.heads, self.base)
         seen = sight(step, None if cache is None else keys, first, valid)
-        x, layers = self._layers(x, cache and (cache.k, cache.v), table, seen, first)
-        return self.norm(x), None if cache is None else Cache(*layers)
-
-    def _layers(self, x, layers, table, seen, first):
-        if not self.unroll:
-            return self.blocks(x, layers, table, seen, first)
-        done = []
-        for i, block in enumerate(self.blocks):
-            x, pair = block(x, layers and (layers[0][i], layers[1][i]), table, seen, first)
-            done.append(pair)
-        return x, None if layers is None else tuple(list(side) for side in zip(*done))
+        x, cache = self.run(self.blocks, x, cache, (), (table, seen, first))
+        return self.norm(x), cache
 
 
 def unrolled(params: Params, layers: int) -> Params:
-    """Parameters of a `Transformer` for `unroll=True`: slices the stacked blocks once, so a decoding loop need not.
+    """Parameters of a `Backbone` for `unroll=True`: slices the stacked blocks once, so a decoding loop need not.
 
     Inside a loop over tokens, XLA on CPU copies every layer's slice of stacked weights anew for every token.
     """

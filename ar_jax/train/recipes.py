@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from ar_jax.config import GeneratorStage
-from ar_jax.decode.guidance import interval
-from ar_jax.decode.logits import Filter
-from ar_jax.decode.sequential import Knobs, sample_images
+from ar_jax.decode.sequential import sample_images
+from ar_jax.decode.settings import arrange, make_knobs
 from ar_jax.flops import model_flops, without_remat
 from ar_jax.images import to_float, to_uint8
 from ar_jax.sharding import Rules
@@ -55,18 +54,18 @@ def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate
 
     def loss_fn(params, frozen, batch, key, step):
         order_key, drop_key, loss_key, encode_key, dropout_key = jax.random.split(key, 5)
-        encoder = functools.partial(tokenizer.apply, {"params": frozen})
+        call = functools.partial(tokenizer.apply, {"params": frozen})
         tokens = batch.get("tokens")
         if tokens is None:
-            tokens = encoder(to_float(batch["image"]), key=encode_key, method="encode")
+            tokens = call(to_float(batch["image"]), key=encode_key, method="encode")
         images = len(tokens)
         loss, weight, metrics = generator.apply(
             {"params": params}, tokens, batch,
-            order_fn(generator.spec, jax.random.split(order_key, images), images, step), method="loss", key=loss_key,
-            embed=functools.partial(encoder, method="embed"),
-            drop=jax.random.bernoulli(drop_key, drop_rate, (images,)), rngs={"dropout": dropout_key} if train else {},
+            order_fn(generator.spec, jax.random.split(order_key, images), images, step), method="loss", tokenizer=call,
+            drop=jax.random.bernoulli(drop_key, drop_rate, (images,)), key=loss_key,
+            rngs={"dropout": dropout_key} if train else {},
         )  # fmt: skip
-        mean = (loss * weight).sum() / jnp.maximum(weight.sum(), 1)
+        mean = (loss * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
         return mean, {"loss": mean, **metrics}
 
     return loss_fn
@@ -85,28 +84,25 @@ def gradients(loss_fn: LossFn) -> GradFn:
 def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, frozen: Params) -> Recipe:
     """Trains a generator on a frozen tokenizer's tokens."""
     tx = make_optimiser(stage.optim, stage.steps)
-    held_out_loss = generator_loss(generator, tokenizer, stage.order, 0.0, train=False)
+    train_order = stage.train_order or stage.order
+    held_out_loss = generator_loss(generator, tokenizer, train_order, 0.0, train=False)
 
     def update_of(generator):
-        grad_fn = gradients(generator_loss(generator, tokenizer, stage.order, stage.drop))
+        grad_fn = gradients(generator_loss(generator, tokenizer, train_order, stage.drop))
         return make_update(grad_fn, tx, ema=stage.optim.ema, accumulate=stage.optim.accumulate)
 
     def init(key):
         return create({"model": generator.init_params(key)}, {}, tx, stage.optim.ema)
 
     def preview(params, frozen, batch, key):
-        images = len(next(iter(batch.values())))
-        keys = jax.random.split(key, images)
-        order = stage.order(generator.spec, keys, images, stage.steps)
-        steps, settings = len(order.sizes), stage.sampling
-        knobs = Knobs(
-            interval(settings.guidance, steps, settings.guidance_last), jnp.full(steps, settings.temperature),
-            Filter(settings.top_k, settings.top_p),
-        )  # fmt: skip
-        images = sample_images(
-            generator, tokenizer, params, frozen, batch, order, knobs=knobs, keys=keys, guided=settings.guidance != 1
-        )
-        loss, _ = held_out_loss(params, frozen, batch, key, stage.steps)
+        count = len(next(iter(batch.values())))
+        drawer, decoder = arrange(stage.sampling, generator, tokenizer)
+        keys = jax.random.split(key, count)
+        order = stage.order(drawer.spec, keys, count, stage.steps)
+        knobs, guided = make_knobs(stage.sampling, order, drawer.spec.scales)
+        images = sample_images(drawer, decoder, params, frozen, batch, order, knobs=knobs, keys=keys, guided=guided)
+        # the same order at every preview, or losses could not be compared
+        loss, _ = held_out_loss(params, frozen, batch, jax.random.key(0), stage.steps)
         return to_uint8(images), {"loss": loss}
 
     return Recipe(
