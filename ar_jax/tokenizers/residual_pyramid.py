@@ -126,8 +126,10 @@ class ResidualPyramid(nn.Module):
         return jnp.clip(self.pixels(self.sums(tokens)[-1]), -1, 1)
 
     @typed
-    def autoencode(self, image: Float[Array, "b H W c"]) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
-        """One training pass.
+    def autoencode(
+        self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None
+    ) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
+        """One training pass; `key` is unused.
 
         Returns:
           The reconstruction, not clipped; the weighted losses of the quantiser by name; and what training may want to
