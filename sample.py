@@ -71,7 +71,7 @@ class Options:
     guidance: float | None = None
     """Classifier-free guidance scale; 1 is unguided, with the ramp 0. This and the next ones down to `banned`: the model's
     own if left out."""
-    guidance_rule: Literal["interval", "ramp"] | None = None
+    guidance_rule: Literal["interval", "ramp", "linear"] | None = None
     """One weight up to `guidance_last`; or VAR's 1 + t, where t rises to `guidance` over the steps."""
     guidance_last: int | None = None
     """Last guided decode step, counted from the step after the first token; -1 guides all."""
@@ -221,7 +221,8 @@ def make_sampler(
     def program(params, frozen, batch, ids):
         root, order_key = jax.random.split(jax.random.key(options.seed))
         keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(ids)
-        order = order_fn(generator.spec, order_key, len(ids), 0)
+        order_keys = jax.vmap(lambda i: jax.random.fold_in(order_key, i))(ids)
+        order = order_fn(generator.spec, order_keys, len(ids), 0)
         knobs, guided = make_knobs(settings, order, generator.spec.scales)
         images = sample_images(
             generator,

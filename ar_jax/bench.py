@@ -83,7 +83,7 @@ def bench_sample(experiment: Experiment, options: Options) -> dict[str, str]:
     chosen = {name: value for name in ("guidance", "top_k", "top_p") if (value := getattr(options, name)) is not None}
     settings = dataclasses.replace(settings, **chosen)
     generator, tokenizer = arrange(settings, generator, tokenizer)
-    order = experiment.generator.order(generator.spec, jax.random.key(0), images, 0)
+    order = experiment.generator.order(generator.spec, jax.random.split(jax.random.key(0), images), images, 0)
     steps = len(order.sizes)
     knobs, guided = make_knobs(settings, order, generator.spec.scales)
 

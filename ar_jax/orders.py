@@ -2,7 +2,9 @@
 each step reveals."""
 
 import dataclasses
+import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -13,7 +15,7 @@ from flax import struct
 from jax import lax
 
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Bool, Index, Int, PRNGKey, Tokens, typed
+from ar_jax.typing import Array, Bool, Index, Int, Key, PRNGKey, Tokens, typed
 
 NEVER = np.int32(2**30)  # the step of padding: later than all others
 
@@ -27,12 +29,16 @@ class Order:
     Attributes:
       slot: int32 [1 n] (numpy, fixed order) or [b n] (an order per image): rank -> slot.
       sizes: ranks revealed by each step; they sum to n.
+      rooms: ranks computed by each step, at least its size; those beyond it are thrown away and computed again in a later
+        step. Neighbours of equal room share one loop, so that many different sizes need not make many programs. () is
+        `sizes`; only generators that feed no row to a cache can do it.
       drawn: int32 [n], steps that are drawn anew for every update of a training, in place of `sizes`, or None. Ranks of
         step `NEVER` are padding. Such an order may leave slots out.
     """
 
     slot: Array
     sizes: tuple[int, ...] = struct.field(pytree_node=False)
+    rooms: tuple[int, ...] = struct.field(pytree_node=False, default=())
     drawn: Array | None = None
 
     @property
@@ -47,15 +53,16 @@ class Order:
         return np.repeat(np.arange(len(self.sizes), dtype=np.int32), self.sizes)
 
 
-OrderFn = Callable[[TokenSpec, PRNGKey, int, Int[Array, ""]], Order]  # tokens, key, images, train step
+# tokens, a key per image, images, train step
+OrderFn = Callable[[TokenSpec, Key[Array, "b"], int, Int[Array, ""]], Order]
 
 
-def raster(spec: TokenSpec, key: PRNGKey | None = None, images: int = 1, train_step: Index = 0) -> Order:
+def raster(spec: TokenSpec, keys: Key[Array, "b"] | None = None, images: int = 1, train_step: Index = 0) -> Order:
     """Slots in the tokenizer's own order, one a step."""
     return Order(slot=np.arange(spec.n, dtype=np.int32)[None], sizes=(1,) * spec.n)
 
 
-def scales(spec: TokenSpec, key: PRNGKey | None = None, images: int = 1, train_step: Index = 0) -> Order:
+def scales(spec: TokenSpec, keys: Key[Array, "b"] | None = None, images: int = 1, train_step: Index = 0) -> Order:
     """One scale of the tokenizer per step, coarse to fine."""
     sizes = tuple(height * width for height, width in spec.scales)
     return Order(slot=np.arange(spec.n, dtype=np.int32)[None], sizes=sizes)
@@ -82,8 +89,8 @@ class DrawnScales:
     some: tuple[tuple[int, int, int], ...] = ((5, 3, 10), (2, 11, 15))
     last: int = 16
 
-    def __call__(self, spec: TokenSpec, key: PRNGKey, images: int = 1, train_step: Index = 0) -> Order:
-        """An order over the tokenizer's scales.
+    def __call__(self, spec: TokenSpec, keys: Key[Array, "b"], images: int = 1, train_step: Index = 0) -> Order:
+        """An order over the tokenizer's scales, drawn with the first key.
 
         Raises:
           ValueError: the tokenizer lacks a side, or has scales that are not square.
@@ -95,7 +102,7 @@ class DrawnScales:
                 f"order draws lists of the square scales {tuple(sorted(wanted))}, but the tokenizer has {spec.scales}; "
                 f"give it all of them"
             )
-        chosen = self.draw(sides, key)
+        chosen = self.draw(sides, keys[0])
         level = spec.coords[:, 0]
         limit = sum(side**2 for side in self.usual)
         inside = chosen[level]
@@ -136,6 +143,62 @@ class DrawnScales:
         return jnp.where(usual, np.isin(sides, self.usual), chosen)
 
 
+@dataclasses.dataclass(frozen=True)
+class Shuffled:
+    """A random order for every image, few slots in the first steps and many in the last.
+
+    Attributes:
+      steps: of decoding; after i of them, a part cos(pi/2 i/steps) of the slots is unknown.
+      scans: programs that the steps may be compiled to (see `Order.rooms`); more throw away less.
+    Source: MAR (arXiv:2406.11838).
+    """
+
+    steps: int = 64
+    scans: int = 4
+
+    def __call__(self, spec: TokenSpec, keys: Key[Array, "b"], images: int = 1, train_step: Index = 0) -> Order:
+        slot = jax.vmap(lambda key: jax.random.permutation(key, spec.n))(keys).astype(jnp.int32)
+        sizes = cosine_sizes(spec.n, self.steps)
+        return Order(slot, sizes, rooms(sizes, self.scans))
+
+
+def cosine_sizes(n: int, steps: int) -> tuple[int, ...]:
+    """Ranks revealed by each step if a part cos(pi/2 i/steps) of n, rounded down, is unknown after i steps; all at least 1.
+
+    Raises:
+      ValueError: more steps than ranks, or none.
+    """
+    if not 1 <= steps <= n:
+        raise ValueError(f"order.steps is {steps}; it must be 1 to {n}, the number of tokens")
+    unknown = [n]
+    for i in range(1, steps):
+        unknown.append(max(1, min(unknown[-1] - 1, math.floor(n * math.cos(math.pi / 2 * i / steps)))))
+    return tuple(before - after for before, after in itertools.pairwise([*unknown, 0]))
+
+
+def rooms(sizes: tuple[int, ...], scans: int) -> tuple[int, ...]:
+    """Sizes raised so that at most `scans` runs of equal ones are left, with the smallest sum."""
+
+    @functools.cache
+    def best(start, runs):  # of the steps from `start` on: sum, and the ends of the runs
+        if start == len(sizes):
+            return 0, ()
+        if not runs:
+            return math.inf, ()
+        highest, found = 0, (math.inf, ())
+        for end in range(start + 1, len(sizes) + 1):
+            highest = max(highest, sizes[end - 1])
+            rest, ends = best(end, runs - 1)
+            found = min(found, (highest * (end - start) + rest, (end, *ends)))
+        return found
+
+    raised, start = [], 0
+    for end in best(0, max(scans, 1))[1]:
+        raised += [max(sizes[start:end])] * (end - start)
+        start = end
+    return tuple(raised)
+
+
 @typed
 def to_ranks(tokens: Tokens, order: Order) -> Tokens:
     """Reorders tokens from slots to ranks."""
@@ -162,31 +225,35 @@ def scan_steps(
     fn: Callable[[State, Index, Index, int], State],
     state: State,
     *,
+    rooms: tuple[int, ...] = (),
     grow: Callable[[State, int], State] = lambda state, ranks: state,
     segments: int = 1,
 ) -> State:
-    """Runs `fn(state, step, first rank, size)` for every step; neighbours of equal size share one `lax.scan`.
+    """Runs `fn(state, step, first rank, room)` for every step; neighbours of equal room share one `lax.scan`.
 
     Args:
       sizes: ranks revealed by each step.
       fn: one step.
       state: what is handed from step to step.
+      rooms: ranks computed by each step (see `Order.rooms`); () is `sizes`.
       grow: called before every scan with the number of ranks known after it; makes room for them in the state.
       segments: scans that a run of equal steps is cut into, so that `grow` can keep a cache no longer than needed;
         more segments read less and compile longer.
     """
-    step = first = 0
-    for size, run in itertools.groupby(sizes):
-        count = len(list(run))
-        for part in np.array_split(np.arange(count), min(segments, count)):
-            state = grow(state, first + len(part) * size)
+    last = np.cumsum(sizes)
+    first = last - sizes
+    step = 0
+    for room, run in itertools.groupby(rooms or sizes):
+        steps = np.arange(step, step + len(list(run)))
+        for part in np.array_split(steps, min(segments, len(steps))):
+            state = grow(state, int(last[part[-1]]))
             if len(part) == 1:
-                state = fn(state, step, first, size)
+                state = fn(state, int(part[0]), int(first[part[0]]), room)
             else:
 
-                def body(carry, i, step=step, first=first, size=size):
-                    return fn(carry, step + i, first + i * size, size), None
+                def body(carry, at, room=room):
+                    return fn(carry, *at, room), None
 
-                state, _ = lax.scan(body, state, jnp.arange(len(part)))
-            step, first = step + len(part), first + len(part) * size
+                state, _ = lax.scan(body, state, (jnp.asarray(part), jnp.asarray(first[part])))
+        step += len(steps)
     return state

@@ -302,7 +302,7 @@ def sampler(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
     laid_out = []
     params = jax.eval_shape(lambda params: laid_out.append(generator.unrolled(params)) or laid_out[0][1], stacked)
     generator = laid_out[0][0]
-    order = experiment.generator.order(generator.spec, None, images, 0)
+    order = experiment.generator.order(generator.spec, jax.random.split(jax.random.key(0), images), images, 0)
     knobs, guided = make_knobs(settings, order, generator.spec.scales)
 
     def draw(params, frozen, batch, keys):

@@ -30,6 +30,10 @@ class TokenSpec:
     def n(self) -> int:
         return len(self.coords)
 
+    def zeros(self, images: int) -> Array:
+        """Tokens of so many images: int32 [b n k] codes or float32 [b n c]."""
+        return jnp.zeros((images, self.n, self.channels or len(self.codes)), jnp.int32 if self.codes else jnp.float32)
+
     @property
     def scales(self) -> tuple[tuple[int, int], ...]:
         """Height and width of every level."""

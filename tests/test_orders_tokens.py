@@ -10,7 +10,7 @@ from ar_jax.tokens import TokenSpec, grid
 
 @pytest.mark.parametrize("order_fn", [raster, backwards, shuffled])
 def test_every_image_of_an_order_visits_each_slot_once(order_fn):
-    order = order_fn(SPEC, jax.random.key(0), 3, 0)
+    order = order_fn(SPEC, jax.random.split(jax.random.key(0), 3), 3, 0)
     assert order.slot.dtype == np.int32
     assert order.slot.shape[0] in (1, 3)
     np.testing.assert_array_equal(np.sort(order.slot, axis=-1), np.tile(np.arange(SPEC.n), (len(order.slot), 1)))

@@ -7,6 +7,7 @@ import pathlib
 
 import jax
 import numpy as np
+import parity_continuous
 import parity_llamagen
 import parity_next_scale
 import parity_small
@@ -14,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[2] / "shared" / "parity"))
-CASES = parity_llamagen.CASES | parity_next_scale.CASES | parity_small.CASES
+CASES = parity_continuous.CASES | parity_llamagen.CASES | parity_next_scale.CASES | parity_small.CASES
 
 
 def _outputs():
@@ -68,6 +69,6 @@ def _compare(name, got, want, array):
 def test_every_fixture_of_the_supported_methods_has_a_case():
     if not ROOT.exists():
         pytest.skip(f"no fixtures at {ROOT}; set AR_JAX_PARITY")
-    supported = ("llamagen", "lpips", "patchgan", "var_vqvae", "flexvar_vq")
+    supported = ("llamagen", "lpips", "patchgan", "var_vqvae", "flexvar_vq", "kl16", "mar", "disa_mar")
     present = {path.name for path in ROOT.iterdir() if path.name.startswith(supported)}
     assert present <= CASES.keys()

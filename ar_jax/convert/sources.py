@@ -18,7 +18,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from ar_jax.convert import flexvar, llamagen, var
+from ar_jax.convert import flexvar, llamagen, mar, var
 from ar_jax.convert.names import Rule, differences, key_shapes
 from ar_jax.typing import Params
 
@@ -26,6 +26,7 @@ SOURCES: dict[str, ModuleType] = {
     "var": var,
     "flexvar": flexvar,
     "llamagen": llamagen,
+    "mar": mar,
 }  # the special before the general
 
 Shapes = Mapping[str, tuple[int, ...]]

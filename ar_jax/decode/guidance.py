@@ -44,3 +44,13 @@ def ramp(scale: float, steps: int, reach: int = 0) -> np.ndarray:
     """
     full = max(min(reach or steps, steps - 1), 1)
     return (1 + scale * np.arange(steps) / full).astype(np.float32)
+
+
+def linear(scale: float, sizes: tuple[int, ...]) -> np.ndarray:
+    """Guidance weight of every step, float32 [steps]: rises from 1 to `scale` with the part of tokens known after it.
+
+    The last step counts one token as unknown, as in MAR (arXiv:2406.11838).
+    """
+    known = np.cumsum(sizes)
+    known[-1] -= 1
+    return (1 + (scale - 1) * known / (known[-1] + 1)).astype(np.float32)

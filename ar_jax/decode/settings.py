@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ar_jax.decode.guidance import interval, ramp
+from ar_jax.decode.guidance import interval, linear, ramp
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sequential import Knobs
 from ar_jax.orders import Order
@@ -18,14 +18,15 @@ class Sampling:
 
     guidance: float = 1.0
     """Classifier-free guidance scale; 1 is unguided. With the ramp 0 is."""
-    guidance_rule: Literal["interval", "ramp"] = "interval"
-    """One weight up to `guidance_last`; or VAR's 1 + t, where t rises to `guidance` over the steps."""
+    guidance_rule: Literal["interval", "ramp", "linear"] = "interval"
+    """One weight up to `guidance_last`; or VAR's 1 + t, where t rises to `guidance` over the steps; or MAR's, which rises
+    from 1 to `guidance` with the part of the tokens that is known."""
     guidance_last: int = -1
     """Interval: last guided decode step, counted from the step after the first token; -1 guides all."""
     guidance_reach: int = 0
     """Ramp: step at which it has risen to `guidance`; later ones get more. 0 is the last step, or that if it is less."""
     temperature: float = 1.0
-    """Divides the logits; 0 is greedy."""
+    """Divides the logits, 0 is greedy; of continuous tokens, multiplies the noise or the standard deviations."""
     top_k: int = 0
     """Draw from the k most likely codes; 0 is off."""
     top_p: float = 1.0
@@ -45,8 +46,8 @@ class Sampling:
     models that can (HMAR). Any list serves; those of a scale sum to its tokens."""
 
     def __post_init__(self):
-        if self.guidance_rule not in ("interval", "ramp"):
-            raise ValueError(f"sampling.guidance_rule is {self.guidance_rule!r}; it must be interval or ramp")
+        if self.guidance_rule not in ("interval", "ramp", "linear"):
+            raise ValueError(f"sampling.guidance_rule is {self.guidance_rule!r}; it must be interval, ramp or linear")
 
 
 def arrange(settings: Sampling, generator: Any, tokenizer: Any) -> tuple[Any, Any]:
@@ -79,6 +80,8 @@ def make_knobs(settings: Sampling, order: Order, scales: tuple[tuple[int, int], 
     by_ramp = settings.guidance_rule == "ramp"
     if by_ramp:
         guidance = ramp(settings.guidance, steps, settings.guidance_reach)
+    elif settings.guidance_rule == "linear":
+        guidance = linear(settings.guidance, order.sizes)
     else:
         guidance = interval(settings.guidance, steps, settings.guidance_last)
     temperature = np.full(steps, settings.temperature, np.float32)

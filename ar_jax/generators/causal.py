@@ -1,6 +1,5 @@
 """Causal generators: each token is predicted from those of earlier steps, rows are fed once into a cache."""
 
-
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ from ar_jax.nets.transformer import Backbone, Cache, unrolled
 from ar_jax.orders import NEVER, Order, to_ranks
 from ar_jax.sharding import BATCH, Rules, constrain
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Key, Metrics, Params, PRNGKey, Tokens, typed
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Key, Metrics, Params, PRNGKey, Tokens, typed
 
 
 @struct.dataclass
@@ -34,7 +33,7 @@ class State:
 
 
 class Causal(nn.Module):
-    """Prediction of the codes of a discrete tokenizer step by step, one code or many at a time.
+    """Prediction of tokens step by step, one token or many at a time.
 
     Each rank has a row, which the network turns into a prediction of its token. What the row carries is up to `inputs`:
     the token before (LlamaGen), or what coarser scales say of the place (VAR).
@@ -42,7 +41,7 @@ class Causal(nn.Module):
     Attributes:
       backbone: the network (`Transformer`, `AdaLN`).
       conditioning: makes condition rows from a batch (`Label`, `Caption`).
-      head: turns hidden rows into a distribution over tokens.
+      head: turns hidden rows into a distribution over tokens (`Categorical`; `Diffusion`, `Flow`, `GaussianMixture`).
       inputs: what rows carry (`Previous`, `NextScale`, `Upsampled`).
       dropout: rate on the input rows; active only when a "dropout" key is given to `apply`.
       emphasis: weight of a step's tokens in training: all tokens alike ("equal"), or "lognorm" (see `lognorm`).
@@ -52,7 +51,7 @@ class Causal(nn.Module):
 
     backbone: Backbone
     conditioning: nn.Module
-    head: Categorical = Categorical()
+    head: nn.Module = Categorical()
     inputs: Previous | NextScale = Previous()
     dropout: float = 0.0
     emphasis: str = "equal"
@@ -93,10 +92,10 @@ class Causal(nn.Module):
 
     def init_params(self, key: PRNGKey) -> Params:
         drop = jnp.zeros(1, bool)
-        tokens = jnp.zeros((1, self.spec.n, 1), jnp.int32)
+        tokens = self.spec.zeros(1)
         order, tokenizer = self.inputs.example()
         batch = self.conditioning.example()
-        return self.init(key, tokens, batch, order, drop=drop, tokenizer=tokenizer, method="loss")["params"]
+        return self.init(key, tokens, batch, order, drop=drop, key=key, tokenizer=tokenizer, method="loss")["params"]
 
     def setup(self):
         self.drop = nn.Dropout(self.dropout)
@@ -104,7 +103,7 @@ class Causal(nn.Module):
     @property
     def rules(self) -> Rules:
         """What tensor parallelism divides (see `sharding.shard`)."""
-        parts = (*self.parts(Backbone).values(), *self.parts(Categorical).values())
+        parts = [part for part in self.parts(nn.Module).values() if hasattr(part, "rules")]
         return tuple(dict.fromkeys(rule for part in parts for rule in part.rules))
 
     def condition(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
@@ -115,11 +114,12 @@ class Causal(nn.Module):
     @typed
     def loss(
         self,
-        tokens: Int[Array, "b s 1"],
+        tokens: Tokens,
         batch: Batch,
         order: Order,
         *,
         drop: Bool[Array, "b"],
+        key: PRNGKey | None = None,
         tokenizer: Frozen | None = None,
     ) -> tuple[Float[Array, "b n"], Float[Array, "b n"], Metrics]:
         """Teacher forcing.
@@ -129,14 +129,17 @@ class Causal(nn.Module):
           batch: the condition, and optionally "valid" [b], the weight of each image (default 1).
           order: what each step reveals.
           drop: images trained without their condition.
+          key: for heads that draw noise.
           tokenizer: calls a method of the frozen tokenizer; `Previous` needs none.
 
         Returns:
-          Cross entropy in nats and weight of every rank, and metrics.
+          The head's loss and weight of every rank, and metrics.
         """
         target = to_ranks(tokens, order)
-        loss = self.head.loss(self.hidden(target, self.condition(batch, drop), order, tokenizer), target)
+        loss = self.head.loss(self.hidden(target, self.condition(batch, drop), order, tokenizer), target, key=key)
         weight = self.weight(batch, order, len(tokens))
+        if not self.spec.codes:
+            return loss, weight, {}
         return loss, weight, {"perplexity": jnp.exp((loss * weight).sum() / jnp.maximum(weight.sum(), 1e-9))}
 
     @nn.nowrap
@@ -178,6 +181,7 @@ class Causal(nn.Module):
                 cond.rows[:, :-1], step, jnp.full((1, p - 1, 3), NOWHERE), cond, cache=cache.grow(p - 1), keys=step,
                 valid=_valid(cond, p - 1),
             )  # fmt: skip
+        vectors = vectors or self.spec.channels
         dtype = jnp.float32 if vectors else jnp.int32
         return State(jnp.zeros((images, order.n, vectors or 1), dtype), cache)
 

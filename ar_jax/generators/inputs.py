@@ -34,7 +34,9 @@ def codes(tokens: Tokens, tokenizer: Frozen) -> Float[Array, "b n c"]:
 
 
 class Previous(nn.Module):
-    """The row of rank r carries a learned embedding of the token of rank r-1; that of rank 0 is the condition's last row.
+    """The row of rank r carries the token of rank r-1; that of rank 0 is the condition's last row.
+
+    Of a code it carries a learned embedding, of a continuous token a projection.
 
     Attributes:
       width: of the rows; 0 until the network is known (`complete`).
@@ -61,11 +63,17 @@ class Previous(nn.Module):
             )
 
     def setup(self):
-        self.embedding = self.param("embedding", nn.initializers.normal(0.02), (self.spec.codes[0], self.width))
+        if self.spec.codes:
+            self.embedding = self.param("embedding", nn.initializers.normal(0.02), (self.spec.codes[0], self.width))
+        else:
+            self.projection = Linear(self.width, kernel_init=nn.initializers.xavier_uniform(), bias=True)
+
+    def embed(self, tokens: Tokens) -> Float[Array, "b m d"]:
+        return look_up(self.embedding, tokens[..., 0]) if self.spec.codes else self.projection(tokens)
 
     @typed
     def __call__(
-        self, tokens: Int[Array, "b n 1"], cond: Cond, order: Order, tokenizer: Frozen | None, first: Index, size: int
+        self, tokens: Tokens, cond: Cond, order: Order, tokenizer: Frozen | None, first: Index, size: int
     ) -> tuple[Float[Array, "B m d"], Int[Array, "#B m 3"]]:
         """Rows of ranks first..first+size, and the coordinates of what they carry.
 
@@ -81,7 +89,7 @@ class Previous(nn.Module):
             return some(jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=fill), first, size)
 
         ways = len(cond.rows) // len(tokens)
-        x = widen(look_up(self.embedding, before(tokens, 0)[..., 0]), ways)
+        x = widen(self.embed(before(tokens, 0)), ways)
         begins = (first + jnp.arange(size) == 0)[:, None]
         coords = before(coords, NOWHERE)
         return jnp.where(begins, cond.rows[:, -1:].astype(x.dtype), x), widen(coords, ways if len(coords) > 1 else 1)

@@ -14,7 +14,7 @@ from ar_jax.decode.logits import draw, mixture
 from ar_jax.nets.linear import Linear
 from ar_jax.sharding import Rules
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Float, Index, Int, Key, Tokens, typed
+from ar_jax.typing import Array, Float, Index, Int, Key, PRNGKey, Tokens, typed
 
 
 class Categorical(nn.Module):
@@ -59,8 +59,10 @@ class Categorical(nn.Module):
         return ((r"/readout/kernel$", P("tp", None) if self.output_major else P(None, "tp")),)
 
     @typed
-    def loss(self, h: Float[Array, "b m d"], target: Int[Array, "b m 1"]) -> Float[Array, "b m"]:
-        """Cross entropy in nats."""
+    def loss(
+        self, h: Float[Array, "b m d"], target: Int[Array, "b m 1"], *, key: PRNGKey | None = None
+    ) -> Float[Array, "b m"]:
+        """Cross entropy in nats; `key` is unused."""
         rows = h.shape[1]
         if not 0 < self.chunk < rows:
             return self._cross_entropy(h, target)

@@ -42,11 +42,13 @@ class Label(nn.Module):
       width: of the network.
       classes: number of classes; 0 until the data is known (`complete`).
       std: of the rows at the start.
+      apart: "no class" is a parameter of its own, as in MAR, instead of the table's last row.
     """
 
     width: int
     classes: int = 0
     std: float = 0.02
+    apart: bool = False
 
     def complete(self, info: Info) -> "Label":
         if not info.classes:
@@ -61,7 +63,10 @@ class Label(nn.Module):
     @typed
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
         """Looks up `batch["label"]`, int [b] in 0..classes (classes itself means none), dropped where `drop` is set."""
-        table = self.param("embedding", nn.initializers.normal(self.std), (self.classes + 1, self.width))
+        std = nn.initializers.normal(self.std)
+        table = self.param("embedding", std, (self.classes + (not self.apart), self.width))
+        if self.apart:
+            table = jnp.concatenate([table, self.param("none", std, (1, self.width))])
         row = look_up(table, jnp.where(drop, self.classes, batch["label"]))
         return Cond(row[:, None], mod=row)
 

@@ -66,6 +66,7 @@ class Encoder(nn.Module):
       res_blocks: residual blocks per level; the coarsest level has an attention block after each.
       out: channels of the result.
       groups: of the group norms.
+      attention: whether the coarsest level has attention blocks; the middle always has one.
     """
 
     features: int
@@ -74,13 +75,15 @@ class Encoder(nn.Module):
     out: int
     groups: int = 32
     dtype: Any = jnp.float32
+    attention: bool = True
 
     @nn.compact
     @typed
     def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w z"]:
         x = conv3(self.features, self.dtype, name="conv_in")(x)
         for level, mult in enumerate(self.mult):
-            x = _level(self, x, level, mult, self.res_blocks, coarsest=level == len(self.mult) - 1)
+            attention = self.attention and level == len(self.mult) - 1
+            x = _level(self, x, level, mult, self.res_blocks, attention)
             if level < len(self.mult) - 1:
                 x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))  # below and to the right only
                 x = conv3(x.shape[-1], self.dtype, name=f"down_{level}", strides=2, padding="VALID")(x)
@@ -99,6 +102,7 @@ class Decoder(nn.Module):
     out: int
     groups: int = 32
     dtype: Any = jnp.float32
+    attention: bool = True
 
     @nn.compact
     @typed
@@ -106,7 +110,8 @@ class Decoder(nn.Module):
         x = conv3(self.features * self.mult[-1], self.dtype, name="conv_in")(x)
         x = _middle(self, x)
         for level, mult in reversed(list(enumerate(self.mult))):
-            x = _level(self, x, level, mult, self.res_blocks + 1, coarsest=level == len(self.mult) - 1)
+            attention = self.attention and level == len(self.mult) - 1
+            x = _level(self, x, level, mult, self.res_blocks + 1, attention)
             if level > 0:
                 x = x.repeat(2, axis=1).repeat(2, axis=2)
                 x = conv3(x.shape[-1], self.dtype, name=f"up_{level}")(x)
@@ -122,10 +127,10 @@ def conv3(features, dtype, name, **options):
     return nn.Conv(features, (3, 3), kernel_init=init, dtype=dtype, name=name, **options)
 
 
-def _level(net, x, level, mult, blocks, coarsest):
+def _level(net, x, level, mult, blocks, attention):
     for i in range(blocks):
         x = ResBlock(net.features * mult, net.groups, net.dtype, name=f"res_{level}_{i}")(x)
-        if coarsest:
+        if attention:
             x = AttnBlock(net.groups, net.dtype, name=f"attn_{level}_{i}")(x)
     return x
 

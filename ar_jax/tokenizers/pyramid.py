@@ -57,8 +57,10 @@ class Pyramid(VQGAN):
         return self.pixels(codes.reshape(len(codes), *last, -1))
 
     @typed
-    def autoencode(self, image: Float[Array, "b H W c"]) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
-        """One training pass: every scale is quantised and decoded.
+    def autoencode(
+        self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None
+    ) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
+        """One training pass; `key` is unused: every scale is quantised and decoded.
 
         The last scale is the reconstruction, for all losses that training knows. A coarser one shows the image averaged
         to its own pixels, by squared differences ("coarse", a mean over scales): a grid of averaged latents then is the

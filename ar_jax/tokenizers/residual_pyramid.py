@@ -144,8 +144,10 @@ class ResidualPyramid(nn.Module):
         return call
 
     @typed
-    def autoencode(self, image: Float[Array, "b H W c"]) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
-        """One training pass.
+    def autoencode(
+        self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None
+    ) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
+        """One training pass; `key` is unused.
 
         Returns:
           The reconstruction, not clipped; the weighted losses of the quantiser by name; and what training may want to

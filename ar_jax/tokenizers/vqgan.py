@@ -94,8 +94,10 @@ class VQGAN(nn.Module):
         return self.pixels(codes.reshape(len(codes), *self.grid, -1))
 
     @typed
-    def autoencode(self, image: Float[Array, "b H W c"]) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
-        """One training pass.
+    def autoencode(
+        self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None
+    ) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
+        """One training pass; `key` is unused.
 
         Returns:
           The reconstruction; the weighted losses of the quantiser by name; and what training may want to look at:

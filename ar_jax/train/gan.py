@@ -28,8 +28,10 @@ MEMORY = 0.99  # decay of the code frequencies behind the logged perplexity
 
 
 def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
-    """Trains a tokenizer that has `autoencode` and one codebook, as `VQGAN`."""
+    """Trains a tokenizer that has `autoencode`, with one codebook (`VQGAN`) or continuous tokens (`KLVAE`)."""
     losses = stage.losses
+    if losses.reset_after and not tokenizer.spec.codes:
+        raise ValueError(f"losses.reset_after is {losses.reset_after}, but {type(tokenizer).__name__} has no codes")
     judge = (
         patchgan.PatchGan(losses.discriminator_features, losses.discriminator_layers) if losses.adversarial else None
     )
@@ -50,11 +52,7 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
     def init(key):
         model_key, judge_key = jax.random.split(key)
         params = {"model": tokenizer.init_params(model_key)}
-        share = np.bincount(level := _level(tokenizer)) / len(level)  # of the tokens, by level
-        extra = {
-            "age": jnp.zeros((len(share), tokenizer.codes), jnp.int32),
-            "frequency": jnp.repeat(jnp.float32(share)[:, None] / tokenizer.codes, tokenizer.codes, axis=1),
-        }
+        extra = _untracked(tokenizer) if tokenizer.spec.codes else {}
         if losses.reset_after:
             extra["latents"] = jnp.zeros((tokenizer.codes, tokenizer.code_features))
         if judge:
@@ -69,7 +67,8 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
         shown = to_uint8(recon)
         a, b = ((x.astype(jnp.float32) / 255) for x in (batch["image"], shown))
         metrics = {"psnr": dm_pix.psnr(a, b).mean(), "ssim": dm_pix.ssim(a, b).mean()}
-        metrics |= usage(count_codes(seen["index"], tokenizer.codes, _level(tokenizer)))
+        if tokenizer.spec.codes:
+            metrics |= usage(count_codes(seen["index"], tokenizer.codes, _level(tokenizer)))
         return jnp.stack([batch["image"], shown], axis=1).reshape(-1, *shown.shape[1:]), metrics
 
     return Recipe(
@@ -96,7 +95,7 @@ def tokenizer_gradients(tokenizer: Any, judge: patchgan.PatchGan | None, losses:
         real = to_float(batch["image"])
 
         def autoencode(model):
-            recon, vq, seen = tokenizer.apply({"params": model}, real, method="autoencode")
+            recon, vq, seen = tokenizer.apply({"params": model}, real, key=key, method="autoencode")
             return (recon, sum(vq.values())), (vq, seen)
 
         def fidelity(recon):
@@ -111,8 +110,9 @@ def tokenizer_gradients(tokenizer: Any, judge: patchgan.PatchGan | None, losses:
         (recon, quantiser), pull, (vq, seen) = jax.vjp(autoencode, params["model"], has_aux=True)
         (nll, metrics), push = jax.value_and_grad(fidelity, has_aux=True)(recon)
         metrics |= vq | {"loss": nll + quantiser, "psnr": -10 * jnp.log10(jnp.square(recon - real).mean() / 4)}
-        extra = extra | _track(extra, seen, tokenizer)
-        metrics |= usage(extra["frequency"], extra["age"] < _window(tokenizer, len(real)))
+        if tokenizer.spec.codes:
+            extra = extra | _track(extra, seen, tokenizer)
+            metrics |= usage(extra["frequency"], extra["age"] < _window(tokenizer, len(real)))
 
         grads = {}
         if judge:
@@ -159,6 +159,14 @@ def _level(tokenizer):
     return tokenizer.spec.coords[:, 0]
 
 
+def _untracked(tokenizer):
+    share = np.bincount(level := _level(tokenizer)) / len(level)  # of the tokens, by level
+    return {
+        "age": jnp.zeros((len(share), tokenizer.codes), jnp.int32),
+        "frequency": jnp.repeat(jnp.float32(share)[:, None] / tokenizer.codes, tokenizer.codes, axis=1),
+    }
+
+
 def _track(extra, seen, tokenizer):
     count = count_codes(seen["index"], tokenizer.codes, _level(tokenizer))
     tracked = {
@@ -202,7 +210,7 @@ def revive(state, key, after):
 
 def advice(metrics):
     """What to do when the codebook collapses."""
-    if metrics["usage"] >= 0.1:
+    if metrics.get("usage", 1) >= 0.1:
         return ""
     return (
         f"only {metrics['usage']:.1%} of the codes are in use: the codebook is collapsing. Remedies, the mildest first: "

@@ -53,15 +53,17 @@ def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate
     """
 
     def loss_fn(params, frozen, batch, key, step):
-        order_key, drop_key, loss_key, encode_key = jax.random.split(key, 4)
+        order_key, drop_key, loss_key, encode_key, dropout_key = jax.random.split(key, 5)
         call = functools.partial(tokenizer.apply, {"params": frozen})
         tokens = batch.get("tokens")
         if tokens is None:
             tokens = call(to_float(batch["image"]), key=encode_key, method="encode")
         images = len(tokens)
         loss, weight, metrics = generator.apply(
-            {"params": params}, tokens, batch, order_fn(generator.spec, order_key, images, step), method="loss",
-            tokenizer=call, drop=jax.random.bernoulli(drop_key, drop_rate, (images,)), rngs={"dropout": loss_key} if train else {},
+            {"params": params}, tokens, batch,
+            order_fn(generator.spec, jax.random.split(order_key, images), images, step), method="loss", tokenizer=call,
+            drop=jax.random.bernoulli(drop_key, drop_rate, (images,)), key=loss_key,
+            rngs={"dropout": dropout_key} if train else {},
         )  # fmt: skip
         mean = (loss * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
         return mean, {"loss": mean, **metrics}
@@ -95,9 +97,9 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
     def preview(params, frozen, batch, key):
         count = len(next(iter(batch.values())))
         drawer, decoder = arrange(stage.sampling, generator, tokenizer)
-        order = stage.order(drawer.spec, key, count, stage.steps)
-        knobs, guided = make_knobs(stage.sampling, order, drawer.spec.scales)
         keys = jax.random.split(key, count)
+        order = stage.order(drawer.spec, keys, count, stage.steps)
+        knobs, guided = make_knobs(stage.sampling, order, drawer.spec.scales)
         images = sample_images(drawer, decoder, params, frozen, batch, order, knobs=knobs, keys=keys, guided=guided)
         # the same order at every preview, or losses could not be compared
         loss, _ = held_out_loss(params, frozen, batch, jax.random.key(0), stage.steps)

@@ -198,7 +198,7 @@ class Tiny(nn.Module):
     def init_params(self, key):
         return self.init(key, jnp.zeros((1, *self.size, 3)), method="autoencode")["params"]
 
-    def autoencode(self, image):
+    def autoencode(self, image, key=None):
         latents = self.encoder(image)
         codes, index, losses = vector_quantise(latents, self.codebook)
         return self.decoder(codes), losses, {"latents": latents, "index": index}

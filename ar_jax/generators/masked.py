@@ -1,0 +1,219 @@
+"""Masked generators: tokens are predicted from any set of known ones, by a network that is run anew in every step."""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ar_jax.data import Info
+from ar_jax.decode.guidance import widen
+from ar_jax.generators.inputs import Frozen
+from ar_jax.nets.conditioning import Cond
+from ar_jax.nets.linear import look_up
+from ar_jax.nets.mlp import norm, xavier
+from ar_jax.nets.transformer import init
+from ar_jax.nets.vit import ViT
+from ar_jax.orders import Order, raster, to_ranks
+from ar_jax.sharding import BATCH, Rules, constrain
+from ar_jax.tokens import TokenSpec
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Key, Metrics, Params, PRNGKey, typed
+
+
+@struct.dataclass
+class State:
+    """The sampling loop's carry.
+
+    Attributes:
+      tokens: float32 [b r c], the first r ranks; r grows. What lies at ranks not yet revealed is never read.
+    """
+
+    tokens: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskRatio:
+    """Part of the tokens hidden in a training step: a truncated normal number.
+
+    Attributes:
+      mean, std: before truncation.
+      least: the smallest; the largest is 1.
+    """
+
+    mean: float = 1.0
+    std: float = 0.25
+    least: float = 0.7
+
+    def draw(self, key: PRNGKey) -> Float[Array, ""]:
+        low, high = (self.least - self.mean) / self.std, (1 - self.mean) / self.std
+        return self.mean + self.std * jax.random.truncated_normal(key, low, high)
+
+
+class Masked(nn.Module):
+    """An encoder of the known tokens and a decoder of all places, for continuous tokens and any order.
+
+    Inside, tokens are in rank order: the known ones come first, so the encoder is run over no more rows than can be known,
+    and rows not yet known are seen by nobody.
+
+    Attributes:
+      encoder, decoder: the networks.
+      conditioning: makes one row from a batch (`Label`), as wide as the encoder.
+      head: turns hidden rows into a distribution over tokens.
+      buffer: rows before the tokens; each carries the condition.
+      mask: what is hidden in training.
+      spec: the tokens; None until the tokenizer is known (`complete`).
+    Source: MAR (arXiv:2406.11838).
+    """
+
+    encoder: ViT
+    decoder: ViT
+    conditioning: nn.Module
+    head: nn.Module
+    buffer: int = 64
+    mask: MaskRatio = MaskRatio()
+    spec: TokenSpec | None = None
+
+    def complete(self, spec: TokenSpec, info: Info) -> "Masked":
+        """Fills in what only the tokenizer and the data know.
+
+        Raises:
+          ValueError: the head cannot predict such tokens, or the data lacks what the condition needs.
+        """
+        return self.clone(spec=spec, conditioning=self.conditioning.complete(info), head=self.head.complete(spec))
+
+    def unrolled(self, params: Params) -> tuple["Masked", Params]:
+        """Itself: so many rows are computed in a step that the layout of the layers does not matter."""
+        return self, params
+
+    def init_params(self, key: PRNGKey) -> Params:
+        tokens = jnp.zeros((1, self.spec.n, self.spec.channels))
+        return self.init(
+            key, tokens, self.conditioning.example(), raster(self.spec), drop=jnp.zeros(1, bool), key=key, method="loss"
+        )["params"]
+
+    def setup(self):
+        rows, wide, width = self.buffer + self.spec.n, self.encoder.width, self.decoder.width
+        self.input = nn.Dense(wide, kernel_init=xavier, dtype=self.encoder.dtype)
+        self.input_norm = norm(None, self.encoder.dtype)
+        self.decoder_input = nn.Dense(width, kernel_init=xavier, dtype=self.decoder.dtype)
+        self.encoder_positions = self.param("encoder_positions", init, (rows, wide))
+        self.decoder_positions = self.param("decoder_positions", init, (rows, width))
+        self.head_positions = self.param("head_positions", init, (self.spec.n, width))
+        self.mask_token = self.param("mask_token", init, (width,))
+
+    @property
+    def rules(self) -> Rules:
+        """What tensor parallelism divides (see `sharding.shard`)."""
+        return (*self.head.rules, *self.encoder.rules)  # the head's first; encoder and decoder have the same names
+
+    def condition(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
+        """The condition's row; `drop` marks images that go without."""
+        return self.conditioning(batch, drop)
+
+    @typed
+    def loss(
+        self,
+        tokens: Float[Array, "b n c"],
+        batch: Batch,
+        order: Order,
+        *,
+        drop: Bool[Array, "b"],
+        key: PRNGKey,
+        tokenizer: Frozen | None = None,
+    ) -> tuple[Float[Array, "b n"], Float[Array, "b n"], Metrics]:
+        """Prediction of the ranks that are hidden, which are the last ones; how many is drawn once for the batch.
+
+        Args:
+          tokens: in slot order.
+          batch: the condition, and optionally "valid" [b], the weight of each image (default 1).
+          order: whatever its steps.
+          drop: images trained without their condition.
+          key: for the mask and the head.
+          tokenizer: unused.
+
+        Returns:
+          The head's loss and weight of every rank (0 where it is known), and metrics.
+        """
+        mask_key, head_key = jax.random.split(key)
+        n = self.spec.n
+        known = n - jnp.ceil(n * self.mask.draw(mask_key)).astype(jnp.int32)
+        target = to_ranks(tokens, order)
+        most = n - math.ceil(n * self.mask.least)
+        h = self.hidden(target[:, :most], known, self.condition(batch, drop), order)
+        loss = self.head.loss(h, target, key=head_key)
+        valid = batch.get("valid", jnp.ones(len(tokens)))
+        weight = valid[:, None].astype(jnp.float32) * (jnp.arange(n) >= known)
+        return loss, weight, {"masked": 1 - known / n}
+
+    @typed
+    def hidden(
+        self, tokens: Float[Array, "b r c"], known: Int[Array, ""], cond: Cond, order: Order
+    ) -> Float[Array, "B n d"]:
+        """Hidden row of every rank.
+
+        Args:
+          tokens: the first r ranks.
+          known: how many of them are known.
+          cond: rows of B = b * ways guided images.
+          order: gives the places of the ranks.
+        """
+        encoded = self.encode(tokens, known, cond, order)
+        decoded = self.decoder_input(encoded)
+        seen = jnp.arange(self.buffer + tokens.shape[1]) < self.buffer + known
+        rows = jnp.where(seen[:, None], decoded, self.mask_token.astype(decoded.dtype))
+        unknown = self.spec.n - tokens.shape[1]
+        blank = jnp.broadcast_to(self.mask_token.astype(decoded.dtype), (len(rows), unknown, rows.shape[-1]))
+        x = jnp.concatenate([rows, blank], axis=1)
+        x = x + self._positions(self.decoder_positions, order, len(cond.rows)).astype(x.dtype)
+        h = self.decoder(constrain(x, BATCH))[:, self.buffer :]
+        slots = widen(jnp.asarray(order.slot), len(h) // len(order.slot) if len(order.slot) > 1 else 1)
+        return h + look_up(self.head_positions, slots).astype(h.dtype)
+
+    def encode(self, tokens: Array, known: Index, cond: Cond, order: Order) -> Float[Array, "B p d"]:
+        """The encoder's rows: the buffer, then the first ranks; those not yet known mean nothing."""
+        ways = len(cond.rows) // len(tokens)
+        embedded = widen(self.input(tokens), ways)
+        buffer = jnp.broadcast_to(cond.rows, (len(cond.rows), self.buffer, cond.rows.shape[-1]))
+        x = jnp.concatenate([buffer.astype(embedded.dtype), embedded], axis=1)
+        x = x + self._positions(self.encoder_positions, order, len(x))[:, : x.shape[1]].astype(x.dtype)
+        valid = jnp.arange(x.shape[1])[None] < self.buffer + known
+        return self.encoder(constrain(self.input_norm(x), BATCH), valid=valid)
+
+    def begin(self, cond: Cond, order: Order, images: int, vectors: int = 0) -> State:
+        """Nothing is known; `vectors` is unused."""
+        return State(jnp.zeros((images, 0, self.spec.channels)))
+
+    def grow(self, state: State, ranks: int, cond: Cond) -> State:
+        """Makes room for the first `ranks` ranks."""
+        return State(jnp.pad(state.tokens, ((0, 0), (0, ranks - state.tokens.shape[1]), (0, 0))))
+
+    def step(
+        self,
+        state: State,
+        i: Index,
+        first: Index,
+        size: int,
+        *,
+        cond: Cond,
+        order: Order,
+        knobs: Any,
+        keys: Key[Array, "b m"],
+        tokenizer: Frozen | None = None,
+    ) -> State:
+        """Draws ranks `first..first+size` from the ranks before; there may be more than the step reveals."""
+        h = self.hidden(state.tokens, jnp.asarray(first, jnp.int32), cond, order)
+        ranks = first + jnp.arange(size)
+        drawn = self.head.sample(jnp.take(h, ranks, axis=1, mode="clip"), keys, knobs, i)
+        return State(state.tokens.at[:, ranks].set(drawn, mode="drop"))
+
+    def _positions(self, table, order, rows):
+        """Positions of the buffer and of all ranks, [#B p d]."""
+        slots = jnp.asarray(order.slot)
+        slots = widen(slots, rows // len(slots) if len(slots) > 1 else 1)
+        return jnp.concatenate(
+            [jnp.broadcast_to(table[: self.buffer], (len(slots), self.buffer, table.shape[-1])),
+             look_up(table[self.buffer :], slots)], axis=1,
+        )  # fmt: skip

@@ -1,0 +1,62 @@
+"""What continuous tokenizers share: unit variance, squares of latent places as tokens, Gaussian posteriors."""
+
+import jax
+import jax.numpy as jnp
+
+from ar_jax.typing import Array, Float, PRNGKey, typed
+
+
+class Measured:
+    """Gives a tokenizer's numbers mean 0 and variance 1; for modules with these fields.
+
+    Attributes:
+      shift: mean of each channel, or one for all; () until it is measured (`train.measure`), which is no shift.
+      scale: what centred channels are multiplied with, one each or one for all; () is 1.
+    """
+
+    MEASURED = ("shift", "scale")
+
+    def standardise(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        shift, scale = self._shift_and_scale()
+        return (x - shift) * scale
+
+    def restore(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        """The inverse of `standardise`."""
+        shift, scale = self._shift_and_scale()
+        return x / scale + shift
+
+    def _shift_and_scale(self):
+        return jnp.float32(self.shift or (0.0,)), jnp.float32(self.scale or (1.0,))
+
+
+@typed
+def patchify(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b n c2"]:
+    """Squares of `patch` x `patch` places as tokens in raster order; numbers of a token: channel, row, column."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
+    return jnp.transpose(x, (0, 1, 3, 5, 2, 4)).reshape(b, -1, c * patch**2)
+
+
+@typed
+def unpatchify(tokens: Float[Array, "b n c2"], grid: tuple[int, int], patch: int) -> Float[Array, "b h w c"]:
+    """The inverse of `patchify`, for a grid of tokens."""
+    height, width = grid
+    x = tokens.reshape(len(tokens), height, width, -1, patch, patch)
+    return jnp.transpose(x, (0, 1, 4, 2, 5, 3)).reshape(len(tokens), height * patch, width * patch, -1)
+
+
+def noise(x: Array, key: PRNGKey | None) -> Array | float:
+    """Unit normal numbers in the shape of x; 0 without a key."""
+    return 0.0 if key is None else jax.random.normal(key, x.shape)
+
+
+def draw(mean: Array, logvar: Array, noise: Array | float) -> Array:
+    """A draw from diagonal Gaussians."""
+    return mean + jnp.exp(0.5 * logvar) * noise
+
+
+@typed
+def kl_divergence(mean: Float[Array, "b *n"], logvar: Float[Array, "b *n"]) -> Float[Array, "b"]:
+    """KL divergence of diagonal Gaussians from the unit Gaussian in nats, summed over everything but images."""
+    each = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
+    return each.sum(tuple(range(1, each.ndim)))

@@ -1,0 +1,115 @@
+"""Variational autoencoders: an image to a grid of continuous tokens, and back."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ar_jax.sharding import Rules
+from ar_jax.tokenizers.continuous import Measured, draw, kl_divergence, noise, patchify, unpatchify
+from ar_jax.tokenizers.conv import RULES, Decoder, Encoder, init
+from ar_jax.tokens import TokenSpec, grid
+from ar_jax.typing import Array, Float, Metrics, Params, PRNGKey, typed
+
+
+class KLVAE(Measured, nn.Module):
+    """A convolutional autoencoder with a Gaussian posterior at every place. The defaults are KL-16.
+
+    Attributes:
+      size: height and width of the images in pixels, multiples of 2^(levels-1) times `patch`.
+      features: channels of the finest level.
+      mult: channel multiplier of each level, fine to coarse.
+      res_blocks: residual blocks per encoder level; the decoder has one more.
+      latent: channels of the latent.
+      patch: side of the square of latent places that makes a token.
+      groups: of the group norms.
+      kl: weight of the posterior's divergence from a unit Gaussian in nats, against the sum of squares (or magnitudes)
+        of all pixel values, as LDM counts it.
+      shift, scale: see `Measured`; of latent channels.
+      channels: of the image.
+      dtype: of the convolutions; the posterior is float32.
+    Source: LDM (arXiv:2112.10752), with the sizes of MAR (arXiv:2406.11838).
+    """
+
+    size: tuple[int, int] = (256, 256)
+    features: int = 128
+    mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    res_blocks: int = 2
+    latent: int = 16
+    patch: int = 1
+    groups: int = 32
+    kl: float = 1e-6
+    shift: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+    channels: int = 3
+    dtype: Any = jnp.float32
+
+    @property
+    def downsample(self) -> int:
+        return 2 ** (len(self.mult) - 1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        side = self.downsample * self.patch
+        if any(pixels % side for pixels in self.size):
+            raise ValueError(f"tokenizer.size must be multiples of {side} pixels, got {self.size}")
+        return self.size[0] // side, self.size[1] // side
+
+    @property
+    def spec(self) -> TokenSpec:
+        return TokenSpec(grid(*self.grid), channels=self.latent * self.patch**2)
+
+    @property
+    def rules(self) -> Rules:
+        """What tensor parallelism divides (see `sharding.shard`)."""
+        return RULES
+
+    def init_params(self, key: PRNGKey) -> Params:
+        return self.init(key, jnp.zeros((1, *self.size, self.channels)), method="autoencode")["params"]
+
+    def setup(self):
+        net = {"features": self.features, "mult": self.mult, "res_blocks": self.res_blocks, "groups": self.groups}
+        self.encoder = Encoder(out=2 * self.latent, dtype=self.dtype, **net)
+        self.decoder = Decoder(out=self.channels, dtype=self.dtype, attention=False, **net)
+        self.quant = nn.Dense(2 * self.latent, kernel_init=init)
+        self.post_quant = nn.Dense(self.latent, kernel_init=init)
+
+    @typed
+    def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Float[Array, "b n c2"]:
+        """Tokens of images in [-1, 1], of unit variance once measured: drawn from the posterior, or its mean without a key."""
+        mean, logvar = self.posterior(image)
+        return patchify(self.standardise(draw(mean, logvar, noise(mean, key))), self.patch)
+
+    @typed
+    def embed(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """The tokens themselves."""
+        return tokens
+
+    @typed
+    def decode(self, tokens: Float[Array, "b n c2"], *, key: PRNGKey | None = None) -> Float[Array, "b H W c"]:
+        """Images, about [-1, 1] but not clipped; `key` is unused."""
+        return self.pixels(self.restore(unpatchify(tokens, self.grid, self.patch)))
+
+    @typed
+    def autoencode(
+        self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None
+    ) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
+        """One training pass, through a draw from the posterior, or its mean without a key.
+
+        Returns:
+          The reconstruction; the weighted losses by name; and what training may want to look at: "latents" [b h w c].
+        """
+        mean, logvar = self.posterior(image)
+        latents = draw(mean, logvar, noise(mean, key))
+        divergence = kl_divergence(mean, logvar).mean()
+        return self.pixels(latents), {"kl": self.kl * divergence / image[0].size}, {"latents": latents}
+
+    def posterior(self, image: Float[Array, "b H W c"]) -> tuple[Float[Array, "b h w c2"], Float[Array, "b h w c2"]]:
+        """Mean and log-variance of every latent number, float32."""
+        mean, logvar = jnp.split(self.quant(self.encoder(image)).astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.clip(logvar, -30, 20)
+
+    def pixels(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W c2"]:
+        """Images from latents as the posterior gives them."""
+        return self.decoder(self.post_quant(latents))

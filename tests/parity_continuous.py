@@ -1,0 +1,267 @@
+"""What the parity folders of continuous tokens ask for, computed from the folders' hyperparameters."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from parity_llamagen import nchw, nhwc
+
+from ar_jax.convert import mar
+from ar_jax.convert.names import to_params, to_weights
+from ar_jax.data import Info
+from ar_jax.decode.flow import annealed
+from ar_jax.decode.guidance import fold, linear, paired
+from ar_jax.decode.sequential import Knobs
+from ar_jax.generators.masked import Masked
+from ar_jax.heads.diffusion import Chain, Diffusion, cosine_betas, kept_steps
+from ar_jax.nets.conditioning import Label
+from ar_jax.nets.mlp import sinusoids
+from ar_jax.nets.vit import ViT
+from ar_jax.orders import Order, cosine_sizes, rooms, scan_steps, to_ranks, to_slots
+from ar_jax.tokenizers.continuous import draw, kl_divergence, patchify
+from ar_jax.tokenizers.kl_vae import KLVAE
+from ar_jax.tokens import TokenSpec, grid
+
+
+def with_params(module, weights, rules):
+    """Parameters from a state dict, and the module's methods as functions of them."""
+    params = to_params(weights, jax.eval_shape(module.init_params, jax.random.key(0)), rules)
+    return params, functools.partial(module.apply, {"params": params})
+
+
+def kl16_vae(meta, weights, io):
+    h = meta["hyperparameters"]
+    vae = KLVAE(
+        size=(h["image_size"],) * 2, features=h["ch"], mult=tuple(h["ch_mult"]), res_blocks=h["num_res_blocks"],
+        latent=h["embed_dim"], groups=h["norm_groups"], scale=(h["latent_scale"],),
+    )  # fmt: skip
+    params, call = with_params(vae, weights, mar.rules(vae))
+    image, noise, rect = nhwc(io["image"]), nhwc(io["noise"]), nhwc(io["latent_rect"])
+    encoder_out = vae.bind({"params": params}).encoder(image)
+    mean, logvar = call(image, method="posterior")
+    sample = draw(mean, logvar, noise)
+    scaled = call(sample, method="standardise")
+    return {
+        "encoder_out": nchw(encoder_out),
+        "moments": nchw(vae.bind({"params": params}).quant(encoder_out)),
+        "mean": nchw(mean),
+        "logvar": nchw(logvar),
+        "kl": kl_divergence(mean, logvar),
+        "sample": nchw(sample),
+        "scaled_latent": nchw(scaled),
+        "recon": nchw(call(scaled.reshape(len(scaled), vae.spec.n, -1), method="decode")),
+        "recon_rect": nchw(call(rect, method="pixels")),
+    }
+
+
+class Given(Diffusion):
+    """Takes noise from a table [images ranks 1+steps c]; a key's two words are image and rank."""
+
+    table: Any = None
+
+    def noise(self, keys, s):
+        image, rank = jnp.moveaxis(jax.random.key_data(keys), -1, 0)
+        return jnp.asarray(self.table)[image, rank, s]
+
+
+def numbered(images, ranks):
+    """Keys for `Given`, [b m]."""
+    image, rank = jnp.broadcast_arrays(jnp.arange(images)[:, None], jnp.asarray(ranks)[None])
+    return jax.random.wrap_key_data(jnp.stack([image, rank], -1).astype(jnp.uint32))
+
+
+def build_mar(meta, weights, **head):
+    h = meta["hyperparameters"]
+    side = h["img_size"] // h["vae_stride"] // h["patch_size"]
+    width = h["encoder_embed_dim"]
+    generator = Masked(
+        ViT(h["encoder_depth"], width, h["encoder_num_heads"]),
+        ViT(h["decoder_depth"], h["decoder_embed_dim"], h["decoder_num_heads"]),
+        Label(width, apart=True),
+        Given(h["diffloss_w"], h["diffloss_d"], multiplier=h.get("diffusion_batch_mul", 4), **head),
+        buffer=h["buffer_size"],
+    ).complete(TokenSpec(grid(side, side), channels=h["vae_embed_dim"]), Info(classes=h["class_num"]))
+    return generator, *with_params(generator, weights, mar.generator_rules(generator))
+
+
+def with_head(generator, **fields):
+    return generator.clone(head=generator.head.clone(**fields))
+
+
+def sampled(generator, params, io, name, labels, steps, scale, schedule, temperature):
+    """What MAR's sampler gives for the given orders and noise; runs the library's steps in few padded scans."""
+    n, channels, images = generator.spec.n, generator.spec.channels, len(labels)
+    sizes = cosine_sizes(n, steps)
+    slot = np.asarray(io[f"{name}.orders"], np.int32)[:, ::-1]
+    order = Order(slot, sizes, rooms(sizes, 2))
+    first = np.cumsum(sizes) - sizes
+    rows = [np.argsort(slot[:, f : f + size], axis=1) for f, size in zip(first, sizes)]  # by place in the image
+    longest = max(len(io[f"{name}.iter{i}.step_noise"]) for i in range(steps))
+    table = np.zeros((images, n, 1 + longest, channels), np.float32)
+    for i, (f, size) in enumerate(zip(first, sizes)):
+        start, more = io[f"{name}.iter{i}.init_noise"], io[f"{name}.iter{i}.step_noise"]
+        noise = np.concatenate([start[None], more[:, : len(start)]]).reshape(1 + len(more), images, size, channels)
+        for b in range(images):
+            table[b, f + rows[i][b], : 1 + len(more)] = noise[:, b].swapaxes(0, 1)
+    generator = with_head(generator, table=table)
+    call = functools.partial(generator.apply, {"params": params})
+    weight = linear(scale, sizes) if schedule == "linear" else np.full(steps, scale, np.float32)
+    knobs = Knobs(weight, np.full(steps, temperature, np.float32))
+    batch = {"label": jnp.asarray(labels, jnp.int32)}
+    cond, uncond = (call(batch, jnp.full(images, drop), method="condition") for drop in (False, True))
+    cond = cond if scale == 1 else paired(cond, uncond)
+
+    @jax.jit
+    def run(cond):
+        def step(state, i, first, size):
+            keys = numbered(images, jnp.minimum(first + jnp.arange(size), n - 1))
+            return call(state, i, first, size, cond=cond, order=order, knobs=knobs, keys=keys, method="step")
+
+        grow = lambda state, ranks: call(state, ranks, cond, method="grow")  # noqa: E731
+        state = call(cond, order, images, method="begin")
+        return scan_steps(sizes, step, state, rooms=order.rooms, grow=grow).tokens
+
+    tokens = run(cond)
+    place = np.argsort(slot, axis=1)
+    hidden = jax.jit(lambda tokens, known: call(tokens, known, cond, order, method="hidden"))
+    outputs = {
+        f"{name}.cfg_per_iter": weight,
+        f"{name}.mask_per_iter": np.stack([place >= f for f in first]),
+        f"{name}.latents": nchw(to_slots(tokens, order).reshape(images, *grid_of(generator), channels)),
+    }
+    for i, (f, size) in enumerate(zip(first, sizes)):
+        z = np.asarray(hidden(tokens, jnp.int32(f)))[:, f : f + size]
+        ways = [np.take_along_axis(z[w :: len(z) // images], rows[i][..., None], 1) for w in range(len(z) // images)]
+        outputs[f"{name}.iter{i}.z"] = np.concatenate([way.reshape(images * size, -1) for way in ways])
+    return outputs
+
+
+def grid_of(generator):
+    return tuple(generator.spec.coords.max(0)[1:] + 1)
+
+
+def mar_generator(meta, weights, io):
+    h = meta["hyperparameters"]
+    generator, params, call = build_mar(meta, weights, steps=h["num_sampling_steps"])
+    tokens = patchify(nhwc(io["latents"]), h["patch_size"])
+    images, n = tokens.shape[:2]
+    slot = np.asarray(io["orders"], np.int32)[:, ::-1]
+    order = Order(slot, (1,) * n)
+    mask = np.asarray(io["mask"], bool)
+    known = int(n - mask[0].sum())
+    batch = {"label": jnp.asarray(io["labels"], jnp.int32)}
+    inside = functools.partial(to_ranks(tokens, order).__getitem__, (slice(None), slice(known)))
+
+    def z_of(self, drop):
+        return to_slots(self.hidden(inside(), jnp.int32(known), self.condition(batch, drop), order), order)
+
+    cond = call(batch, jnp.zeros(images, bool), method="condition")
+    encoded = np.asarray(call(inside(), known, cond, order, method="encode"))
+    by_place = np.argsort(slot[:, :known], axis=1)[..., None]
+    buffer = h["buffer_size"]
+    kept = np.concatenate([encoded[:, :buffer], np.take_along_axis(encoded[:, buffer:], by_place, axis=1)], 1)
+
+    drop = jnp.asarray(io["train.label_drop_uniform"] < h["label_drop_prob"])
+    t = jnp.asarray(io["train.t"], jnp.int32).reshape(-1, images, n)
+    noise = jnp.asarray(io["train.noise"]).reshape(*t.shape, -1)
+
+    def objective(params):
+        def run(self):
+            z = z_of(self, drop)
+            return z, self.head.errors(z, tokens, t, noise)
+
+        z, (square, bound) = generator.apply({"params": params}, method=run)
+        loss = ((square + bound).mean(0) * mask).sum() / mask.sum()
+        return loss, (z, square, bound)
+
+    (loss, (z, square, bound)), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
+    grads = to_weights(grads, mar.generator_rules(generator))
+
+    def net(x, t, c):
+        return generator.apply({"params": params}, method=lambda self: self.head.net(x, jnp.asarray(t, jnp.float32), c))
+
+    x, t, c = (jnp.asarray(io[f"head.{name}"]) for name in "xtc")
+    half, channels = len(x) // 2, x.shape[-1]
+    both = net(jnp.concatenate([x[:half]] * 2), t, c)
+    neighbours = jnp.stack([both[:half], both[half:]], 1).reshape(2 * half, -1)
+    guided = jnp.concatenate([fold(neighbours[:, :channels], 2, 2.5)] * 2)
+
+    kept_few = kept_steps(h["num_sampling_steps"])
+    index = np.asarray(io["step.t_index"])
+    chain = Chain.of(kept_few).at(index[:, None])
+    x_t, step_noise = jnp.asarray(io["step.x"]), jnp.asarray(io["step.noise"])
+    eps, variance = jnp.split(net(x_t, kept_few[index], jnp.asarray(io["step.c"])), 2, axis=-1)
+    clean = chain.clean(x_t, eps)
+    mean, log_variance = chain.mean(x_t, clean), chain.log_variance(variance)
+    temperature = 0.9 * (index > 0)[:, None]
+
+    loop_noise = np.concatenate([io["loop.init_noise"][None], io["loop.step_noise"]]).swapaxes(0, 1)[:, None]
+    plain = with_head(generator, steps=h["plain_respacing"], table=loop_noise)
+    knobs = Knobs(np.ones(1, np.float32), np.ones(1, np.float32))
+    z_rows = jnp.asarray(io["loop.z"])[:, None]
+    looped = plain.apply(
+        {"params": params}, method=lambda self: self.head.sample(z_rows, numbered(len(z_rows), [0]), knobs, 0)
+    )
+    everything = Chain.of(np.arange(1000))
+    return {
+        "tokens": tokens,
+        "encoder_out": kept,
+        "z": call(jnp.zeros(images, bool), method=z_of),
+        "train.z": z,
+        "train.mse_rows": square,
+        "train.vb_rows": bound,
+        "train.loss": loss,
+        **{f"train.grad.{key}": value for key, value in grads.items()},
+        "head.timestep_embedding": sinusoids(jnp.asarray(t, jnp.float32)),
+        "head.out": net(x, t, c),
+        "head.out_cfg": jnp.concatenate([guided, both[:, channels:]], axis=1),
+        "sched.betas": cosine_betas(),
+        "sched.alphas_cumprod": everything.kept,
+        "sched.posterior_log_variance_clipped": everything.log_posterior,
+        **{f"sched.timesteps[{spacing}]": kept_steps(spacing) for spacing in ("4,1", "5", "100", "ddim25")},
+        "sched.spaced_betas": np.exp(Chain.of(kept_steps(h["plain_respacing"])).log_beta),
+        "step.mean": mean,
+        "step.log_variance": log_variance,
+        "step.pred_xstart": clean,
+        "step.sample": mean + temperature * jnp.exp(0.5 * log_variance) * step_noise,
+        "loop.out": looped,
+        **sampled(generator, params, io, "sample.linear", io["sample.labels"], 5, 2.7, "linear", 0.93),
+        **sampled(generator, params, io, "sample.constant", io["sample.labels"], 3, 1.8, "constant", 1.0),
+        **sampled(generator, params, io, "sample.nocfg", io["sample.labels"], 2, 1.0, "linear", 1.0),
+    }
+
+
+def disa_mar(meta, weights, io):
+    h = meta["hyperparameters"]
+    upper, lower, clip, clip_ddim = (
+        h[name] for name in ("diff_upper_steps", "diff_lower_steps", "clip_timesteps", "clip_timesteps_ddim")
+    )
+    generator, params, _ = build_mar(meta, weights, last_steps=lower)
+    outputs = {
+        "table.actual_steps_for_request_5_to_50": [len(kept_steps(str(n), clip)) for n in range(5, 51)],
+        "table.timesteps_50": kept_steps("50", clip),
+        "table.timesteps_5": kept_steps("5", clip),
+        "table.betas_5": np.exp(Chain.of(kept_steps("5", clip)).log_beta),
+        "table.timesteps_ddim13": kept_steps("ddim13", clip_ddim),
+        **{
+            f"table.{rule.replace('_', '-')}.requested_steps": annealed(rule, 50, 5, 64)
+            for rule in ("linear", "cosine", "two_stage")
+        },
+        "table.constant.requested_steps": annealed("constant", 5, 5, 64),  # theirs takes the smaller number
+    }
+    plain = {"steps": str(upper), "latest": clip}
+    for name, head, steps, scale, temperature in (
+        ("linear", plain | {"anneal": "linear"}, 5, 2.4, 1.0),
+        ("cosine", plain | {"anneal": "cosine"}, 4, 1.0, 0.9),
+        ("ddim", {"steps": f"ddim{upper}", "latest": clip_ddim, "anneal": "linear", "sampler": "ddim"}, 3, 1.0, 1.0),
+    ):
+        annealing = with_head(generator, **head)
+        outputs |= sampled(annealing, params, io, f"sample.{name}", io["labels"], steps, scale, "linear", temperature)
+        _, which, lengths = annealing.head.chains(steps)
+        outputs[f"sample.{name}.diffusion_steps_per_iter"] = lengths[which]
+    return outputs
+
+
+CASES = {"kl16_vae": kl16_vae, "mar": mar_generator, "disa_mar": disa_mar}
