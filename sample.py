@@ -5,6 +5,7 @@
     python sample.py runs/mnist5k_llamagen                                  a grid, samples.png
     python sample.py runs/mnist5k_llamagen --labels 3 7 --count 20 --guidance 3
     python sample.py runs/emoji_llamagen --captions "red heart" "snowman"
+    python sample.py runs/mnist5k_var --edit digit.png --mask hole.png      what is white in hole.png is drawn anew
     python sample.py checkpoints/c2i_B_256 --tokenizer checkpoints/vq_ds16_c2i --count 50000 --out b256.npz
 
 What is written follows from --out: NAME.png is a grid, NAME.npz the uint8 array that the field's evaluators read, any
@@ -14,6 +15,7 @@ seed and its number only, not on the batch size or the number of devices.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import shutil
 import sys
@@ -22,22 +24,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ar_jax import codec, distributed
 from ar_jax.compiled import keep_compiled
 from ar_jax.data import label_ids
+from ar_jax.data.images import read_image
+from ar_jax.decode.edit import Edit, free_slots
 from ar_jax.decode.sequential import sample_images
 from ar_jax.decode.settings import Sampling, arrange, make_knobs
 from ar_jax.distributed import Launch
 from ar_jax.flops import with_fields
-from ar_jax.images import save_png, tile, to_uint8
-from ar_jax.models import Model, open_model, write_json
+from ar_jax.images import save_png, tile, to_float, to_uint8
+from ar_jax.models import Model, image_shape, open_model, write_json
+from ar_jax.orders import known_first
 from ar_jax.resize import resize
 from ar_jax.sharding import MeshShape, batch_sharding, make_mesh, put, shard
 from ar_jax.typing import Batch
@@ -92,6 +98,16 @@ class Options:
     (HMAR); "" draws none anew."""
     banned: tuple[int, ...] | None = None
     """Codes that are never drawn."""
+    edit: str = ""
+    """An image file to edit, cropped to the proportions of the model's images and resized to them."""
+    mask: str = ""
+    """With --edit: an image file of the same size, white where pixels are drawn, black where they are kept."""
+    at: tuple[int, int] | None = None
+    """With --edit: row and column of the model's images at which this one lies, not resized; what it leaves is drawn."""
+    keep_scales: int = 0
+    """With --edit: the first so many scales are the image's, only finer ones are drawn (next-scale models)."""
+    paste: bool = True
+    """With --edit: kept pixels are the image's own; --no-paste shows what the tokenizer makes of them, without a seam."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of parameters and matrix products of the generator."""
     unroll: bool = True
@@ -129,6 +145,7 @@ def sample(options: Options) -> None:
             f"{tokenizer.folder} has {tokenizer.module.spec.n} with {tokenizer.module.spec.codes}; give --tokenizer"
         )
     names, conditions = condition_table(model, options)
+    given = read_edit(options, tokenizer.module)
 
     out, folder = Path(options.out), Path(options.out)
     if out.suffix in (".png", ".npz"):
@@ -138,11 +155,16 @@ def sample(options: Options) -> None:
         "sampling": json.loads(json.dumps(dataclasses.asdict(settings))), "conditions": names, "dtype": options.dtype, "average": options.average, "resize": options.resize,
         "checkpoint": model.checkpoint,
     }  # fmt: skip
+    if given:
+        identity["edit"] = {
+            "sha256": [hashlib.sha256(array.tobytes()).hexdigest() for array in given],
+            "keep_scales": options.keep_scales, "paste": options.paste,
+        }  # fmt: skip
     distributed.check_shared(folder.parent)
     todo = _missing(folder, options.count, identity)
     if len(todo):
         mesh = make_mesh(options.mesh)
-        draw = make_sampler(model, tokenizer, settings, options, mesh)
+        draw = make_sampler(model, tokenizer, settings, options, mesh, given)
         done, quiet = options.count - len(todo), jax.process_index() != 0
         with tqdm(total=options.count, initial=done, unit="image", desc=str(out), disable=quiet) as bar:
             for start in range(0, len(todo), options.batch):
@@ -193,13 +215,71 @@ def _scales(text: str) -> tuple[int | tuple[int, int], ...]:
     return tuple(int(part[0]) if len(part) == 1 else (int(part[0]), int(part[1])) for part in parts)
 
 
+def read_edit(options: Options, tokenizer: nn.Module) -> tuple[np.ndarray, np.ndarray] | None:
+    """The image to edit, uint8 [H W c] as the tokenizer makes them, and bool [H W], its pixels that are drawn.
+
+    Raises:
+      ValueError: options that do not fit together or the model, or a mask that does not fit the image.
+      Unreadable: no such image.
+    """
+    if not options.edit:
+        if options.mask or options.at or options.keep_scales:
+            raise ValueError("--mask, --at and --keep-scales speak of an image; give it with --edit FILE")
+        return None
+    height, width, channels = image_shape(tokenizer)
+    scales = len(tokenizer.spec.scales)
+    if not 0 <= options.keep_scales < scales:
+        raise ValueError(
+            f"--keep-scales is {options.keep_scales}; the model has {scales}, so it must be 0 to {scales - 1}"
+        )
+    if not (options.mask or options.at or options.keep_scales):
+        raise ValueError("--edit needs to know what to draw: give --mask FILE, --at ROW COLUMN, or --keep-scales N")
+    image = read_image(options.edit)
+    free = np.zeros((image.height, image.width), bool)
+    if options.mask:
+        mask = read_image(options.mask).convert("L")
+        if mask.size != image.size:
+            raise ValueError(
+                f"--mask {options.mask} has {mask.width}x{mask.height} pixels, but {options.edit} has "
+                f"{image.width}x{image.height}; they must be of one size"
+            )
+        free = np.asarray(mask) >= 128
+    if options.at:
+        (top, left), low, right = options.at, options.at[0] + image.height, options.at[1] + image.width
+        if min(top, left) < 0 or low > height or right > width:
+            raise ValueError(
+                f"--at is {top} {left}, but an image of {image.width}x{image.height} pixels there leaves the model's "
+                f"{width}x{height}"
+            )
+        pixels, part = np.full((height, width, 3), 128, np.uint8), free
+        free = np.ones((height, width), bool)
+        pixels[top:low, left:right], free[top:low, left:right] = image, part
+    else:
+        pixels = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
+        fitted = ImageOps.fit(Image.fromarray(free.astype(np.uint8) * 255), (width, height), Image.Resampling.BOX)
+        free = np.asarray(fitted) > 0
+        if not options.mask:
+            free = np.ones_like(free)
+    if not free.any():
+        raise ValueError(f"--mask {options.mask} is black everywhere: nothing is left to draw")
+    return pixels if channels == 3 else pixels.mean(-1, keepdims=True).astype(np.uint8), free
+
+
 def make_sampler(
-    model: Model, tokenizer: Model, settings: Sampling, options: Options, mesh: jax.sharding.Mesh
+    model: Model,
+    tokenizer: Model,
+    settings: Sampling,
+    options: Options,
+    mesh: jax.sharding.Mesh,
+    given: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Callable[[Batch, np.ndarray], Iterator[tuple[int, np.ndarray]]]:
     """Compiles generator and tokenizer into one program over all processes.
 
     It takes conditions and image numbers, the same on every process, and gives the rows of this process with their
     images, uint8 [h w 3].
+
+    Args:
+      given: see `read_edit`.
     """
     share = mesh.shape["data"] * mesh.shape["fsdp"]
     if options.resize < 0:
@@ -217,12 +297,21 @@ def make_sampler(
     frozen = put(frozen, shard(frozen, mesh, tokenizer.module.rules))
     order_fn = codec.decode(model.settings["order"])
 
+    known = np.zeros(tokenizer.module.spec.n, bool)
+    if given is not None and generator.any_order:
+        known = np.asarray(~free_slots(tokenizer.module.spec, given[1][None])[0])
+
     @functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
-    def program(params, frozen, batch, ids):
+    def program(params, frozen, batch, ids, given):
         root, order_key = jax.random.split(jax.random.key(options.seed))
         keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(ids)
         order_keys = jax.vmap(lambda i: jax.random.fold_in(order_key, i))(ids)
-        order = order_fn(generator.spec, order_keys, len(ids), 0)
+        order, edit = order_fn(generator.spec, order_keys, len(ids), 0), None
+        if given is not None:
+            if generator.any_order:
+                order = known_first(order_fn, generator.spec, known, order_keys)
+            image, free = (jnp.broadcast_to(x, (len(ids), *x.shape)) for x in given)
+            edit = Edit(to_float(image), free, options.keep_scales, int(known.sum()))
         knobs, guided = make_knobs(settings, order, generator.spec.scales)
         images = sample_images(
             generator,
@@ -235,13 +324,16 @@ def make_sampler(
             keys=keys,
             guided=guided,
             segments=options.segments,
+            edit=edit,
         )
+        if given is not None and options.paste:
+            images = jnp.where(edit.free[..., None], images, edit.image)
         return to_uint8(resize(images, (options.resize,) * 2) if options.resize else images)
 
     def draw(batch, ids):
         batch, ids = put((batch, ids.astype(np.uint32)), batch_sharding(mesh))
         with jax.set_mesh(mesh):
-            images = program(params, frozen, batch, ids)
+            images = program(params, frozen, batch, ids, given)
         for part in images.addressable_shards:
             if part.replica_id == 0:  # of copies of these rows, one is written
                 first = part.index[0].start or 0

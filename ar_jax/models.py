@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from ar_jax import __version__, codec
 from ar_jax.config import Experiment
@@ -89,6 +90,19 @@ def untrained(experiment: Experiment) -> tuple[nn.Module | None, nn.Module]:
         tokenizer = VQGAN(size=(experiment.data.size,) * 2)
     generator = experiment.generator.module
     return generator and generator.complete(tokenizer.spec, IMAGENET), tokenizer
+
+
+def image_shape(tokenizer: nn.Module) -> tuple[int, int, int]:
+    """Height, width and channels of the images that a tokenizer decodes to."""
+
+    def decode(key):
+        params, spec = tokenizer.init_params(key), tokenizer.spec
+        tokens = (
+            jnp.zeros((1, spec.n, spec.channels)) if spec.channels else jnp.zeros((1, spec.n, len(spec.codes)), int)
+        )
+        return tokenizer.apply({"params": params}, tokens, method="decode")
+
+    return jax.eval_shape(decode, jax.random.key(0)).shape[1:]
 
 
 def versions() -> dict[str, str]:

@@ -148,7 +148,7 @@ class Shuffled:
     """A random order for every image, few slots in the first steps and many in the last.
 
     Attributes:
-      steps: of decoding; after i of them, a part cos(pi/2 i/steps) of the slots is unknown.
+      steps: of decoding, at most one per slot; after i of them, a part cos(pi/2 i/steps) of the slots is unknown.
       scans: programs that the steps may be compiled to (see `Order.rooms`); more throw away less.
     Source: MAR (arXiv:2406.11838).
     """
@@ -158,8 +158,25 @@ class Shuffled:
 
     def __call__(self, spec: TokenSpec, keys: Key[Array, "b"], images: int = 1, train_step: Index = 0) -> Order:
         slot = jax.vmap(lambda key: jax.random.permutation(key, spec.n))(keys).astype(jnp.int32)
-        sizes = cosine_sizes(spec.n, self.steps)
+        sizes = cosine_sizes(spec.n, min(self.steps, spec.n))
         return Order(slot, sizes, rooms(sizes, self.scans))
+
+
+def known_first(order_fn: OrderFn, spec: TokenSpec, known: np.ndarray, keys: Key[Array, "b"]) -> Order:
+    """An order of the slots that are not known, after a first step of those that are.
+
+    Args:
+      order_fn: orders the unknown slots as if there were no others.
+      known: bool [n], the same for all images.
+      keys: one per image.
+    """
+    inner, outer = np.flatnonzero(known).astype(np.int32), np.flatnonzero(~known).astype(np.int32)
+    order = order_fn(dataclasses.replace(spec, coords=spec.coords[outer]), keys, len(keys), 0)
+    slot = jnp.asarray(outer)[order.slot]
+    slot = jnp.concatenate([jnp.broadcast_to(inner, (len(slot), len(inner))), slot], axis=1)
+    if not len(inner):
+        return order.replace(slot=slot)
+    return Order(slot, (len(inner), *order.sizes), order.rooms and (len(inner), *order.rooms))
 
 
 def cosine_sizes(n: int, steps: int) -> tuple[int, ...]:
@@ -226,6 +243,7 @@ def scan_steps(
     state: State,
     *,
     rooms: tuple[int, ...] = (),
+    done: int = 0,
     grow: Callable[[State, int], State] = lambda state, ranks: state,
     segments: int = 1,
 ) -> State:
@@ -236,14 +254,15 @@ def scan_steps(
       fn: one step.
       state: what is handed from step to step.
       rooms: ranks computed by each step (see `Order.rooms`); () is `sizes`.
+      done: ranks known beforehand; steps that reveal no others are left out.
       grow: called before every scan with the number of ranks known after it; makes room for them in the state.
       segments: scans that a run of equal steps is cut into, so that `grow` can keep a cache no longer than needed;
         more segments read less and compile longer.
     """
     last = np.cumsum(sizes)
     first = last - sizes
-    step = 0
-    for room, run in itertools.groupby(rooms or sizes):
+    step = int((last <= done).sum())
+    for room, run in itertools.groupby((rooms or sizes)[step:]):
         steps = np.arange(step, step + len(list(run)))
         for part in np.array_split(steps, min(segments, len(steps))):
             state = grow(state, int(last[part[-1]]))

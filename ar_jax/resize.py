@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ar_jax.typing import Array, Float, typed
+from ar_jax.typing import Array, Bool, Float, typed
 
 
 @typed
@@ -29,6 +29,12 @@ def resize(x: Float[Array, "b h w c"], size: tuple[int, int], kind: str = "bicub
             moved = jnp.tensordot(matrix.astype(x.dtype), x, (1, axis), precision=lax.Precision.HIGHEST)
             x = jnp.moveaxis(moved, 0, axis)
     return x
+
+
+@typed
+def touched(mask: Bool[Array, "b H W"], size: tuple[int, int]) -> Bool[Array, "b h w"]:
+    """Which cells of a grid of that height and width hold anything of a mask; cells are those of "area"."""
+    return resize(mask[..., None].astype(jnp.float32), size, "area")[..., 0] > 0
 
 
 @functools.lru_cache

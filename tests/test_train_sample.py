@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import resource
 import shutil
 import sys
@@ -15,7 +16,7 @@ from PIL import Image
 
 import sample
 import train
-from ar_jax.data import Info
+from ar_jax.data import Data, Info, batches, open_source
 from ar_jax.models import open_model, write_json
 from ar_jax.sharding import make_mesh
 from ar_jax.train.checkpoint import save_params
@@ -364,6 +365,58 @@ def test_a_folder_of_other_files_is_left_alone(run, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     assert "was not begun by sample.py" in refused(sample.main, run, "--out", tmp_path)
     assert content(tmp_path) == {"thesis.tex": b"mine"}
+
+
+@pytest.fixture(scope="module")
+def digit(place):
+    """An image, and masks of it with a hole and without."""
+    data = Data(name="mnist5k", split="all", size=32)
+    image = next(iter(batches(open_source(data), data, batch=1, seed=0, train=False)))["image"][0]
+    Image.fromarray(image).save(place / "digit.png")
+    hole = np.zeros((32, 32), np.uint8)
+    hole[12:20, 8:24] = 255
+    for name, mask in (("hole", hole), ("black", 0 * hole), ("small", hole[:16])):
+        Image.fromarray(mask).save(place / f"{name}.png")
+    return image, hole > 0
+
+
+def test_an_edited_image_keeps_its_pixels_and_gets_new_ones_in_the_hole(run, digit, place, tmp_path):
+    image, hole = digit
+    edit = ("--edit", str(place / "digit.png"), "--mask", str(place / "hole.png"))
+    images = images_of(sampled(run, tmp_path / "a.npz", *edit))
+    assert (images[:, ~hole] == image[~hole]).all()
+    assert (images[:, hole] != image[hole]).any(axis=(1, 2)).all()
+    assert len(np.unique(images, axis=0)) > 1
+    whole = images_of(sampled(run, tmp_path / "b.npz", *edit, "--no-paste"))
+    assert (whole[:, ~hole] != image[~hole]).any()
+    np.testing.assert_array_equal(whole[:, hole], images[:, hole])
+
+
+def test_a_smaller_image_can_be_laid_on_the_canvas_and_drawn_on(run, digit, tmp_path):
+    Image.fromarray(digit[0][:16]).save(tmp_path / "part.png")
+    images = images_of(
+        sampled(run, tmp_path / "a.npz", "--edit", str(tmp_path / "part.png"), "--at", 8, 0, "--count", 4, "--batch", 4)
+    )
+    assert (images[:, 8:24] == digit[0][:16]).all()
+    assert (images[:, :8] != 128).any(axis=(1, 2, 3)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mask", "hole.png"], "give it with --edit FILE"),
+        (["--edit", "digit.png"], "--edit needs to know what to draw"),
+        (["--edit", "digit.png", "--mask", "black.png"], "is black everywhere"),
+        (["--edit", "digit.png", "--mask", "small.png"], "has 32x16 pixels, but .* has 32x32"),
+        (["--edit", "digit.png", "--at", "1", "0"], "leaves the model's 32x32"),
+        (["--edit", "digit.png", "--keep-scales", "1"], "--keep-scales is 1; the model has 1"),
+        (["--edit", "none.png", "--mask", "hole.png"], "none.png"),
+    ],
+)
+def test_bad_edits_are_refused_in_words(run, digit, place, tmp_path, options, message):
+    options = [str(place / option) if option.endswith(".png") else option for option in options]
+    assert re.search(message, refused(sample.main, run, "--out", tmp_path / "x.png", *options))
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_labels_are_used_in_turn(run, drawn, tmp_path):

@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from ar_jax.orders import Order, to_ranks
-from ar_jax.resize import area_matrix
+from ar_jax.resize import touched
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Bool, Tokens, typed
 
@@ -21,11 +20,13 @@ class Edit:
       image: float32 [b H W c] in [-1, 1].
       free: bool [b H W], pixels to be drawn; the others are kept.
       scales: of the tokenizer's scales the first so many are kept whole.
+      ranks: see `Source`.
     """
 
     image: Array
     free: Array
     scales: int = struct.field(pytree_node=False, default=0)
+    ranks: int = struct.field(pytree_node=False, default=0)
 
 
 @struct.dataclass
@@ -35,10 +36,12 @@ class Source:
     Attributes:
       tokens: [b n k] or [b n c], in slot order.
       known: bool [b n], those that are kept.
+      ranks: so many first ranks are known in every image, so that no step need draw them.
     """
 
     tokens: Array
     known: Array
+    ranks: int = struct.field(pytree_node=False, default=0)
 
 
 def hold(tokenizer: Any, frozen: Callable, edit: Edit) -> tuple[Source, Callable]:
@@ -51,20 +54,13 @@ def hold(tokenizer: Any, frozen: Callable, edit: Edit) -> tuple[Source, Callable
     known = ~free_slots(tokenizer.spec, edit.free) | (jnp.asarray(tokenizer.spec.coords)[:, 0] < edit.scales)
     if hasattr(tokenizer, "held"):
         frozen = tokenizer.held(frozen, tokens, edit.free)
-    return Source(tokens, known), frozen
+    return Source(tokens, known, edit.ranks), frozen
 
 
 @typed
 def free_slots(spec: TokenSpec, free: Bool[Array, "b H W"]) -> Bool[Array, "b n"]:
     """Slots with a free pixel in their cell of the image."""
-    return jnp.concatenate([free_cells(free, size).reshape(len(free), -1) for size in spec.scales], axis=1)
-
-
-@typed
-def free_cells(free: Bool[Array, "b H W"], size: tuple[int, int]) -> Bool[Array, "b h w"]:
-    """Cells of a grid of that height and width with a free pixel in them; cells overlap where pixels do not divide."""
-    rows, columns = (area_matrix(n, m) > 0 for n, m in zip(size, free.shape[1:]))
-    return jnp.einsum("hy,wx,byx->bhw", rows.astype(np.float32), columns.astype(np.float32), free.astype(jnp.float32)) > 0
+    return jnp.concatenate([touched(free, size).reshape(len(free), -1) for size in spec.scales], axis=1)
 
 
 def keep(tokens: Tokens, source: Source, order: Order) -> Tokens:

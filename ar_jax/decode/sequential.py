@@ -90,7 +90,9 @@ def sample(
         if source is not None:
             source = source.replace(tokens=tokenizer(source.tokens, method="embed"))
     state = call(cond, order, images, vectors, method="begin")
-    state = scan_steps(order.sizes, step, state, rooms=order.rooms, grow=grow, segments=segments)
+    state = scan_steps(
+        order.sizes, step, state, rooms=order.rooms, done=source.ranks if source else 0, grow=grow, segments=segments
+    )
     return to_slots(state.tokens, order)
 
 

@@ -57,6 +57,8 @@ class Causal(nn.Module):
     emphasis: str = "equal"
     spec: TokenSpec | None = None
 
+    any_order = False  # whether ranks may be put in another order, and those known beforehand first
+
     def complete(self, spec: TokenSpec, info: Info) -> "Causal":
         """Fills in what only the tokenizer and the data know.
 

@@ -76,6 +76,8 @@ class Masked(nn.Module):
     mask: MaskRatio = MaskRatio()
     spec: TokenSpec | None = None
 
+    any_order = True  # whether ranks may be put in another order, and those known beforehand first
+
     def complete(self, spec: TokenSpec, info: Info) -> "Masked":
         """Fills in what only the tokenizer and the data know.
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ar_jax.resize import resize
+from ar_jax.resize import resize, touched
 from ar_jax.sharding import Rules
 from ar_jax.tokenizers.conv import RULES, Decoder, Encoder, init
 from ar_jax.tokenizers.quantize import VectorLoss, codebook_init, residual_quantise
@@ -136,7 +136,7 @@ class ResidualPyramid(nn.Module):
     @nn.nowrap
     def held(self, frozen: Callable, tokens: Int[Array, "b n 1"], free: Bool[Array, "b H W"]) -> Callable:
         """The frozen tokenizer with the latent of `tokens` wherever no pixel is free (see `decode.edit`)."""
-        cells = free_cells(free, self.grid)
+        cells = touched(free, self.grid)
 
         def call(*arguments, method):
             return frozen(*arguments, *([(tokens, cells)] if method in ("context", "decode") else []), method=method)
