@@ -1,6 +1,5 @@
 """Causal generators: each token is predicted from those of earlier steps, rows are fed once into a cache."""
 
-
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
