@@ -188,7 +188,7 @@ def sampling(own: dict, options: Options) -> Sampling:
     Raises:
       ValueError: something is not of its form.
     """
-    chosen = {name: given for name in SETTINGS - {"known"} if (given := getattr(options, name)) is not None}
+    chosen = {name: given for name in SETTINGS if (given := getattr(options, name, None)) is not None}
     chosen["scales"] = _scales(options.scales) if options.scales else own.get("scales", ())
     if options.refine is not None:
         try:
