@@ -103,7 +103,8 @@ def residual_quantise(
       sizes: height and width of every scale.
       part: level, its map of codes -> what it adds to the sum, of the size of `latents`.
       loss: weights. "codebook" is the distance between the sum after a scale and the latents, with the gradient of all
-        parts so far; "commit" the same, with that of the latents; all are means over the scales.
+        parts so far; "commit" the same, with that of the latents; "entropy" moves the codebook only, since what is left
+        over is taken without gradient. All are means over the scales.
       cosine: search by angle; what is added are the codes as they are.
 
     Returns:
