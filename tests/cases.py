@@ -94,7 +94,7 @@ def _scales(tokenizer, inputs=NextScale(channels=4), sees="past", **fields):
 
 NET = {"features": 4, "mult": (1, 2), "res_blocks": 1, "codes": 12, "code_features": 4, "groups": 2}
 RESIDUAL = ResidualPyramid(size=(6, 6), scales=(1, 2, 3), **NET)
-INDEPENDENT = Pyramid(size=(8, 8), scales=(1, 2, (2, 4), 3), latent=8, **NET)
+INDEPENDENT = Pyramid(size=(6, 6), scales=(1, 2, (1, 3), 3), latent=8, **NET)
 
 CASES = {
     "llamagen_label": _causal(Label(16)),
