@@ -19,11 +19,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-<<<<<<< HEAD
-from ar_jax.convert import flexvar, llamagen, mar, var
-=======
-from ar_jax.convert import flexvar, llamagen, next_scale, var
->>>>>>> scales
+from ar_jax.convert import flexvar, llamagen, mar, next_scale, var
 from ar_jax.convert.names import Rule, differences, key_shapes
 from ar_jax.typing import Params
 
