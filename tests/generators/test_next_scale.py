@@ -36,8 +36,8 @@ def test_drawn_lists_of_scales_follow_the_recipe():
     usual = (chosen == np.isin(sides, draw.usual)).all(1)
     assert 0.03 < usual.mean() < 0.08
     counts = chosen.sum(1)
-    assert (counts == 10).mean() > 0.1
     assert counts.max() == 10
+    assert (counts < 10).mean() > 0.5, "most lists are too long at first"
     assert len(np.unique(chosen, axis=0)) > 300
     assert 0.5 < chosen[:, -1].mean() < 1, "the length rule may take the last scale"
 
