@@ -130,7 +130,7 @@ class ResidualPyramid(nn.Module):
     @typed
     def decode(
         self, tokens: Tokens, held: Held | None = None, *, key: PRNGKey | None = None
-    ) -> Float[Array, "b H W c"]:
+    ) -> Float[Array, "b H W rgb"]:
         """Images in [-1, 1], from the tokens of all scales or of the first few; `held` as in `context`, `key` is unused."""
         return jnp.clip(self.pixels(self.sums(tokens, held)[-1]), -1, 1)
 
