@@ -56,7 +56,7 @@ class Case:
 
 
 def masked(head, **net):
-    encoder, decoder = ViT(2, 16, 2, 24, **net), ViT(1, 24, 3, **net)
+    encoder, decoder = ViT(2, 16, 2, hidden=24, **net), ViT(1, 24, 3, **net)
     return Case(Masked(encoder, decoder, Label(16, apart=True), head, buffer=2).complete(SPEC, INFO), Shuffled(5, 2))
 
 
@@ -65,11 +65,8 @@ def causal(conditioning, head):
 
 
 CASES = {
-    "mar": masked(Diffusion(16, 2, multiplier=2, steps="4,1")),
-    "disa": masked(Diffusion(16, 1, steps="6", anneal="linear", last_steps=3, latest=800), remat="dots"),
+    "mar": masked(Diffusion(16, 2, multiplier=2, steps="6", anneal="linear", last_steps=3, latest=800), remat="dots"),
     "masked_flow": masked(Flow(16, 1, steps=5, solver="heun", remat="full"), remat="full"),
-    "masked_mixture": masked(GaussianMixture(3)),
-    "causal_diffusion": causal(Label(16), Diffusion(16, 1, steps="4,1")),
     "causal_flow": causal(Caption(16), Flow(16, 2, steps=4, anneal="linear", last_steps=2, solver="stochastic")),
     "givt": causal(Label(16), GaussianMixture(3)),
 }
