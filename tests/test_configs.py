@@ -21,6 +21,8 @@ PUBLISHED = {  # config -> manifest; the size of the image does not change the n
     "llamagen_vq8": "vq_ds8_c2i",
     "var_vq": "vae_ch160v4096z32",
     "flexvar_vq": "FlexVAE",
+    "mar_kl16": "kl16",
+    **{f"mar_{size}_256": f"MAR-{size.upper()}" for size in "blh"},
     "llamagen_xl_t2i_256": "t2i_XL_stage1_256",
     "llamagen_xl_t2i_512": "t2i_XL_stage2_512",
     **{
@@ -41,7 +43,8 @@ def networks(experiment):
         spec = TokenSpec(grid(side, side), codes=(16384,))
     else:
         spec = tokenizer.spec
-        yield "tokenizer", tokenizer
+        if not experiment.tokenizer.path:
+            yield "tokenizer", tokenizer
     if generator is not None:
         yield "generator", generator.complete(spec, IMAGENET)
 

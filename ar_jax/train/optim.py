@@ -1,6 +1,8 @@
 """AdamW with a warm-up schedule and clipping."""
 
 import dataclasses
+import functools
+import re
 from typing import Literal
 
 import jax
@@ -21,6 +23,8 @@ class Optim:
     """Decay of Adam's two moments."""
     weight_decay: float = 0.05
     """Decoupled decay of matrices and tables; norms and biases have none."""
+    no_decay: tuple[str, ...] = ()
+    """Patterns searched in the paths of the parameters; those they match have none either."""
     clip: float = 1.0
     """Largest global gradient norm, per network; 0 does not clip."""
     warmup: int = 0
@@ -50,14 +54,20 @@ def schedule(optim: Optim, steps: int) -> optax.Schedule:
 def make_optimiser(optim: Optim, steps: int, networks: tuple[str, ...] = ("model",)) -> optax.GradientTransformation:
     """One AdamW per network, each clipped by its own gradient norm."""
 
+    decays = functools.partial(_decays, others=optim.no_decay)
+
     def one():
         return optax.chain(
             optax.clip_by_global_norm(optim.clip) if optim.clip else optax.identity(),
-            optax.adamw(schedule(optim, steps), *optim.betas, weight_decay=optim.weight_decay, mask=_decays),
+            optax.adamw(schedule(optim, steps), *optim.betas, weight_decay=optim.weight_decay, mask=decays),
         )
 
     return optax.partition({name: one() for name in networks}, {name: name for name in networks})
 
 
-def _decays(params: Params) -> Params:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NO_DECAY, params)
+def _decays(params: Params, others: tuple[str, ...] = ()) -> Params:
+    def one(path, _):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return path[-1].key not in NO_DECAY and not any(re.search(pattern, name) for pattern in others)
+
+    return jax.tree_util.tree_map_with_path(one, params)
