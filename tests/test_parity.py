@@ -69,6 +69,17 @@ def _compare(name, got, want, array):
 def test_every_fixture_of_the_supported_methods_has_a_case():
     if not ROOT.exists():
         pytest.skip(f"no fixtures at {ROOT}; set AR_JAX_PARITY")
-    supported = ("llamagen", "lpips", "patchgan", "var_vqvae", "flexvar_vq", "kl16", "mar", "disa_mar", "givt_ar")
+    supported = (
+        "llamagen",
+        "lpips",
+        "patchgan",
+        "var_vqvae",
+        "flexvar_vq",
+        "kl16",
+        "mar",
+        "disa_mar",
+        "givt_ar",
+        "givt_vae",
+    )
     present = {path.name for path in ROOT.iterdir() if path.name.startswith(supported)}
     assert present <= CASES.keys()
