@@ -23,6 +23,11 @@ PUBLISHED = {  # config -> manifest; the size of the image does not change the n
     "flexvar_vq": "FlexVAE",
     "mar_kl16": "kl16",
     **{f"mar_{size}_256": f"MAR-{size.upper()}" for size in "blh"},
+    **{f"var_d{depth}": f"var_d{depth}" for depth in (16, 20, 24, 30, 36)},
+    "flexvar_d16": "FlexVARd16-epo179",
+    "flexvar_d20": "FlexVARd20-epo249",
+    "flexvar_d24": "FlexVARd24-epo349",
+    **{f"hmar_d{depth}{part}": f"hmar-d{depth}" for depth in (16, 20, 24, 30) for part in ("", "_masks")},
     "llamagen_xl_t2i_256": "t2i_XL_stage1_256",
     "llamagen_xl_t2i_512": "t2i_XL_stage2_512",
     **{

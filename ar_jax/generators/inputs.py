@@ -12,7 +12,7 @@ from jax import lax
 from ar_jax.decode.guidance import widen
 from ar_jax.nets.conditioning import Cond
 from ar_jax.nets.linear import Linear, look_up
-from ar_jax.nets.positions import NOWHERE
+from ar_jax.nets.positions import NOWHERE, sine_grid
 from ar_jax.orders import Order, raster, scales, to_ranks, to_slots
 from ar_jax.resize import area_matrix, bicubic_matrix
 from ar_jax.tokens import TokenSpec
@@ -26,11 +26,6 @@ def some(x: Array, first: Index, size: int, axis: int = 1) -> Array:
     if isinstance(first, int) and (first, size) == (0, x.shape[axis]):
         return x
     return lax.dynamic_slice_in_dim(x, first, size, axis)
-
-
-def codes(tokens: Tokens, tokenizer: Frozen) -> Float[Array, "b n c"]:
-    """The vectors of tokens; those that are vectors already (see `Knobs.soften`) stay as they are."""
-    return tokens if jnp.issubdtype(tokens.dtype, jnp.floating) else tokenizer(tokens, method="embed")
 
 
 class Previous(nn.Module):
@@ -130,16 +125,17 @@ class NextScale(nn.Module):
             )
 
     def setup(self):
-        self.std = nn.initializers.normal((3 * self.width) ** -0.5)
-        self.word = Linear(self.width, kernel_init=self.std, bias=True)
-        self.start = self.param("start", self.std, (int((self.spec.coords[:, 0] == 0).sum()), self.width))
+        init = nn.initializers.normal((3 * self.width) ** -0.5)
+        self.word = Linear(self.width, kernel_init=init, bias=True)
+        self.start = self.param("start", init, (int((self.spec.coords[:, 0] == 0).sum()), self.width))
         if self.levels:
-            self.level = self.param("level", self.std, (len(self.spec.scales), self.width))
-        self.position = self.param("position", self.std, self.position_shape)
+            self.level = self.param("level", init, (len(self.spec.scales), self.width))
+        self.position = self.param("position", *self.position_init())
 
-    @property
-    def position_shape(self) -> tuple[int, ...]:
-        return self.spec.n, self.width
+    @nn.nowrap
+    def position_init(self) -> tuple[Callable, tuple[int, ...]]:
+        """Initialiser and shape of the learned positions."""
+        return nn.initializers.normal((3 * self.width) ** -0.5), (self.spec.n, self.width)
 
     @typed
     def __call__(
@@ -195,13 +191,13 @@ class Upsampled(NextScale):
     levels: bool = False
     side: int = 32
 
-    @property
-    def position_shape(self) -> tuple[int, ...]:
-        return self.side, self.side, self.width
+    @nn.nowrap
+    def position_init(self) -> tuple[Callable, tuple[int, ...]]:
+        return lambda key, shape: jnp.asarray(sine_grid(self.side, self.width)), (self.side, self.side, self.width)
 
     def context(self, tokens, order, tokenizer, first, size):
         weight = upsampling(self.spec, order, first, size)
-        return jnp.einsum("mn,bnc->bmc", weight, codes(tokens, tokenizer), precision=lax.Precision.HIGHEST)
+        return jnp.einsum("mn,bnc->bmc", weight, tokenizer(tokens, method="embed"), precision=lax.Precision.HIGHEST)
 
     def positions(self):
         grid, parts = self.position.astype(jnp.float32), []
