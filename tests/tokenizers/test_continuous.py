@@ -14,6 +14,8 @@ from ar_jax.train.gan import tokenizer_recipe
 from ar_jax.train.measure import moments
 from ar_jax.train.optim import Optim
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 IMAGES = np.random.default_rng(0).integers(60, 140, size=(6, 8, 16, 3)).astype(np.uint8)
 IMAGES[..., 1] //= 2
 VAE = KLVAE((8, 16), features=4, mult=(1, 2), res_blocks=1, latent=3, patch=2, groups=2, kl=0.1)
@@ -100,7 +102,7 @@ def stage(**losses):
 
 def test_training_needs_no_codebook():
     recipe = tokenizer_recipe(stage(adversarial=0.5, adversarial_start=2, discriminator_features=4,
-                                    discriminator_layers=1, adaptive=True), VAE)  # fmt: skip
+                                    discriminator_layers=1), VAE)  # fmt: skip
     state, update = jax.jit(recipe.init)(jax.random.key(0)), jax.jit(recipe.update)
     first, seen = state, []
     for i in range(12):
