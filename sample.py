@@ -75,6 +75,8 @@ class Options:
     """One weight up to `guidance_last`; VAR's 1 + t, where t rises to `guidance` over the steps; or MAR's linear rise."""
     guidance_last: int | None = None
     """Last guided decode step, counted from the step after the first token; -1 guides all."""
+    guidance_reach: int | None = None
+    """Ramp: step at which it has risen to `guidance`; 0 is the last."""
     temperature: float | None = None
     """Divides the logits, 0 is greedy; of continuous tokens, multiplies the noise or the standard deviations."""
     top_k: int | None = None

@@ -17,7 +17,6 @@ from ar_jax.heads.flow import Flow, uniform
 from ar_jax.heads.gaussian_mixture import GaussianMixture, Guided, Mixture
 from ar_jax.tokens import TokenSpec, grid
 
-
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
