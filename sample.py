@@ -78,15 +78,19 @@ class Options:
     """Classifier-free guidance scale; 1 is unguided, with the ramp 0. This and the next ones down to `banned`: the model's
     own if left out."""
     guidance_rule: Literal["interval", "ramp", "linear"] | None = None
-    """One weight up to `guidance_last`; or VAR's 1 + t, where t rises to `guidance` over the steps."""
+    """One weight up to `guidance_last`; VAR's 1 + t, where t rises to `guidance` over the steps; or MAR's linear rise."""
     guidance_last: int | None = None
     """Last guided decode step, counted from the step after the first token; -1 guides all."""
+    guidance_reach: int | None = None
+    """Ramp: step at which it has risen to `guidance`; 0 is the last."""
     temperature: float | None = None
-    """Divides the logits; 0 is greedy."""
+    """Divides the logits, 0 is greedy; of continuous tokens, multiplies the noise or the standard deviations."""
     top_k: int | None = None
     """Draw from the k most likely codes; 0 is off."""
     top_p: float | None = None
     """Draw from the most likely codes of this probability mass; 1 is off."""
+    denoising: str | None = None
+    """Steps of a head of continuous tokens, such as 100; 50-5 goes from 50 in the first decode step to 5 in the last."""
     soft: bool | None = None
     """Mixtures of codes instead of codes, as VAR's more_smooth (next-scale models)."""
     scales: str = ""
@@ -108,6 +112,8 @@ class Options:
     """With --edit: the first so many scales are the image's, only finer ones are drawn (next-scale models)."""
     paste: bool = True
     """With --edit: kept pixels are the image's own; --no-paste shows what the tokenizer makes of them, without a seam."""
+    steps: int = 0
+    """Decode steps, for models that can draw in any number of them (MAR); 0 takes the model's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of parameters and matrix products of the generator."""
     unroll: bool = True
@@ -139,10 +145,14 @@ def sample(options: Options) -> None:
     settings = sampling(model.settings.get("sampling", {}), options)
     generator, decoder = arrange(settings, model.module, tokenizer.module)
     model, tokenizer = dataclasses.replace(model, module=generator), dataclasses.replace(tokenizer, module=decoder)
-    if tokenizer.module.spec.codes != model.module.spec.codes or tokenizer.module.spec.n != model.module.spec.n:
+    makes, takes = model.module.spec, tokenizer.module.spec
+    if (makes.codes, makes.channels, makes.n) != (takes.codes, takes.channels, takes.n):
+
+        def of(spec):
+            return f"{spec.n} tokens " + (f"with codes {spec.codes}" if spec.codes else f"of {spec.channels} numbers")
+
         raise ValueError(
-            f"the generator makes {model.module.spec.n} tokens with codes {model.module.spec.codes}, but the tokenizer "
-            f"{tokenizer.folder} has {tokenizer.module.spec.n} with {tokenizer.module.spec.codes}; give --tokenizer"
+            f"the generator makes {of(makes)}, but the tokenizer {tokenizer.folder} has {of(takes)}; give --tokenizer"
         )
     names, conditions = condition_table(model, options)
     given = read_edit(options, tokenizer.module)
@@ -153,7 +163,7 @@ def sample(options: Options) -> None:
     identity = {
         "run": str(model.folder.resolve()), "tokenizer": str(tokenizer.folder.resolve()), "seed": options.seed,
         "sampling": json.loads(json.dumps(dataclasses.asdict(settings))), "conditions": names, "dtype": options.dtype, "average": options.average, "resize": options.resize,
-        "checkpoint": model.checkpoint,
+        "checkpoint": model.checkpoint, "steps": options.steps,
     }  # fmt: skip
     if given:
         identity["edit"] = {
@@ -296,6 +306,10 @@ def make_sampler(
     params = put(params, shard(params, mesh, generator.rules))
     frozen = put(frozen, shard(frozen, mesh, tokenizer.module.rules))
     order_fn = codec.decode(model.settings["order"])
+    if options.steps:
+        if not hasattr(order_fn, "steps"):
+            raise ValueError(f"--steps is {options.steps}, but the order of this model leaves no choice")
+        order_fn = dataclasses.replace(order_fn, steps=options.steps)
 
     known = np.zeros(tokenizer.module.spec.n, bool)
     if given is not None and generator.any_order:

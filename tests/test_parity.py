@@ -76,7 +76,8 @@ def test_every_fixture_of_the_supported_methods_has_a_case():
     if not ROOT.exists():
         pytest.skip(f"no fixtures at {ROOT}; set AR_JAX_PARITY")
     supported = (
-        "llamagen", "lpips", "patchgan", "var", "flexvar", "hmar", "training_schedules", "kl16", "mar", "disa_mar",
-    )  # fmt: skip
+        *("llamagen", "lpips", "patchgan", "var", "flexvar", "hmar", "training_schedules"),
+        *("kl16", "mar", "disa_mar", "givt_ar", "givt_vae"),
+    )
     present = {path.name for path in ROOT.iterdir() if path.name.startswith(supported)}
     assert present <= CASES.keys()
