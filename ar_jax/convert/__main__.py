@@ -162,8 +162,10 @@ def to_file(folder: Path, path: Path, *, average: bool = True) -> None:
     weights = to_weights(model.params(average=average), found.rules)
     kept = model.folder / "buffers.safetensors"
     buffers = read_weights(kept) if kept.exists() else {}
+    fills = found.source.fills(found.module) if hasattr(found.source, "fills") else {}
     for key in origin.get("buffers", found.buffers):  # the original loader may insist on them
-        weights[key] = buffers[key] if key in buffers else np.zeros(found.buffers[key], np.float32)
+        filled = fills[key] if key in fills else np.zeros(found.buffers[key], np.float32)
+        weights[key] = buffers.get(key, filled)
     print(f"writing {path}: {found.trained:,} parameters")
     write_safetensors(path, weights)
 

@@ -8,6 +8,7 @@ A family is a module with these names, and a line in `SOURCES`:
     buffers      network, shapes by key -> {key: shape} of entries that are no part of it; zeros where they are not known
     describe     network -> a sentence, the `Info` of its data, settings of its model folder
     rules        network -> the rules that name its parameters (`names.Rule`)
+    fills        (may be left out) network -> {key: array}, contents of its buffers that are not zero
 """
 
 import math
@@ -18,13 +19,14 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from ar_jax.convert import flexvar, llamagen, mar, var
+from ar_jax.convert import flexvar, llamagen, mar, next_scale, var
 from ar_jax.convert.names import Rule, differences, key_shapes
 from ar_jax.typing import Params
 
 SOURCES: dict[str, ModuleType] = {
     "var": var,
     "flexvar": flexvar,
+    "next_scale": next_scale,
     "llamagen": llamagen,
     "mar": mar,
 }  # the special before the general

@@ -12,7 +12,7 @@ from jax import lax
 from ar_jax.decode.guidance import widen
 from ar_jax.nets.conditioning import Cond
 from ar_jax.nets.linear import Linear, look_up
-from ar_jax.nets.positions import NOWHERE
+from ar_jax.nets.positions import NOWHERE, sine_grid
 from ar_jax.orders import Order, raster, scales, to_ranks, to_slots
 from ar_jax.resize import area_matrix, bicubic_matrix
 from ar_jax.tokens import TokenSpec
@@ -130,16 +130,17 @@ class NextScale(nn.Module):
             )
 
     def setup(self):
-        self.std = nn.initializers.normal((3 * self.width) ** -0.5)
-        self.word = Linear(self.width, kernel_init=self.std, bias=True)
-        self.start = self.param("start", self.std, (int((self.spec.coords[:, 0] == 0).sum()), self.width))
+        init = nn.initializers.normal((3 * self.width) ** -0.5)
+        self.word = Linear(self.width, kernel_init=init, bias=True)
+        self.start = self.param("start", init, (int((self.spec.coords[:, 0] == 0).sum()), self.width))
         if self.levels:
-            self.level = self.param("level", self.std, (len(self.spec.scales), self.width))
-        self.position = self.param("position", self.std, self.position_shape)
+            self.level = self.param("level", init, (len(self.spec.scales), self.width))
+        self.position = self.param("position", *self.position_init())
 
-    @property
-    def position_shape(self) -> tuple[int, ...]:
-        return self.spec.n, self.width
+    @nn.nowrap
+    def position_init(self) -> tuple[Callable, tuple[int, ...]]:
+        """Initialiser and shape of the learned positions."""
+        return nn.initializers.normal((3 * self.width) ** -0.5), (self.spec.n, self.width)
 
     @typed
     def __call__(
@@ -195,9 +196,9 @@ class Upsampled(NextScale):
     levels: bool = False
     side: int = 32
 
-    @property
-    def position_shape(self) -> tuple[int, ...]:
-        return self.side, self.side, self.width
+    @nn.nowrap
+    def position_init(self) -> tuple[Callable, tuple[int, ...]]:
+        return lambda key, shape: jnp.asarray(sine_grid(self.side, self.width)), (self.side, self.side, self.width)
 
     def context(self, tokens, order, tokenizer, first, size):
         weight = upsampling(self.spec, order, first, size)

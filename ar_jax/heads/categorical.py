@@ -97,6 +97,10 @@ class Categorical(nn.Module):
         if knobs.soften is not None:
             everything = tokenizer(jnp.arange(self.codes)[None, :, None], method="embed")[0]
             return mixture(logits, keys, jnp.asarray(knobs.soften)[i]) @ everything
+        return self.draw(logits, keys, knobs, i)
+
+    def draw(self, logits: Float[Array, "b m v"], keys: Key[Array, "b m"], knobs, i: Index) -> Int[Array, "b m 1"]:
+        """Draws a code per row of step `i` from `filtered` logits."""
         return draw(logits, keys, jnp.asarray(knobs.temperature)[i])[..., None]
 
     def filtered(self, h: Float[Array, "B m d"], images: int, knobs, i: Index) -> Float[Array, "b m v"]:

@@ -40,3 +40,14 @@ def rotate(x: Float[Array, "B h q e"], table: Float[Array, "2 #B q e"]) -> Float
     )
     cos, sin = table[0][:, None], table[1][:, None]
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
+
+
+def sine_grid(side: int, width: int) -> np.ndarray:
+    """Sines of the row (even channels) and cosines of the column (odd channels), float32 [side side width].
+
+    Source: FlexVAR (arXiv:2502.20313), where it is what a learned grid begins as.
+    """
+    wave = np.arange(side)[:, None] * 10000.0 ** (-2 * np.arange(width // 2) / width)
+    grid = np.empty((side, side, width // 2, 2))
+    grid[..., 0], grid[..., 1] = np.sin(wave)[:, None], np.cos(wave)[None]
+    return grid.reshape(side, side, -1).astype(np.float32)

@@ -13,7 +13,7 @@ from ar_jax.decode.settings import arrange, make_knobs
 from ar_jax.flops import model_flops, without_remat
 from ar_jax.images import to_float, to_uint8
 from ar_jax.sharding import Rules
-from ar_jax.train.optim import make_optimiser, schedule
+from ar_jax.train.optim import Optim, make_optimiser, only_trained, schedule
 from ar_jax.train.state import GradFn, TrainState, create, make_update
 from ar_jax.typing import Array, Batch, Float, Metrics, Params, PRNGKey, UInt8
 
@@ -71,11 +71,14 @@ def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate
     return loss_fn
 
 
-def gradients(loss_fn: LossFn) -> GradFn:
-    """The gradient of a plain loss of `params["model"]`."""
+def gradients(loss_fn: LossFn, optim: Optim = Optim()) -> GradFn:
+    """The gradient of a plain loss of `params["model"]`, zero for what `optim` does not train."""
+
+    def trained(params, *rest):
+        return loss_fn(only_trained(optim, params), *rest)
 
     def grad_fn(params, extra, frozen, batch, key, step):
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(params["model"], frozen, batch, key, step)
+        grads, metrics = jax.grad(trained, has_aux=True)(params["model"], frozen, batch, key, step)
         return {"model": grads}, extra, metrics
 
     return grad_fn
@@ -88,7 +91,7 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
     held_out_loss = generator_loss(generator, tokenizer, train_order, 0.0, train=False)
 
     def update_of(generator):
-        grad_fn = gradients(generator_loss(generator, tokenizer, train_order, stage.drop))
+        grad_fn = gradients(generator_loss(generator, tokenizer, train_order, stage.drop), stage.optim)
         return make_update(grad_fn, tx, ema=stage.optim.ema, accumulate=stage.optim.accumulate)
 
     def init(key):
