@@ -8,6 +8,7 @@ import pathlib
 import jax
 import numpy as np
 import parity_continuous
+import parity_flow
 import parity_llamagen
 import parity_next_scale
 import parity_next_scale_generators
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file
 ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[2] / "shared" / "parity"))
 CASES = (
     parity_continuous.CASES
+    | parity_flow.CASES
     | parity_llamagen.CASES
     | parity_next_scale.CASES
     | parity_next_scale_generators.CASES
@@ -89,6 +91,8 @@ def test_every_fixture_of_the_supported_methods_has_a_case():
         "kl16",
         "disa_mar",
         "mar",
+        "flowar",
+        "xar",
     )
     present = {path.name for path in ROOT.iterdir() if path.name.startswith(supported)}
     assert present <= CASES.keys()

@@ -1,15 +1,15 @@
 """The transformer of vision networks: every row sees every row."""
 
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from ar_jax.nets.attention import Sight, sight, visible
+from ar_jax.nets.attention import Sight, attend, sight, visible
 from ar_jax.nets.linear import PRODUCT
 from ar_jax.nets.mlp import norm, xavier
 from ar_jax.nets.transformer import REMAT
@@ -41,19 +41,15 @@ class Block(nn.Module):
         x = constrain(x, BATCH)
         qkv = checkpoint_name(self.qkv(self.attention_norm(x)), PRODUCT)
         q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], self.heads, 3, -1), (3, 2), (0, 2))  # three of [B h q e]
-        out = seen(q, k, v) if det or not self.attention_dropout else self.attend(q, k, v, seen.mask)
+        if det or not self.attention_dropout:
+            out = seen(q, k, v)
+        else:
+            out = attend(q, k, v, seen.mask, drop=functools.partial(self.attention_drop, deterministic=False))
         out = self.out(jnp.moveaxis(out, 1, 2).reshape(x.shape))
         x = x + self.drop(checkpoint_name(out, PRODUCT), deterministic=det)
         y = checkpoint_name(self.fc1(self.mlp_norm(x)), PRODUCT)
         y = self.drop(nn.gelu(y, approximate=False), deterministic=det)
         return x + self.drop(checkpoint_name(self.fc2(y), PRODUCT), deterministic=det), None
-
-    def attend(self, q, k, v, mask):
-        """Attention some of whose weights are dropped."""
-        logits = jnp.einsum("bhqe,bhre->bhqr", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(jnp.where(mask[:, None], logits, -jnp.inf))
-        weights = self.attention_drop(weights.astype(v.dtype), deterministic=False)
-        return jnp.einsum("bhqr,bhre->bhqe", weights, v)
 
 
 class ViT(nn.Module):
