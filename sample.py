@@ -123,10 +123,14 @@ def sample(options: Options) -> None:
     settings = sampling(model.settings.get("sampling", {}), options)
     generator, decoder = arrange(settings, model.module, tokenizer.module)
     model, tokenizer = dataclasses.replace(model, module=generator), dataclasses.replace(tokenizer, module=decoder)
-    if tokenizer.module.spec.codes != model.module.spec.codes or tokenizer.module.spec.n != model.module.spec.n:
+    makes, takes = model.module.spec, tokenizer.module.spec
+    if (makes.codes, makes.channels, makes.n) != (takes.codes, takes.channels, takes.n):
+
+        def of(spec):
+            return f"{spec.n} tokens " + (f"with codes {spec.codes}" if spec.codes else f"of {spec.channels} numbers")
+
         raise ValueError(
-            f"the generator makes {model.module.spec.n} tokens with codes {model.module.spec.codes}, but the tokenizer "
-            f"{tokenizer.folder} has {tokenizer.module.spec.n} with {tokenizer.module.spec.codes}; give --tokenizer"
+            f"the generator makes {of(makes)}, but the tokenizer {tokenizer.folder} has {of(takes)}; give --tokenizer"
         )
     names, conditions = condition_table(model, options)
 

@@ -31,6 +31,7 @@ from ar_jax.train.checkpoint import load_matching, save_params
 from ar_jax.train.gan import tokenizer_recipe
 from ar_jax.train.guards import AGAIN, Stopped
 from ar_jax.train.loop import fit
+from ar_jax.train.measure import measured, remembered
 from ar_jax.train.recipes import Recipe, generator_recipe
 from ar_jax.typing import Batch, Params, PRNGKey
 
@@ -93,6 +94,8 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     if experiment.tokenizer.steps and not experiment.tokenizer.path:
         recipe = tokenizer_recipe(experiment.tokenizer, tokenizer.module)
         stage_fit(recipe, experiment.tokenizer, experiment, experiment.data, tokenizer, mesh, tokenizer_key)
+    if not experiment.tokenizer.path:
+        tokenizer = measured(tokenizer, experiment.tokenizer.module, experiment.data, experiment.seed)
     if generator and stage.tokens:
         check_cache(data, tokenizer)
     if generator and not stage.path:
@@ -118,13 +121,17 @@ def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -
     if module is None:
         raise ValueError(f"{kind}.module is not set; give a network in the config, or {kind}.path")
     if (folder / "model.json").exists():
-        difference = codec.difference(codec.encode(open_model(folder, kind).module), codec.encode(module))
+        old = open_model(folder, kind)
+        module, settings = remembered(module, settings, old)
+        difference = codec.difference(codec.encode(old.module), codec.encode(module))
         if difference:
             raise ValueError(
                 f"{folder} already holds another {kind}: {difference}. Give --name for a new run, or remove the folder"
             )
     if given and distributed.agreed(not (folder / "params").exists()):
-        save_params(folder / "params", jax.device_get(given.params()))
+        params = given.params()
+        if params:  # patches of pixels have none
+            save_params(folder / "params", jax.device_get(params))
     return describe(folder, kind, module, info, settings)
 
 

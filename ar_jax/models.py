@@ -55,6 +55,8 @@ class Model:
           ValueError: there is no such checkpoint, or it is of another model.
         """
         like = jax.eval_shape(self.module.init_params, jax.random.key(0))
+        if not jax.tree.leaves(like):
+            return like
         folder, part = self.place(average)
         params = checkpoint.load_params(folder, like, part)
         return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
@@ -69,6 +71,8 @@ class Model:
 
     def fixed(self) -> "Model":
         """The same, with the step of its checkpoint: a training that goes on makes newer ones."""
+        if not jax.tree.leaves(jax.eval_shape(self.module.init_params, jax.random.key(0))):
+            return self  # a network without parameters has no checkpoints
         if not (self.folder / "params").exists():
             step = checkpoint.find_step(self.folder / "checkpoints", self.checkpoint)
             return dataclasses.replace(self, checkpoint=str(step))

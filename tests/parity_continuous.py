@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from parity_llamagen import nchw, nhwc
 
 from ar_jax.convert import mar
@@ -14,12 +15,14 @@ from ar_jax.data import Info
 from ar_jax.decode.flow import annealed
 from ar_jax.decode.guidance import fold, linear, paired
 from ar_jax.decode.sequential import Knobs
+from ar_jax.generators.causal import Causal
 from ar_jax.generators.masked import Masked
 from ar_jax.heads.diffusion import Chain, Diffusion, cosine_betas, kept_steps
+from ar_jax.heads.gaussian_mixture import GaussianMixture, Guided
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.mlp import sinusoids
-from ar_jax.nets.vit import ViT
-from ar_jax.orders import Order, cosine_sizes, rooms, scan_steps, to_ranks, to_slots
+from ar_jax.nets.vit import GPT, ViT
+from ar_jax.orders import Order, cosine_sizes, raster, rooms, scan_steps, to_ranks, to_slots
 from ar_jax.tokenizers.continuous import draw, kl_divergence, patchify
 from ar_jax.tokenizers.kl_vae import KLVAE
 from ar_jax.tokens import TokenSpec, grid
@@ -264,4 +267,98 @@ def disa_mar(meta, weights, io):
     return outputs
 
 
-CASES = {"kl16_vae": kl16_vae, "mar": mar_generator, "disa_mar": disa_mar}
+def givt_params(weights, h):
+    """Our tree from GIVT's own layout: kernels [in ... out], layers on the second axis."""
+    w = {name: jnp.asarray(value) for name, value in weights.items()}
+    layer = lambda name: jnp.moveaxis(w[f"decoder/EncDecBlock/{name}"], 1, 0)  # noqa: E731
+    qkv = jnp.stack([layer(f"SelfAttn/{name}/kernel") for name in ("query", "key", "value")], axis=-2)  # [l d h 3 e]
+    out = layer("SelfAttn/out/kernel")
+    leaves = {
+        "conditioning/embedding": w["EmbedLabels/embedding"],
+        "backbone/positions": w["decoder/pos_emb"][0],
+        "backbone/blocks/attention_norm/scale": layer("LayerNorm1/scale"),
+        "backbone/blocks/mlp_norm/scale": layer("LayerNorm3/scale"),
+        "backbone/blocks/qkv/kernel": qkv.reshape(*qkv.shape[:2], -1),
+        "backbone/blocks/out/kernel": out.reshape(len(out), -1, out.shape[-1]),
+    }
+    for leaf in ("kernel", "bias"):
+        leaves[f"inputs/projection/{leaf}"] = w[f"EmbedTargets/{leaf}"]
+        leaves[f"head/readout/{leaf}"] = w[f"decoder/LogitsDense/{leaf}"]
+        for i in range(2):
+            leaves[f"backbone/blocks/fc{i + 1}/{leaf}"] = layer(f"MLP/Dense_{i}/{leaf}")
+    leaves |= {f"backbone/norm/{leaf}": w[f"decoder/LayerNorm/{leaf}"] for leaf in ("scale", "bias")}
+    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def mixtures(meta, io, logits, uncond, head, cfg):
+    """Densities and guided samples of GIVT's head from its raw outputs."""
+    temperature, sharpness = 0.95, 1.1
+    pdf, without = (head.mixture(jnp.asarray(x)) for x in (logits, uncond))
+    hot, hot_without = (x.replace(scale=x.scale * temperature) for x in (pdf, without))
+    index = jnp.asarray(io["guided.component"])
+    mean, scale = hot.component(index)
+    guided = Guided(mean, scale, *hot_without.component(index), jnp.float32(1 + cfg))
+    normals, uniforms = jnp.asarray(io["guided.proposal_normal"]), jnp.asarray(io["guided.uniform"])
+    x, accepted = jax.jit(
+        lambda guided: guided.draw(
+            lambda j: (normals[j], uniforms[j]), mean + scale * jnp.asarray(io["guided.fallback_normal"]), len(normals)
+        )
+    )(guided)
+    return {
+        "mixture_probs": jax.nn.softmax(pdf.logits * sharpness),
+        "locs": pdf.mean,
+        "scales": hot.scale,
+        "log_prob": pdf.log_density(jnp.asarray(io["sequence"])),
+        "guided.log_bound": guided.log_bound(),
+        "guided.sample": x,
+        "guided.success_percent": 100 * accepted.mean(),
+        "guided.log_prob": guided.log_density(x),
+    }
+
+
+def givt_ar(meta, weights, io):
+    h = meta["hyperparameters"]
+    n, channels, width = h["seq_len"], h["out_dim"], h["emb_dim"]
+    side = round(n**0.5)
+    spec, info = TokenSpec(grid(side, side), channels=channels), Info(classes=h["num_labels"])
+    generator = Causal(
+        GPT(h["num_decoder_layers"], width, h["num_heads"], hidden=h["mlp_dim"], rows=n),
+        Label(width),
+        GaussianMixture(h["num_mixtures"]),
+    ).complete(spec, info)
+    params = givt_params(weights, h)
+    shapes = jax.eval_shape(generator.init_params, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+    call = functools.partial(generator.apply, {"params": params})
+    tokens, order = jnp.asarray(io["sequence"]), raster(spec)
+    batch, drop = {"label": jnp.asarray(io["labels"], jnp.int32)}, jnp.asarray(io["drop_labels"], bool)
+
+    def raw(self, drop):
+        return self.head.readout(self.hidden(tokens, self.condition(batch, drop), order))
+
+    logits, uncond = (jax.jit(lambda d: call(d, method=raw))(d) for d in (drop, jnp.ones_like(drop)))
+    loss, weight, _ = call(tokens, batch, order, drop=drop, method="loss")
+
+    decoder, laid_out = generator.unrolled(params)
+    step = functools.partial(decoder.apply, {"params": laid_out})
+    cond = step(batch, jnp.zeros_like(drop), method="condition")
+    state = step(step(cond, order, len(tokens), method="begin"), n, cond, method="grow").replace(tokens=tokens)
+
+    def row(self, state, rank):
+        rows, cache = self.rows(state, rank, 1, cond, order)
+        return self.head.readout(rows)[:, 0], state.replace(cache=cache)
+
+    one, cached = jax.jit(lambda state, rank: step(state, rank, method=row)), []
+    for rank in range(n):
+        out, state = one(state, jnp.int32(rank))
+        cached.append(out)
+    return {
+        "logits": logits,
+        "logits_uncond": uncond,
+        "loss": (loss * weight).sum() / weight.sum(),
+        "cached_logits": jnp.stack(cached, 1),
+        **mixtures(meta, io, logits, uncond, generator.head, h["cfg_w"]),
+    }
+
+
+CASES = {"kl16_vae": kl16_vae, "mar": mar_generator, "disa_mar": disa_mar, "givt_ar": givt_ar}

@@ -91,6 +91,7 @@ def test_every_fixture_of_the_supported_methods_has_a_case():
         "kl16",
         "disa_mar",
         "mar",
+        "givt_ar",
         "flowar",
         "xar",
     )

@@ -153,7 +153,7 @@ def generator(shapes: Mapping[str, tuple[int, ...]], heads: int = 0) -> Masked:
                 f"the file does not hold the number of heads and width {width} is not published; give --heads"
             )
         layers = count(shapes, rf"{name}_blocks\.(\d+)\.")
-        return ViT(layers, width, number, hidden, dropout=0.1, attention_dropout=0.1)
+        return ViT(layers, width, number, hidden=hidden, dropout=0.1, attention_dropout=0.1)
 
     classes, width = shapes["class_emb.weight"]
     head = Diffusion(shapes["diffloss.net.input_proj.weight"][0], count(shapes, r"diffloss\.net\.res_blocks\.(\d+)\."))

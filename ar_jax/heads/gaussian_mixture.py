@@ -76,9 +76,13 @@ class GaussianMixture(nn.Module):
 
     @typed
     def __call__(self, h: Float[Array, "B m d"]) -> Mixture:
-        raw = self.readout(h).astype(jnp.float32)
+        return self.mixture(self.readout(h).astype(jnp.float32))
+
+    @nn.nowrap
+    def mixture(self, raw: Float[Array, "*b o"]) -> Mixture:
+        """The mixture that raw outputs mean: weights, then mean and spread of every component."""
         logits, rest = jnp.split(raw, [self.mixtures], axis=-1)
-        rest = rest.reshape(*h.shape[:-1], self.mixtures, 2, self.channels)
+        rest = rest.reshape(*raw.shape[:-1], self.mixtures, 2, self.channels)
         mean, spread = rest[..., 0, :], rest[..., 1, :]
         return Mixture(logits, mean, jnp.maximum((spread + jnp.sqrt(jnp.square(spread) + 4)) / 2, SMALLEST))
 

@@ -1,0 +1,76 @@
+"""Mean and spread of a continuous tokenizer's latents, measured once it is trained and kept with it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from ar_jax.data import Data, batches, open_source
+from ar_jax.distributed import say
+from ar_jax.images import to_float
+from ar_jax.models import Model, describe
+from ar_jax.typing import Batch, Params
+
+IMAGES = 2048  # that are looked at, drawn as in training
+BATCH = 64
+
+
+def measured(model: Model, module: nn.Module, data: Data, seed: int) -> Model:
+    """The tokenizer with what was measured of its latents, written to its `model.json`.
+
+    Nothing is done to tokenizers that measure nothing, to those whose config gives the numbers, and to those measured
+    since their last update. Every process looks at the same images.
+
+    Args:
+      model: with its parameters.
+      module: as the config has it.
+      data: it was trained on.
+      seed: of the images' order.
+    """
+    fields = getattr(module, "MEASURED", ())
+    if not fields or any(getattr(module, name) for name in fields):
+        return model
+    trained = model.fixed().checkpoint
+    if model.settings.get("measured") == trained:
+        return model
+    stream = batches(open_source(data), data, batch=BATCH, seed=seed)
+    shift, scale = moments(model.module, model.params(), (next(stream) for _ in range(IMAGES // BATCH)))
+    say(f"tokenizer: latents of {IMAGES} images have means {min(shift):.3g}..{max(shift):.3g} and standard deviations "
+        f"{1 / max(scale):.3g}..{1 / min(scale):.3g}")  # fmt: skip
+    module = model.module.clone(shift=shift, scale=scale)
+    return describe(model.folder, model.kind, module, model.info, model.settings | {"measured": trained})
+
+
+def moments(module: Any, params: Params, some: Iterable[Batch]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and inverse standard deviation of every channel of a tokenizer's latents, to five digits.
+
+    Args:
+      some: batches with "image", uint8 [b h w 3].
+    """
+    raw, channels = module.clone(shift=(), scale=()), module.spec.channels // module.patch**2
+
+    @jax.jit
+    def sums(params, image, key):
+        x = raw.apply({"params": params}, to_float(image), key=key, method="encode")
+        x = x.reshape(*x.shape[:2], channels, -1)  # a token's numbers lie channel by channel
+        return x.mean((0, 1, 3)), (x**2).mean((0, 1, 3))
+
+    found = [
+        sums(params, batch["image"], jax.random.fold_in(jax.random.key(0), i)) for i, batch in enumerate(some)
+    ]  # fmt: skip
+    mean, square = np.asarray(jax.device_get(found), np.float64).mean(0)
+    scale = 1 / np.sqrt(np.maximum(square - mean**2, 1e-12))
+    return tuple(tuple(float(f"{x:.5g}") for x in side) for side in (mean, scale))
+
+
+def remembered(module: nn.Module, settings: dict, old: Model) -> tuple[nn.Module, dict]:
+    """A config's tokenizer and the settings of its folder, with what was measured in an earlier start of the same run."""
+    fields = getattr(module, "MEASURED", ())
+    if "measured" not in old.settings or type(old.module) is not type(module) or not fields:
+        return module, settings
+    if any(getattr(module, name) for name in fields):
+        return module, settings
+    module = module.clone(**{name: getattr(old.module, name) for name in fields})
+    return module, settings | {"measured": old.settings["measured"]}
