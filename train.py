@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from ar_jax import codec, distributed
 from ar_jax.compiled import keep_compiled
@@ -161,7 +162,15 @@ def load_start(stage: Stage, kind: str, params: Params) -> Params:
         print(f"{kind}: begin anew: {', '.join(stayed) or 'none'}")
         if unused:
             print(f"{kind}: of no use here: {', '.join(unused)}")
+    for part, other in stage.alike:
+        if not {part, other} <= loaded.keys() or shapes(loaded[part]) != shapes(loaded[other]):
+            raise ValueError(f"{kind}.alike has {(part, other)}, which are no two equal parts; it has {tuple(loaded)}")
+        loaded = {**loaded, part: jax.tree.map(jnp.copy, loaded[other])}
     return loaded
+
+
+def shapes(tree: Params) -> Params:
+    return jax.tree.map(lambda x: x.shape, tree)
 
 
 def held_out(data: Data, count: int) -> Batch:

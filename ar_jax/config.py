@@ -32,6 +32,8 @@ class Stage:
     """Begin training with the parameters of this run or converted folder (the moving average, if it has one)."""
     fresh: tuple[str, ...] = ()
     """With `start`: patterns searched in the paths of the parameters; those they match begin anew."""
+    alike: tuple[tuple[str, str], ...] = ()
+    """With `start`: pairs of parts of the network, of which the first begins as the second."""
     steps: int = 0
     """Updates; 0 trains nothing."""
     batch: int = 256

@@ -3,16 +3,22 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
+from ar_jax.generators.hmar import Hmar
+from ar_jax.generators.inputs import NextScale, Upsampled
 from ar_jax.heads.categorical import Categorical
+from ar_jax.nets.adaln import AdaLN
 from ar_jax.nets.conditioning import Caption, Label
 from ar_jax.nets.transformer import Transformer
-from ar_jax.orders import Order, raster
+from ar_jax.orders import Order, raster, scales
+from ar_jax.tokenizers.pyramid import Pyramid
+from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
 from ar_jax.tokens import TokenSpec, grid
 
 SPEC = TokenSpec(grid(3, 4), codes=(12,))
@@ -35,6 +41,7 @@ class Case:
     generator: Causal
     order: Callable = raster
     images: int = 4
+    pyramid: Any = None
 
     @functools.cached_property
     def params(self):
@@ -43,6 +50,15 @@ class Case:
         leaves, tree = jax.tree.flatten(shapes)
         keys = jax.random.split(jax.random.key(1), len(leaves))
         return tree.unflatten([0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The frozen tokenizer's methods as one function, or None."""
+        if self.pyramid is None:
+            return None
+        params = self.pyramid.init_params(jax.random.key(7))
+        params["codebook"] = jax.random.normal(jax.random.key(8), params["codebook"].shape)
+        return functools.partial(self.pyramid.apply, {"params": params})
 
     @functools.cached_property
     def tokens(self):
@@ -62,6 +78,24 @@ def _causal(conditioning, order=raster, head=Categorical(), **backbone):
     return Case(Causal(net, conditioning, head).complete(SPEC, INFO), order)
 
 
+def _scales(tokenizer, inputs=NextScale(channels=4), sees="past", **fields):
+    def net(layers, final=True):
+        return AdaLN(layers, 16, 2, hidden=24, sees=sees, final=final, gate=0.5, **fields)
+
+    head = Categorical(bias=True, std=0.02)
+    if sees == "past":
+        generator = Causal(net(2), Label(16), head, inputs)
+    else:
+        generator = Hmar(
+            net(2, final=False), Label(16), head, inputs, emphasis="lognorm", tail=net(1), masks=net(1), mask_head=head
+        )  # fmt: skip
+    return Case(generator.complete(tokenizer.spec, INFO), scales, pyramid=tokenizer)
+
+
+NET = {"features": 4, "mult": (1, 2), "res_blocks": 1, "codes": 12, "code_features": 4, "groups": 2}
+RESIDUAL = ResidualPyramid(size=(6, 6), scales=(1, 2, 3), **NET)
+INDEPENDENT = Pyramid(size=(6, 6), scales=(1, 2, (1, 3), 3), latent=8, **NET)
+
 CASES = {
     "llamagen_label": _causal(Label(16)),
     "llamagen_caption": _causal(Caption(16)),
@@ -69,4 +103,8 @@ CASES = {
     "llamagen_chunk": _causal(Caption(16), head=Categorical(chunk=5), remat="dots"),
     "causal_backwards": _causal(Label(16), backwards),
     "causal_order_per_image": _causal(Caption(16), shuffled),
+    "var": _scales(RESIDUAL),
+    "var_shared": _scales(RESIDUAL, shared=True, l2_norm=False, remat="dots"),
+    "flexvar": _scales(INDEPENDENT, Upsampled(channels=4, side=4)),
+    "hmar": _scales(RESIDUAL, sees="step"),
 }

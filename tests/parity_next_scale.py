@@ -13,7 +13,7 @@ from ar_jax.resize import resize
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.quantize import VectorLoss
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid, smoother_of_level
-from ar_jax.tokens import maps
+from ar_jax.tokens import maps, sides
 
 
 def with_params(tokenizer, weights, rules):
@@ -22,11 +22,15 @@ def with_params(tokenizer, weights, rules):
     return params, functools.partial(tokenizer.apply, {"params": params})
 
 
+def scales_of(h):
+    return tuple(scale if isinstance(scale, int) else tuple(scale) for scale in h["patch_nums"])
+
+
 def residual_pyramid(h):
     """VAR's tokenizer with a folder's sizes."""
-    side = h["downsample"] * h["patch_nums"][-1]
+    scales = scales_of(h)
     return ResidualPyramid(
-        size=(side, side), scales=tuple(h["patch_nums"]), features=h["base_channels"], mult=tuple(h["ch_mult"]),
+        size=tuple(h["downsample"] * side for side in sides(scales[-1])), scales=scales, features=h["base_channels"], mult=tuple(h["ch_mult"]),
         res_blocks=h.get("num_res_blocks", 2), codes=h["vocab_size"], code_features=h["z_channels"],
         kernel=h.get("quant_conv_kernel", 3), smoothers=h["share_quant_resi"], smoothing=h["quant_resi"],
         groups=h.get("norm_num_groups", 2), cosine=h.get("using_znorm", False),
@@ -37,7 +41,7 @@ def residual_pyramid(h):
 def independent_pyramid(h, size):
     """FlexVAR's tokenizer with a folder's sizes, for images of a size."""
     return Pyramid(
-        size=size, scales=tuple(h["patch_nums"]), features=h["base_channels"], mult=tuple(h["encoder_ch_mult"]),
+        size=size, scales=scales_of(h), features=h["base_channels"], mult=tuple(h["encoder_ch_mult"]),
         decoder_mult=tuple(h["decoder_ch_mult"]), res_blocks=h["num_res_blocks"], latent=h["z_channels"],
         codes=h["codebook_size"], code_features=h["codebook_embed_dim"], groups=h["norm_num_groups"],
         l2_norm=h["codebook_l2_norm"],

@@ -50,17 +50,15 @@ def batch_of(labels):
 
 def teacher_forced(generator, params, tokens, labels, call):
     """Logits [b n v], and the loss as training weighs it."""
-    order, tokens = by_scale(generator.spec), jnp.asarray(tokens)[..., None]
+    order, tokens, batch = by_scale(generator.spec), jnp.asarray(tokens)[..., None], batch_of(labels)
     drop = jnp.zeros(len(tokens), bool)
 
     def run(self):
-        return self.head(self.hidden(tokens, self.condition(batch_of(labels), drop), order, call))
+        logits = self.head(self.hidden(tokens, self.condition(batch, drop), order, call))
+        loss, weight, _ = self.loss(tokens, batch, order, drop=drop, tokenizer=call)
+        return logits, (loss * weight).sum() / weight.sum()
 
-    logits = jax.jit(lambda p: generator.apply({"params": p}, method=run))(params)
-    loss, weight, _ = generator.apply(
-        {"params": params}, tokens, batch_of(labels), order, drop=drop, tokenizer=call, method="loss"
-    )
-    return logits, (loss * weight).sum() / weight.sum()
+    return jax.jit(lambda p: generator.apply({"params": p}, method=run))(params)
 
 
 def guided_cond(generator, params, labels):
@@ -91,22 +89,22 @@ def drawn(generator, params, labels, call, tokenizer, settings):
 
 def cached(generator, params, labels, tokens, call):
     """Logits [2b n v] of the cached steps along given tokens [b n], conditional rows first."""
-    order, cond = by_scale(generator.spec), guided_cond(generator, params, labels)
-    generator, params = generator.unrolled(params)
-    apply = functools.partial(generator.apply, {"params": params})
-    state = apply(cond, order, len(tokens), method="begin").replace(tokens=jnp.asarray(tokens)[..., None])
-    parts, first = [], 0
-    for size in order.sizes:
-        state = apply(state, first + size, cond, method="grow")
+    order = by_scale(generator.spec)
 
-        def step(self, state, first=first, size=size):
-            h, cache = self.rows(state, first, size, cond, order, call)
-            return self.head(h), state.replace(cache=cache)
+    def run(params):
+        cond = guided_cond(generator, params, labels)
+        laid_out, params = generator.unrolled(params)
+        apply = functools.partial(laid_out.apply, {"params": params})
+        state = apply(cond, order, len(tokens), method="begin").replace(tokens=jnp.asarray(tokens)[..., None])
+        parts, first = [], 0
+        for size in order.sizes:
+            state = apply(state, first + size, cond, method="grow")
+            h, cache = apply(state, first, size, cond, order, call, method="rows")
+            parts.append(apply(h, method=lambda self, h: self.head(h)))
+            state, first = state.replace(cache=cache), first + size
+        return jnp.concatenate(parts, axis=1)
 
-        logits, state = jax.jit(lambda state, step=step: apply(state, method=step))(state)
-        parts.append(logits)
-        first += size
-    return halves(np.concatenate(parts, axis=1))
+    return halves(np.asarray(jax.jit(run)(params)))
 
 
 def guided_logits(logits, knobs, sizes):
@@ -169,7 +167,7 @@ def flexvar_case(meta, weights, io):
         # the input is given, not the codes it is made of
         fields = {field: getattr(net.inputs, field) for field in ("channels", "levels", "width", "spec", "side")}
         fixed = net.clone(inputs=Given(given=given, **fields))
-        logits, loss = teacher_forced(fixed, params, io[f"tokens_{name}"], io["labels"], None)
+        logits, loss = teacher_forced(fixed, params, io[f"tokens_{name}"], io["labels"], print)
         outputs[f"tf_logits_{name}"], outputs[f"tf_loss_{name}"] = logits, loss
         outputs[f"pos_{name}"] = net.apply({"params": params}, method=lambda self: self.inputs.positions())[None]
     labels = io["gen_labels"]
@@ -230,7 +228,7 @@ def hmar_case(meta, weights, io):
         cond = self.condition(batch_of(labels), drop)
         return self.mask_head(self.masked_hidden(tokens, masked, cond, order, call))
 
-    outputs["mp_logits"] = mp.apply({"params": mp_params}, method=run)
+    outputs["mp_logits"] = jax.jit(lambda params: mp.apply({"params": params}, method=run))(mp_params)
 
     joint, params = build(h, files["weights.safetensors"])
     assert type(joint) is Hmar
@@ -239,16 +237,15 @@ def hmar_case(meta, weights, io):
     )  # fmt: skip
     for name, refine in (("hmar_", tuple(map(tuple, h["mask_schedule"]))), ("hmar_no_mask_", ())):
         net = joint.clone(refine=refine)
-        seen = Recorder()
-        made = seen.run(net, params, io["gen_labels"], call, settings)
+        made, scales, masks = watched_sampling(net, params, io["gen_labels"], call, settings)
         outputs |= {
-            f"{name}ns_logits": halves(np.concatenate(seen.scales, axis=1)),
+            f"{name}ns_logits": scales,
             f"{name}tokens": made,
             f"{name}fhat_per_scale": np.stack([nchw(x) for x in call(made[..., None], method="sums")], 1),
             f"{name}image": picture(call, made),
         }
         if refine:
-            outputs["hmar_mask_logits"] = halves(np.concatenate(seen.masks, axis=1))
+            outputs["hmar_mask_logits"] = masks
         np.testing.assert_array_equal(made, drawn(net, params, io["gen_labels"], call, tokenizer, settings))
     return outputs
 
@@ -257,43 +254,45 @@ def picture(call, tokens):
     return (nchw(call(jnp.asarray(tokens)[..., None], method="decode")) + 1) / 2
 
 
-class Recorder:
-    """Runs the sampler step by step, unjitted, and keeps the logits of both heads for guided rows.
+def watched_sampling(net, params, labels, call, settings):
+    """Tokens of the library's steps, and the logits of both heads for guided rows, of scales and of redraws.
 
-    The library redraws with the conditional rows only; the unconditional ones come from the same call on them.
+    The library redraws with the conditional rows only; here its function is given the unconditional ones too.
     """
+    order = by_scale(net.spec)
+    knobs, _ = make_knobs(settings, order, net.spec.scales)
+    original = Hmar.masked_rows
 
-    def __init__(self):
-        self.scales, self.masks = [], []
-
-    def run(self, net, params, labels, call, settings):
-        order, cond = by_scale(net.spec), guided_cond(net, params, labels)
-        knobs, _ = make_knobs(settings, order, net.spec.scales)
-        apply = functools.partial(net.apply, {"params": params})
+    def run(params):
+        apply, scales, masks = functools.partial(net.apply, {"params": params}), [], []
+        cond = guided_cond(net, params, labels)
         state = apply(cond, order, len(labels), method="begin")
         keys = jax.random.split(jax.random.key(0), (len(labels), order.n))
-        first, original = 0, Hmar.masked_rows
-        for i, size in enumerate(order.sizes):
-            h, _ = apply(state, first, size, cond, order, call, method="rows")
-            self.scales.append(apply(h, method=lambda self, h: self.head(h)))
-            both = []
 
-            def watched(module, tokens, masked, _, *rest, both=both):
-                h = original(module, jnp.repeat(tokens, 2, 0), jnp.repeat(masked, 2, 0), cond, *rest)
-                both.append(module.mask_head(h))
-                return h[::2]
+        def watched(module, tokens, masked, _, *rest):
+            h = original(module, jnp.repeat(tokens, 2, 0), jnp.repeat(masked, 2, 0), cond, *rest)
+            masks.append(module.mask_head(h))
+            return h[::2]
 
-            Hmar.masked_rows = watched
-            try:
-                state = apply(
-                    state, i, first, size, cond=cond, order=order, knobs=knobs, tokenizer=call,
-                    keys=keys[:, first : first + size], method="step",
-                )  # fmt: skip
-            finally:
-                Hmar.masked_rows = original
-            self.masks += both
-            first += size
-        return np.asarray(state.tokens[..., 0])
+        def step(module, state, i, first, size):
+            scales.append(module.head(module.rows(state, first, size, cond, order, call)[0]))
+            return module.step(
+                state, i, first, size, cond=cond, order=order, knobs=knobs, tokenizer=call,
+                keys=keys[:, first : first + size],
+            ), (scales, masks)  # fmt: skip
+
+        Hmar.masked_rows, first = watched, 0
+        try:
+            for i, size in enumerate(order.sizes):
+                scales, masks = [*scales], [*masks]
+                state, (scales, masks) = apply(state, i, first, size, method=step)
+                first += size
+        finally:
+            Hmar.masked_rows = original
+        return state.tokens[..., 0], jnp.concatenate(scales, axis=1), masks and jnp.concatenate(masks, axis=1)
+
+    tokens, scales, masks = jax.jit(run)(params)
+    return np.asarray(tokens), halves(np.asarray(scales)), masks if net.refine == () else halves(np.asarray(masks))
 
 
 def training_schedules(meta, weights, io):

@@ -21,6 +21,11 @@ PUBLISHED = {  # config -> manifest; the size of the image does not change the n
     "llamagen_vq8": "vq_ds8_c2i",
     "var_vq": "vae_ch160v4096z32",
     "flexvar_vq": "FlexVAE",
+    **{f"var_d{depth}": f"var_d{depth}" for depth in (16, 20, 24, 30, 36)},
+    "flexvar_d16": "FlexVARd16-epo179",
+    "flexvar_d20": "FlexVARd20-epo249",
+    "flexvar_d24": "FlexVARd24-epo349",
+    **{f"hmar_d{depth}{part}": f"hmar-d{depth}" for depth in (16, 20, 24, 30) for part in ("", "_masks")},
     "llamagen_xl_t2i_256": "t2i_XL_stage1_256",
     "llamagen_xl_t2i_512": "t2i_XL_stage2_512",
     **{
@@ -41,7 +46,8 @@ def networks(experiment):
         spec = TokenSpec(grid(side, side), codes=(16384,))
     else:
         spec = tokenizer.spec
-        yield "tokenizer", tokenizer
+        if not experiment.tokenizer.path:
+            yield "tokenizer", tokenizer
     if generator is not None:
         yield "generator", generator.complete(spec, IMAGENET)
 

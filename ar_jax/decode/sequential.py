@@ -21,14 +21,14 @@ class Knobs:
     Attributes:
       guidance: float32 [steps], weight of the condition; 1 is unguided.
       temperature: float32 [steps]; 0 is greedy.
-      soften: float32 [steps], or None for codes: mixtures of all codes are drawn, blurred as `logits.mixture` says.
       logits_fn: applied to the guided logits divided by the temperature.
+      soften: float32 [steps], or None for codes: mixtures of all codes are drawn, blurred as `logits.mixture` says.
     """
 
     guidance: Array
     temperature: Array
-    soften: Array | None = None
     logits_fn: Callable = struct.field(pytree_node=False, default=Filter())
+    soften: Array | None = None
 
 
 @typed

@@ -95,4 +95,4 @@ def make_knobs(settings: Sampling, order: Order, scales: tuple[tuple[int, int], 
         temperature = np.where(large | unknown, np.float32(0), temperature)
     soften = np.arange(steps, dtype=np.float32) / max(steps - 1, 1) if settings.soft else None
     logits_fn = Filter(settings.top_k, settings.top_p, settings.banned)
-    return Knobs(guidance, temperature, soften, logits_fn), bool((guidance != 1).any())
+    return Knobs(guidance, temperature, logits_fn, soften), bool((guidance != 1).any())

@@ -104,7 +104,7 @@ class Categorical(nn.Module):
         return draw(logits, keys, jnp.asarray(knobs.temperature)[i])[..., None]
 
     def filtered(self, h: Float[Array, "B m d"], images: int, knobs, i: Index) -> Float[Array, "b m v"]:
-        """Logits of step `i` that a draw is made from: guided, divided by the temperature, filtered."""
+        """Logits of step `i` that a draw is made from: guided, divided by the temperature (unless it is 0), filtered."""
         guidance, temperature = jnp.asarray(knobs.guidance)[i], jnp.asarray(knobs.temperature)[i]
-        logits = fold(self(h), h.shape[0] // images, guidance) / jnp.maximum(temperature, 1e-5)
-        return knobs.logits_fn(logits)
+        logits = fold(self(h), h.shape[0] // images, guidance)
+        return knobs.logits_fn(logits / jnp.where(temperature > 0, temperature, 1))

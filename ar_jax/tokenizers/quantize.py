@@ -10,7 +10,7 @@ from jax import lax
 
 from ar_jax.resize import resize
 from ar_jax.tokens import rows
-from ar_jax.typing import Array, Bool, Float, Int, Metrics, typed
+from ar_jax.typing import Array, Float, Int, Metrics, typed
 
 
 @typed
@@ -103,7 +103,8 @@ def residual_quantise(
       sizes: height and width of every scale.
       part: level, its map of codes -> what it adds to the sum, of the size of `latents`.
       loss: weights. "codebook" is the distance between the sum after a scale and the latents, with the gradient of all
-        parts so far; "commit" the same, with that of the latents; all are means over the scales.
+        parts so far; "commit" the same, with that of the latents; "entropy" moves the codebook only, since what is left
+        over is taken without gradient. All are means over the scales.
       cosine: search by angle; what is added are the codes as they are.
 
     Returns:
@@ -152,22 +153,25 @@ def count_codes(index: Int[Array, "b ..."], codes: int, level: np.ndarray) -> In
 
 
 @typed
-def usage(frequency: Float[Array, "l v"] | Int[Array, "l v"], used: Bool[Array, "l v"] | None = None) -> Metrics:
+def usage(frequency: Float[Array, "l v"] | Int[Array, "l v"], rare: float = 0.0) -> Metrics:
     """How a codebook is used.
 
     Args:
-      frequency: of every code on every level.
-      used: which of them count as in use; left out, those that occur.
+      frequency: of every code on every level, or their counts.
+      rare: codes below this part of an even share do not count as in use; with 0 those do that occur at all.
 
     Returns:
       "usage", the share of codes in use, and "code_perplexity", exp of the entropy of their frequencies (1..codes);
       if there are several levels, also those of each: "usage/0", "code_perplexity/0" and so on.
     """
-    used = frequency > 0 if used is None else used
-    metrics = {"usage": used.any(0).mean(), "code_perplexity": _perplexity(frequency.sum(0))}
-    if len(frequency) > 1:
-        for level, (share, some) in enumerate(zip(used.mean(1), frequency)):
-            metrics |= {f"usage/{level}": share, f"code_perplexity/{level}": _perplexity(some)}
+
+    def figures(frequency):
+        used = (frequency > 0) & (frequency * len(frequency) >= rare * frequency.sum())
+        return {"usage": used.mean(), "code_perplexity": _perplexity(frequency)}
+
+    metrics = figures(frequency.sum(0))
+    for level, some in enumerate(frequency if len(frequency) > 1 else ()):
+        metrics |= {f"{name}/{level}": value for name, value in figures(some).items()}
     return metrics
 
 

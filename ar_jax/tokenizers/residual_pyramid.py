@@ -24,7 +24,8 @@ class ResidualPyramid(nn.Module):
 
     Attributes:
       size: height and width of the images in pixels, multiples of 2^(levels of `mult` - 1).
-      scales: sides, or pairs (height, width), coarse to fine; the last is the size of the latent. Parameters serve any.
+      scales: sides, or pairs (height, width), coarse to fine; the last is the size of the latent. Parameters serve any
+        list (with `smoothers` 0, any of the same length).
       features: channels of the finest level.
       mult: channel multiplier of each encoder level, fine to coarse; the decoder mirrors it.
       res_blocks: residual blocks per encoder level; the decoder has one more.

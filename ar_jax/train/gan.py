@@ -24,7 +24,8 @@ ADVERSARIAL = {
     "vanilla": (patchgan.vanilla_discriminator, patchgan.hinge_generator),
     "non_saturating": (patchgan.non_saturating_discriminator, patchgan.non_saturating_generator),
 }
-MEMORY = 0.99  # decay of the code frequencies behind the logged perplexity
+MEMORY = 0.99  # decay of the code frequencies behind the logged perplexity and the usage by level
+RARE = 0.08  # less than this part of an even share is no use of a code on a level, as VAR counts it
 
 
 def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
@@ -52,7 +53,12 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
     def init(key):
         model_key, judge_key = jax.random.split(key)
         params = {"model": tokenizer.init_params(model_key)}
-        extra = _untracked(tokenizer) if tokenizer.spec.codes else {}
+        extra = {}
+        if tokenizer.spec.codes:
+            extra = {
+                "age": jnp.zeros(tokenizer.codes, jnp.int32),
+                "frequency": jnp.zeros((_level(tokenizer).max() + 1, tokenizer.codes)),
+            }
         if losses.reset_after:
             extra["latents"] = jnp.zeros((tokenizer.codes, tokenizer.code_features))
         if judge:
@@ -112,7 +118,7 @@ def tokenizer_gradients(tokenizer: Any, judge: patchgan.PatchGan | None, losses:
         metrics |= vq | {"loss": nll + quantiser, "psnr": -10 * jnp.log10(jnp.square(recon - real).mean() / 4)}
         if tokenizer.spec.codes:
             extra = extra | _track(extra, seen, tokenizer)
-            metrics |= usage(extra["frequency"], extra["age"] < _window(tokenizer, len(real)))
+            metrics |= usage(extra["frequency"], RARE) | {"usage": (extra["age"] < _window(tokenizer, seen)).mean()}
 
         grads = {}
         if judge:
@@ -159,18 +165,10 @@ def _level(tokenizer):
     return tokenizer.spec.coords[:, 0]
 
 
-def _untracked(tokenizer):
-    share = np.bincount(level := _level(tokenizer)) / len(level)  # of the tokens, by level
-    return {
-        "age": jnp.zeros((len(share), tokenizer.codes), jnp.int32),
-        "frequency": jnp.repeat(jnp.float32(share)[:, None] / tokenizer.codes, tokenizer.codes, axis=1),
-    }
-
-
 def _track(extra, seen, tokenizer):
     count = count_codes(seen["index"], tokenizer.codes, _level(tokenizer))
     tracked = {
-        "age": jnp.where(count > 0, 0, extra["age"] + 1),
+        "age": jnp.where(count.sum(0) > 0, 0, extra["age"] + 1),
         "frequency": MEMORY * extra["frequency"] + (1 - MEMORY) * count / seen["index"].size,
     }
     if "latents" in extra:
@@ -186,16 +184,14 @@ def _candidates(level, images, codes):
     return np.stack([np.resize(one, codes) for one in some], axis=1).reshape(-1)[:codes]
 
 
-def _window(tokenizer, images):
-    """Updates within which a level's codes, evenly used, would all but surely occur, int [levels 1]: 65,536 ids as in
-    LlamaGen, at least 4 a code."""
-    ids = images * np.bincount(_level(tokenizer))[:, None]
-    return np.maximum(1, max(65536, 4 * tokenizer.codes) // ids)
+def _window(tokenizer, seen):
+    """Updates within which evenly used codes would all but surely occur: 65,536 ids as in LlamaGen, at least 4 a code."""
+    return max(1, max(65536, 4 * tokenizer.codes) // seen["index"].size)
 
 
 def revive(state, key, after):
     """Puts random latents of the current batch in the place of codes unused for `after` updates."""
-    dead = (state.extra["age"] >= after).all(0)  # on all levels
+    dead = state.extra["age"] >= after
     chosen = jax.random.permutation(key, state.extra["latents"])
 
     def renew(model):

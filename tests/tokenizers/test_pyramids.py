@@ -45,8 +45,8 @@ def params_of(name):
 
 
 @functools.cache
-def method(name, method):
-    tokenizer = TOKENIZERS[name]
+def method(name, method, scales=SCALES):
+    tokenizer = TOKENIZERS[name].clone(scales=scales)
     return functools.partial(jax.jit(functools.partial(tokenizer.apply, method=method)), {"params": params_of(name)})
 
 
@@ -159,28 +159,18 @@ def test_a_residual_pyramid_ends_in_the_size_of_the_latent():
         _ = ResidualPyramid((16, 16), (1, 2, 4), **NET).spec
 
 
-def decoded(tokenizer, tokens):
-    return tokenizer.apply({"params": params_of("independent")}, tokens, method="decode")
-
-
 @pytest.mark.parametrize("last", [2, (3, 1), (9, 5)])
 def test_independent_scales_may_be_any(last):
-    tokenizer = TOKENIZERS["independent"].clone(scales=(1, (2, 1), last))
-    height, width = tokenizer.spec.scales[-1]
-    tokens = TOKENS[:, : tokenizer.spec.n]
-    blank = np.concatenate([np.zeros_like(tokens[:, :3]), tokens[:, 3:]], axis=1)
-    image = decoded(tokenizer, tokens)
+    scales = (1, (2, 1), last)
+    spec = TOKENIZERS["independent"].clone(scales=scales).spec
+    height, width = spec.scales[-1]
+    tokens = TOKENS[:, : spec.n]
+    image = method("independent", "decode", scales)(tokens)
     assert image.shape == (2, 2 * height, 2 * width, 3)
-    np.testing.assert_array_equal(image, decoded(tokenizer, blank))
-    assert tokenizer.apply({"params": params_of("independent")}, tokens, method="context").shape == (
-        *tokens.shape[:2],
-        3,
-    )
-    assert tokenizer.apply({"params": params_of("independent")}, IMAGES, method="encode").shape == (
-        3,
-        tokenizer.spec.n,
-        1,
-    )
+    blank = np.concatenate([np.zeros_like(tokens[:, :3]), tokens[:, 3:]], axis=1)
+    np.testing.assert_array_equal(method("independent", "decode", scales)(blank), image)
+    assert method("independent", "context", scales)(tokens).shape == (2, spec.n, 3)
+    assert method("independent", "encode", scales)(IMAGES).shape == (3, spec.n, 1)
 
 
 def test_an_independent_scale_quantises_the_averaged_latent():
@@ -193,11 +183,11 @@ def test_an_independent_scale_quantises_the_averaged_latent():
 
 
 def test_coarse_scales_are_trained_to_show_the_averaged_image():
-    tokenizer, tokens = TOKENIZERS["independent"], method("independent", "encode")(IMAGES)
+    tokens = method("independent", "encode")(IMAGES)
     _, losses, _ = method("independent", "autoencode")(IMAGES)
     errors = []
     for scale, start, end in ((1, 0, 1), ((2, 3), 1, 7), ((3, 5), 7, 22)):
-        small = decoded(tokenizer.clone(scales=(scale,)), tokens[:, start:end])
+        small = method("independent", "decode", (scale,))(tokens[:, start:end])
         errors.append(jnp.square(small - resize(jnp.asarray(IMAGES), small.shape[1:3], "area")).mean())
     np.testing.assert_allclose(losses["coarse"], np.mean(errors), rtol=1e-4)
 

@@ -133,6 +133,8 @@ def test_usage_and_perplexity_have_their_closed_forms():
 def test_usage_is_told_of_every_level_and_of_all():
     found = used([[3, 0, 1, 2, 3], [3, 0, 0, 1, 1]], 8, [0, 1, 1, 1, 1])
     np.testing.assert_allclose([found["usage"], found["usage/0"], found["usage/1"]], [1 / 2, 1 / 8, 1 / 2], rtol=1e-6)
+    rare = usage(jnp.array([[0.9, 0.04, 0.06, 0.0]]), rare=0.2)  # of an even share of a quarter
+    np.testing.assert_allclose(rare["usage"], 1 / 2, rtol=1e-6)
     p = np.array([3, 3, 1, 1]) / 8
     np.testing.assert_allclose(found["code_perplexity/0"], 1, rtol=1e-6)
     np.testing.assert_allclose(found["code_perplexity/1"], np.exp(-(p * np.log(p)).sum()), rtol=1e-6)

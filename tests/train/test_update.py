@@ -304,8 +304,8 @@ def test_the_discriminator_learns_from_real_and_reconstructed_images():
 def test_reset_replaces_exactly_the_dead_codes_by_latents_of_the_batch():
     random = np.random.default_rng(0)
     codebook, latents = random.normal(size=(6, 3)), random.normal(size=(6, 3))
-    age = jnp.array([[0, 5, 9, 9, 7, 5], [3, 6, 4, 9, 0, 5]])  # on two levels; those of age on both are dead
-    extra = {"age": age, "latents": jnp.asarray(latents), "frequency": jnp.ones((2, 6)) / 12}
+    age = jnp.array([0, 5, 4, 9, 0, 5])
+    extra = {"age": age, "latents": jnp.asarray(latents), "frequency": jnp.ones((1, 6)) / 6}
     state = TrainState(
         jnp.int32(9), {"model": {"codebook": jnp.asarray(codebook)}}, None, (), extra, jnp.int32(0), jnp.int32(0)
     )
@@ -315,7 +315,7 @@ def test_reset_replaces_exactly_the_dead_codes_by_latents_of_the_batch():
     places = [np.flatnonzero((np.float32(latents) == row).all(-1)).tolist() for row in new[[1, 3, 5]]]
     assert all(len(place) == 1 for place in places)
     assert len({place[0] for place in places}) == 3, "two codes must not become the same latent"
-    np.testing.assert_array_equal(state.extra["age"], [[0, 0, 9, 0, 7, 0], [3, 0, 4, 0, 0, 0]])
+    np.testing.assert_array_equal(state.extra["age"], [0, 0, 4, 0, 0, 0])
 
 
 def test_training_with_reset_brings_unused_codes_to_latents():
