@@ -46,6 +46,11 @@ class LatentPyramid(Measured, nn.Module):
         return self.base.size
 
     @property
+    def channels(self) -> int:
+        """Of the images."""
+        return self.base.channels
+
+    @property
     def grid(self) -> tuple[int, int]:
         return self.base.grid
 
