@@ -99,6 +99,12 @@ def annealed(rule: Anneal, first: int, last: int, steps: int) -> np.ndarray:
     return last + (part * (first - last)).astype(int)
 
 
+def with_steps(module: nn.Module, anneal: str, steps: int | str, last: int) -> nn.Module:
+    """A module with `anneal`, `steps` and `last_steps`, for other ones; empty and 0 keep its own."""
+    given = {"anneal": anneal, "steps": steps, "last_steps": last}
+    return module.clone(**{name: value for name, value in given.items() if value})
+
+
 def stacked(tables: Sequence[np.ndarray]) -> np.ndarray:
     """Arrays [s ...] of different lengths as one [g s ...], padded by repeating the last entry."""
     longest = max(map(len, tables))

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from ar_jax.data import Info
-from ar_jax.decode.flow import Anneal, Solver, integrate, normal, schedule
+from ar_jax.decode.flow import Anneal, Solver, integrate, normal, schedule, with_steps
 from ar_jax.decode.guidance import fold, widen
 from ar_jax.generators.causal import State
 from ar_jax.generators.inputs import Frozen, some
@@ -88,6 +88,10 @@ class BlockFlow(nn.Module):
     def unrolled(self, params: Params) -> tuple["BlockFlow", Params]:
         """Itself: so many rows are computed in a step that the layout of the layers does not matter."""
         return self, params
+
+    def with_steps(self, anneal: str, steps: int, last: int) -> "BlockFlow":
+        """The same with another schedule, as `Sampling` has it."""
+        return with_steps(self, anneal, steps, last)
 
     def init_params(self, key: PRNGKey) -> Params:
         drop, batch = jnp.zeros(1, bool), self.conditioning.example()

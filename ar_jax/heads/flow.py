@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ar_jax.decode.flow import Anneal, Solver, integrate, normal, pure, schedule
+from ar_jax.decode.flow import Anneal, Solver, integrate, normal, pure, schedule, with_steps
 from ar_jax.decode.guidance import fold, widen
 from ar_jax.heads.diffusion import RULES, TRAINED, continuous
 from ar_jax.nets.mlp import ModulatedMLP
@@ -75,6 +75,10 @@ class Flow(nn.Module):
 
     def complete(self, spec: TokenSpec) -> "Flow":
         return self.clone(channels=continuous(spec, "Flow"))
+
+    def with_steps(self, anneal: str, steps: int, last: int) -> "Flow":
+        """The same with another schedule, as `Sampling` has it."""
+        return with_steps(self, anneal, steps, last)
 
     def setup(self):
         if self.times not in ("uniform", "logit_normal"):
