@@ -100,6 +100,12 @@ class Options:
     refine: str | None = None
     """Of every scale: tokens that stay as first drawn, then those drawn anew by further steps, such as "1 1,3 1,1,2,5"
     (HMAR); "" draws none anew."""
+    anneal: Literal["", "constant", "linear", "cosine", "two_stage"] | None = None
+    """Diffusion and flow models: how the number of inner steps falls over the decode steps (DiSA)."""
+    inner_steps: int | None = None
+    """Diffusion and flow models: denoising steps within the first decode step; 0 is the model's own number."""
+    last_inner_steps: int | None = None
+    """With `anneal`: those within the last decode step; 0 is the model's own number."""
     banned: tuple[int, ...] | None = None
     """Codes that are never drawn."""
     edit: str = ""

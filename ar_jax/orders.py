@@ -67,6 +67,50 @@ def scales(spec: TokenSpec, keys: Key[Array, "b"] | None = None, images: int = 1
     return Order(slot=np.arange(spec.n, dtype=np.int32)[None], sizes=sizes)
 
 
+def whole(spec: TokenSpec, keys: Key[Array, "b"] | None = None, images: int = 1, train_step: Index = 0) -> Order:
+    """All slots in one step."""
+    return Order(slot=np.arange(spec.n, dtype=np.int32)[None], sizes=(spec.n,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells:
+    """Squares of `side` x `side` neighbours, one a step, in raster order; those at the border may be smaller.
+
+    Source: xAR (arXiv:2502.20388).
+    """
+
+    side: int = 8
+
+    def __call__(
+        self, spec: TokenSpec, keys: Key[Array, "b"] | None = None, images: int = 1, train_step: Index = 0
+    ) -> Order:
+        level, row, column = spec.coords.T
+        return grouped(spec, level, row // self.side, column // self.side)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interleaved:
+    """Every `stride`-th row and column, `stride` squared steps: each is the image at a lower resolution.
+
+    Source: xAR (arXiv:2502.20388).
+    """
+
+    stride: int = 2
+
+    def __call__(
+        self, spec: TokenSpec, keys: Key[Array, "b"] | None = None, images: int = 1, train_step: Index = 0
+    ) -> Order:
+        level, row, column = spec.coords.T
+        return grouped(spec, level, row % self.stride, column % self.stride)
+
+
+def grouped(spec: TokenSpec, *numbers: Int[np.ndarray, "n"]) -> Order:
+    """Slots with the same numbers in one step; steps in rising order of the numbers, the first one most significant."""
+    slot = np.lexsort((np.arange(spec.n), *reversed(numbers))).astype(np.int32)
+    _, sizes = np.unique(np.stack(numbers), axis=1, return_counts=True)
+    return Order(slot=slot[None], sizes=tuple(sizes.tolist()))
+
+
 @dataclasses.dataclass(frozen=True)
 class DrawnScales:
     """Orders that take another part of the tokenizer's scales in every update, the same for all images of a batch.

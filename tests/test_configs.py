@@ -28,6 +28,8 @@ PUBLISHED = {  # config -> manifest; the size of the image does not change the n
     "flexvar_d20": "FlexVARd20-epo249",
     "flexvar_d24": "FlexVARd24-epo349",
     **{f"hmar_d{depth}{part}": f"hmar-d{depth}" for depth in (16, 20, 24, 30) for part in ("", "_masks")},
+    **{f"flowar_{size}_256": f"FlowAR-{size.upper()}" for size in "slh"},
+    **{f"xar_{size}_256": f"xAR-{size.upper()}" for size in "blh"},
     "llamagen_xl_t2i_256": "t2i_XL_stage1_256",
     "llamagen_xl_t2i_512": "t2i_XL_stage2_512",
     **{

@@ -8,6 +8,7 @@ import pathlib
 import jax
 import numpy as np
 import parity_continuous
+import parity_flow
 import parity_llamagen
 import parity_next_scale
 import parity_next_scale_generators
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file
 
 ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[2] / "shared" / "parity"))
 MODULES = (
-    parity_continuous, parity_llamagen, parity_next_scale, parity_next_scale_generators, parity_small,
+    parity_continuous, parity_flow, parity_llamagen, parity_next_scale, parity_next_scale_generators, parity_small,
 )  # fmt: skip
 CASES = {folder: compute for module in MODULES for folder, compute in module.CASES.items()}
 
@@ -77,7 +78,7 @@ def test_every_fixture_of_the_supported_methods_has_a_case():
         pytest.skip(f"no fixtures at {ROOT}; set AR_JAX_PARITY")
     supported = (
         *("llamagen", "lpips", "patchgan", "var", "flexvar", "hmar", "training_schedules"),
-        *("kl16", "mar", "disa_mar", "givt_ar", "givt_vae"),
+        *("kl16", "mar", "disa_mar", "givt_ar", "givt_vae", "givt_masked", "flowar", "xar"),
     )
     present = {path.name for path in ROOT.iterdir() if path.name.startswith(supported)}
     assert present <= CASES.keys()

@@ -15,7 +15,8 @@ from ar_jax.nets.conditioning import Label
 from ar_jax.nets.vit import ViT
 from ar_jax.orders import Shuffled
 from ar_jax.tokenizers.kl_vae import KLVAE
-from ar_jax.tokens import TokenSpec, grid
+from ar_jax.tokenizers.latent_pyramid import LatentPyramid
+from ar_jax.tokens import TokenSpec, grid, sides
 
 HEADS = {768: 12, 1024: 16, 1280: 16}  # by width; not in the file
 GUIDANCE = {768: 2.9, 1024: 3.0, 1280: 3.2}  # published scales at the end of the linear rise, by width
@@ -178,8 +179,18 @@ def build(
     groups: int,
     scales: tuple[int, ...],
 ) -> nn.Module:
-    """The network of a file; the arguments are those of `llamagen.build`."""
-    return tokenizer(shapes, size or 256, groups or 32) if kind == "tokenizer" else generator(shapes, heads)
+    """The network of a file; the arguments are those of `llamagen.build`.
+
+    With `scales`, a tokenizer becomes the pyramid of FlowAR.
+    """
+    if kind == "generator":
+        return generator(shapes, heads)
+    found = tokenizer(shapes, size or 256, groups or 32)
+    if not scales:
+        return found
+    if sides(scales[-1]) != found.grid:
+        raise ValueError(f"--scales is {scales}, but the last one must be the grid of the image's tokens, {found.grid}")
+    return LatentPyramid(found, scales)
 
 
 def buffers(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -189,6 +200,9 @@ def buffers(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
 
 def describe(module: nn.Module) -> tuple[str, Info, dict[str, Any]]:
     """A sentence about a network that `build` made, what it knows of its data, and settings of its model folder."""
+    if isinstance(module, LatentPyramid):
+        scales = " ".join(map(str, module.scales))
+        return f"{describe(module.base)[0]}, averaged to scales {scales}", Info(), {}
     if isinstance(module, KLVAE):
         (height, width), (rows, columns) = module.size, module.grid
         return f"{height}x{width} pixels to {rows}x{columns} tokens of {module.spec.channels} numbers", Info(), {}
@@ -208,6 +222,8 @@ def rules(module: nn.Module) -> list[Rule]:
     Raises:
       ValueError: MAR has no such network.
     """
+    if type(module) is LatentPyramid:
+        return rules(module.base)
     if type(module) is KLVAE:
         return tokenizer_rules(module)
     if type(module) is Masked and isinstance(module.head, Diffusion) and getattr(module.conditioning, "apart", False):

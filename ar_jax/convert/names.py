@@ -30,13 +30,16 @@ CONV = Layout(lambda x: x.transpose(3, 2, 0, 1), lambda x: x.transpose(2, 3, 1, 
 CONV1 = Layout(lambda x: x.T[:, :, None, None], lambda x: x[:, :, 0, 0].T)  # our Dense, their 1x1 convolution
 
 
-def qkv_layout(heads: int) -> Layout:
-    """Our joint kernel [d, 3f] holds query, key and value head by head; theirs [3f, d] all queries first."""
+def qkv_layout(heads: int, parts: int = 3) -> Layout:
+    """Our joint kernel [d, 3f] holds query, key and value head by head; theirs [3f, d] all queries first.
+
+    Two parts are keys and values alone.
+    """
 
     def reordered(x, first, second):
         return x.reshape(first, second, -1, x.shape[-1]).swapaxes(0, 1).reshape(x.shape)
 
-    return Layout(lambda x: reordered(x.T, heads, 3), lambda x: reordered(x, 3, heads).T)
+    return Layout(lambda x: reordered(x.T, heads, parts), lambda x: reordered(x, parts, heads).T)
 
 
 # (pattern of our path, joined with "/"; their key, with {} for the layer of stacked parameters; layout)

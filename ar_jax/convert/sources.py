@@ -19,7 +19,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from ar_jax.convert import flexvar, llamagen, mar, next_scale, var
+from ar_jax.convert import flexvar, flowar, llamagen, mar, next_scale, var, xar
 from ar_jax.convert.names import Rule, differences, key_shapes
 from ar_jax.typing import Params
 
@@ -28,6 +28,8 @@ SOURCES: dict[str, ModuleType] = {
     "flexvar": flexvar,
     "next_scale": next_scale,
     "llamagen": llamagen,
+    "flowar": flowar,
+    "xar": xar,
     "mar": mar,
 }  # the special before the general
 

@@ -99,7 +99,32 @@ def annealed(rule: Anneal, first: int, last: int, steps: int) -> np.ndarray:
     return last + (part * (first - last)).astype(int)
 
 
+def with_steps(module: nn.Module, anneal: str, steps: int | str, last: int) -> nn.Module:
+    """A module with `anneal`, `steps` and `last_steps`, for other ones; empty and 0 keep its own."""
+    given = {"anneal": anneal, "steps": steps, "last_steps": last}
+    return module.clone(**{name: value for name, value in given.items() if value})
+
+
 def stacked(tables: Sequence[np.ndarray]) -> np.ndarray:
     """Arrays [s ...] of different lengths as one [g s ...], padded by repeating the last entry."""
     longest = max(map(len, tables))
     return np.stack([np.concatenate([table, np.repeat(table[-1:], longest - len(table), 0)]) for table in tables])
+
+
+def schedule(
+    grid: Callable[[int], np.ndarray], anneal: Anneal, first: int, last: int, decode_steps: int, i: Index
+) -> tuple[Float[Array, "s"], Index]:
+    """Times of decode step `i`, for `integrate`, and how many steps they are.
+
+    Args:
+      grid: number of steps -> their times, one more.
+      anneal, first, last: see `annealed`.
+      decode_steps: in all.
+    """
+    kinds, which = np.unique(annealed(anneal, first, last, decode_steps), return_inverse=True)
+    grids = [grid(count) for count in kinds.tolist()]
+    if len(grids) == 1 or isinstance(i, int):
+        times = grids[0 if len(grids) == 1 else which[i]]
+        return np.asarray(times, np.float32), len(times) - 1
+    group = jnp.asarray(which)[i]
+    return jnp.asarray(stacked(grids), jnp.float32)[group], jnp.asarray([len(grid) - 1 for grid in grids])[group]

@@ -48,6 +48,14 @@ class Sampling:
     """Of every scale, numbers of tokens: those that stay as first drawn, then those drawn anew by each further step, for
     models that can (HMAR). Any list serves; those of a scale sum to its tokens."""
 
+    anneal: Literal["", "constant", "linear", "cosine", "two_stage"] = ""
+    """Of diffusion and flow models: how the number of inner steps falls from the first decode step to the last (DiSA,
+    arXiv:2505.20297), without training; "" is the model's own rule."""
+    inner_steps: int = 0
+    """Of diffusion and flow models: denoising steps within the first decode step; 0 is the model's own number."""
+    last_inner_steps: int = 0
+    """With `anneal`: those within the last decode step; 0 is the model's own number."""
+
     def __post_init__(self):
         if self.guidance_rule not in ("interval", "ramp", "linear"):
             raise ValueError(f"sampling.guidance_rule is {self.guidance_rule!r}; it must be interval, ramp or linear")
@@ -70,6 +78,17 @@ def arrange(settings: Sampling, generator: Any, tokenizer: Any) -> tuple[Any, An
         if not hasattr(generator, "refine"):
             raise ValueError(f"refine is {settings.refine}, but {type(generator).__name__} draws every token once")
         generator = generator.clone(refine=settings.refine)
+    if settings.anneal or settings.inner_steps or settings.last_inner_steps:
+        inner = settings.anneal, settings.inner_steps, settings.last_inner_steps
+        if hasattr(generator, "with_steps"):
+            generator = generator.with_steps(*inner)
+        elif hasattr(generator, "head") and hasattr(generator.head, "with_steps"):
+            generator = generator.clone(head=generator.head.with_steps(*inner))
+        else:
+            raise ValueError(
+                f"anneal, inner_steps and last_inner_steps are {inner}, but this {type(generator).__name__} draws without "
+                f"inner steps"
+            )
     return generator, tokenizer
 
 

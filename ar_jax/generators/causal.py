@@ -10,6 +10,7 @@ from ar_jax.data import Info
 from ar_jax.generators.inputs import Frozen, NextScale, Previous
 from ar_jax.heads.categorical import Categorical
 from ar_jax.nets.conditioning import Cond
+from ar_jax.nets.gated import EncoderDecoder
 from ar_jax.nets.linear import output_major
 from ar_jax.nets.positions import NOWHERE
 from ar_jax.nets.transformer import Backbone, Cache, unrolled
@@ -39,17 +40,17 @@ class Causal(nn.Module):
     the token before (LlamaGen), or what coarser scales say of the place (VAR).
 
     Attributes:
-      backbone: the network (`Transformer`, `AdaLN`).
+      backbone: the network (`Transformer`, `AdaLN`, `EncoderDecoder`).
       conditioning: makes condition rows from a batch (`Label`, `Caption`).
       head: turns hidden rows into a distribution over tokens (`Categorical`; `Diffusion`, `Flow`, `GaussianMixture`).
-      inputs: what rows carry (`Previous`, `NextScale`, `Upsampled`).
+      inputs: what rows carry (`Previous`, `NextScale`, `Upsampled`, `NextLatent`).
       dropout: rate on the input rows; active only when a "dropout" key is given to `apply`.
       emphasis: weight of a step's tokens in training: all tokens alike ("equal"), or "lognorm" (see `lognorm`).
       spec: the tokens; None until the tokenizer is known (`complete`).
     Source: LlamaGen (arXiv:2406.06525), VAR (arXiv:2404.02905), FlexVAR (arXiv:2502.20313).
     """
 
-    backbone: Backbone
+    backbone: Backbone | EncoderDecoder
     conditioning: nn.Module
     head: nn.Module = Categorical()
     inputs: Previous | NextScale = Previous()
@@ -72,7 +73,9 @@ class Causal(nn.Module):
     def on(self, spec: TokenSpec) -> "Causal":
         """The same generator for other tokens of the same codebook, if its parameters do not depend on their layout."""
         inputs = self.inputs.complete(spec, self.backbone.width)
-        return self.clone(spec=spec, inputs=inputs, head=self.head.complete(spec))
+        return self.clone(
+            spec=spec, inputs=inputs, head=self.head.complete(spec), backbone=self.backbone.complete(spec)
+        )
 
     def unrolled(self, params: Params) -> tuple["Causal", Params]:
         """The same generator laid out for decoding (see `transformer.unrolled`)."""

@@ -23,8 +23,8 @@ Frozen = Callable  # (*arguments, method=name) -> what that method of the frozen
 
 def some(x: Array, first: Index, size: int, axis: int = 1) -> Array:
     """The entries of ranks first..first+size."""
-    if isinstance(first, int) and (first, size) == (0, x.shape[axis]):
-        return x
+    if isinstance(first, int):
+        return x[(slice(None),) * axis + (slice(first, first + size),)]
     return lax.dynamic_slice_in_dim(x, first, size, axis)
 
 
@@ -174,6 +174,24 @@ class NextScale(nn.Module):
     def positions(self) -> Float[Array, "n d"]:
         """A vector of every slot."""
         return self.position
+
+
+class NextLatent(NextScale):
+    """Every row carries what the scale before says of its slot, projected; positions are the network's affair.
+
+    Attributes: as in `NextScale`; there are no levels.
+    Source: FlowAR (arXiv:2412.15205).
+    """
+
+    channels: int = 16
+    levels: bool = False
+
+    def setup(self):
+        self.word = Linear(self.width, kernel_init=nn.initializers.xavier_uniform(), bias=True)
+
+    def place(self, x, cond, order, first, size):
+        coords = jnp.asarray(self.spec.coords)[some(jnp.asarray(order.slot), first, size)]
+        return jnp.where(coords[..., :1] == 0, cond.rows[:, -1:].astype(x.dtype), x), coords
 
 
 class Upsampled(NextScale):

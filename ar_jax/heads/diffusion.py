@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ar_jax.decode.flow import Anneal, annealed, normal, pure, stacked
+from ar_jax.decode.flow import Anneal, annealed, normal, pure, stacked, with_steps
 from ar_jax.decode.guidance import fold, widen
 from ar_jax.nets.mlp import ModulatedMLP
 from ar_jax.sharding import Rules
@@ -61,6 +61,14 @@ class Diffusion(nn.Module):
 
     def complete(self, spec: TokenSpec) -> "Diffusion":
         return self.clone(channels=continuous(spec, "Diffusion"))
+
+    def with_steps(self, anneal: str, steps: int, last: int) -> "Diffusion":
+        """The same with another schedule, as `Sampling` has it; an annealed one leaves out the noisiest levels, as DiSA."""
+        stride = "ddim" if self.steps.startswith("ddim") else ""
+        changed = with_steps(self, anneal, f"{stride}{steps}" if steps else "", last)
+        if anneal in ("", "constant") or self.latest != TRAINED:
+            return changed
+        return changed.clone(latest=980 if stride else 950)
 
     def setup(self):
         if self.sampler not in ("ancestral", "ddim"):

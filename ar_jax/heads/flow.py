@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ar_jax.decode.flow import Anneal, Solver, annealed, integrate, normal, pure, stacked
+from ar_jax.decode.flow import Anneal, Solver, integrate, normal, pure, schedule, with_steps
 from ar_jax.decode.guidance import fold, widen
 from ar_jax.heads.diffusion import RULES, TRAINED, continuous
 from ar_jax.nets.mlp import ModulatedMLP
@@ -33,6 +33,13 @@ class Times:
         return np.asarray(self.times)
 
 
+def draw_times(key: PRNGKey, shape: tuple[int, ...], rule: str) -> Array:
+    """Times for training, "uniform" or "logit_normal" (the sigmoid of a unit normal number)."""
+    if rule == "uniform":
+        return jax.random.uniform(key, shape)
+    return jax.nn.sigmoid(jax.random.normal(key, shape))
+
+
 class Flow(nn.Module):
     """Rectified flow between unit noise (t = 1) and data (t = 0), on straight lines.
 
@@ -40,7 +47,7 @@ class Flow(nn.Module):
       width, depth: of the network, that of `Diffusion`.
       channels: of a token; 0 until the tokenizer is known (`complete`).
       multiplier: times drawn for every token in training.
-      times: how they are drawn, "uniform" or "logit_normal" (the sigmoid of a unit normal number).
+      times: how they are drawn (see `draw_times`).
       steps: number of steps in sampling.
       grid: number of steps -> their times, falling from 1 to 0.
       solver: see `integrate`.
@@ -69,6 +76,10 @@ class Flow(nn.Module):
     def complete(self, spec: TokenSpec) -> "Flow":
         return self.clone(channels=continuous(spec, "Flow"))
 
+    def with_steps(self, anneal: str, steps: int, last: int) -> "Flow":
+        """The same with another schedule, as `Sampling` has it."""
+        return with_steps(self, anneal, steps, last)
+
     def setup(self):
         if self.times not in ("uniform", "logit_normal"):
             raise ValueError(f"head.times is {self.times!r}; it must be uniform or logit_normal")
@@ -83,9 +94,7 @@ class Flow(nn.Module):
     def loss(self, h: Float[Array, "b m d"], target: Float[Array, "b m c"], *, key: PRNGKey) -> Float[Array, "b m"]:
         """Squared error of the velocity, mean over channels and `multiplier` times."""
         t_key, noise_key = jax.random.split(key)
-        draw = jax.random.uniform if self.times == "uniform" else jax.random.normal
-        t = draw(t_key, (self.multiplier, *h.shape[:2]))
-        t = t if self.times == "uniform" else jax.nn.sigmoid(t)
+        t = draw_times(t_key, (self.multiplier, *h.shape[:2]), self.times)
         return self.errors(h, target, t, jax.random.normal(noise_key, (self.multiplier, *target.shape))).mean(0)
 
     @typed
@@ -106,25 +115,26 @@ class Flow(nn.Module):
         Guidance changes the velocity, the temperature multiplies all noise.
         """
         guidance, temperature = jnp.asarray(knobs.guidance)[i], jnp.asarray(knobs.temperature)[i]
-        network, ways = pure(self.net), h.shape[0] // keys.shape[0]
-        counts = annealed(self.anneal, self.steps, self.last_steps, len(knobs.guidance))
-        kinds, which = np.unique(counts, return_inverse=True)
-        grids = [self.grid(count) for count in kinds.tolist()]
-        lengths = np.array([len(grid) - 1 for grid in grids], np.int32)
-        group = jnp.asarray(which)[i]
+        field, ways = self.field(h, i), h.shape[0] // keys.shape[0]
 
         def velocity(x, t):
-            out = network(widen(x, ways), jnp.full(h.shape[:2], TRAINED * t), h)
-            return fold(out, ways, jnp.where(t <= self.guided_until, guidance, 1.0))
+            return fold(field(widen(x, ways), t), ways, jnp.where(t <= self.guided_until, guidance, 1.0))
 
+        decode_steps = len(knobs.guidance)
+        times, steps = schedule(self.grid, self.anneal, self.steps, self.last_steps, decode_steps, i)
         return integrate(
             velocity,
             temperature * self.noise(keys, 0),
-            jnp.asarray(stacked(grids), jnp.float32)[group],
+            times,
             solver=self.solver,
             noise=lambda s: temperature * self.noise(keys, s + 1),
-            steps=int(lengths[0]) if len(lengths) == 1 else jnp.asarray(lengths)[group],
+            steps=steps,
         )
+
+    def field(self, h: Float[Array, "B m d"], i: Index) -> Callable[[Array, Float[Array, ""]], Array]:
+        """The velocity of tokens [B m c] at a time, given the hidden rows of step `i`; for loops of JAX."""
+        network = pure(self.net)
+        return lambda x, t: network(x, jnp.full(h.shape[:2], TRAINED * t), h)
 
     def noise(self, keys: Key[Array, "b m"], s: Index) -> Float[Array, "b m c"]:
         """Where a token starts (s = 0), and the noise of step s-1 of the stochastic solver."""

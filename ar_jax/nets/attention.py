@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -51,11 +52,15 @@ def attend(
     v: Float[Array, "B h r e"],
     mask: Bool[Array, "#B q r"],
     scale: float | None = None,
+    drop: Callable = lambda weights: weights,
 ) -> Float[Array, "B h q e"]:
-    """Dot-product attention with a float32 softmax; products are multiplied by `scale`, None is e^-1/2."""
+    """Dot-product attention with a float32 softmax; products are multiplied by `scale`, None is e^-1/2.
+
+    `drop` may leave out some of the weights [B h q r].
+    """
     logits = jnp.einsum("bhqe,bhre->bhqr", q * _scale(q, scale), k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(mask[:, None], logits, -jnp.inf))
-    return jnp.einsum("bhqr,bhre->bhqe", weights.astype(v.dtype), v)
+    return jnp.einsum("bhqr,bhre->bhqe", drop(weights.astype(v.dtype)), v)
 
 
 def _scale(q, scale):

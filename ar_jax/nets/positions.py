@@ -10,7 +10,9 @@ NOWHERE = np.int32(-1)  # coordinate of rows that are no token (condition rows)
 
 
 @typed
-def rotary(coords: Int[Array, "#B q 3"], features: int, base: float = 10000.0) -> Float[Array, "2 #B q e"]:
+def rotary(
+    coords: Int[Array, "#B q 3"] | Float[Array, "#B q 3"], features: int, base: float = 10000.0
+) -> Float[Array, "2 #B q e"]:
     """Cosines and sines of two-dimensional rotary positions, float32, each angle twice (once per channel of its pair).
 
     The first half of a head's channel pairs turns with the row, the second with the column. Rows that lie `NOWHERE`
@@ -25,6 +27,15 @@ def rotary(coords: Int[Array, "#B q 3"], features: int, base: float = 10000.0) -
     angle = (jnp.asarray(coords)[..., 1:, None] * frequency).reshape(*coords.shape[:-1], features // 2)
     somewhere = (jnp.asarray(coords)[..., 1:2] != NOWHERE).astype(jnp.float32)
     return jnp.repeat(jnp.stack([jnp.cos(angle), jnp.sin(angle)]) * somewhere, 2, axis=-1)
+
+
+def stretched(coords: Int[Array, "*b 3"], scales: tuple[tuple[int, int], ...], span: int) -> Array:
+    """Coordinates whose rows and columns run from 0 to `span` on every level, whatever its size; span 0 keeps them."""
+    if not span:
+        return coords
+    factors = np.array([(1, span / height, span / width) for height, width in scales], np.float32)
+    coords = jnp.asarray(coords)
+    return coords * jnp.asarray(factors)[coords[..., 0]]
 
 
 @typed

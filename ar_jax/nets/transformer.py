@@ -14,6 +14,7 @@ from ar_jax.nets.attention import ATTENTION, sight
 from ar_jax.nets.linear import PRODUCT, Linear, output_major
 from ar_jax.nets.positions import rotary, rotate
 from ar_jax.sharding import BATCH, Rules, constrain
+from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Bool, Float, Index, Int, Params, typed
 
 init = nn.initializers.normal(0.02)
@@ -81,6 +82,10 @@ class Backbone(nn.Module):
     dtype: Any = jnp.float32
     remat: Literal["none", "dots", "full"] = "none"
     unroll: bool = False
+
+    def complete(self, spec: TokenSpec) -> "Backbone":
+        """Fills in what only the tokenizer knows; nothing."""
+        return self
 
     @nn.nowrap
     def stack(self, block: type[nn.Module], sizes: tuple, axes: tuple) -> Any:

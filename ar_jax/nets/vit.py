@@ -1,15 +1,15 @@
 """Pre-norm transformers of the plain kind: layer norm, attention, two-layer perceptron."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ar_jax.nets.attention import Sight, sight, visible
+from ar_jax.nets.attention import Sight, attend, sight, visible
 from ar_jax.nets.linear import Linear
 from ar_jax.nets.mlp import xavier
 from ar_jax.nets.transformer import Backbone, Cache
@@ -50,17 +50,13 @@ class Block(nn.Module):
         if cache is not None:
             k, v = (lax.dynamic_update_slice_in_dim(old, new, first, axis=2) for old, new in zip(cache, (k, v)))
             cache = (k, v)
-        out = seen(q, k, v) if det or not self.attention_dropout else self.attend(q, k, v, seen.mask)
+        if det or not self.attention_dropout:
+            out = seen(q, k, v)
+        else:
+            out = attend(q, k, v, seen.mask, drop=functools.partial(self.attention_drop, deterministic=False))
         x = x + self.drop(self.out(jnp.moveaxis(out, 1, 2).reshape(x.shape)), deterministic=det)
         y = self.drop(nn.gelu(self.fc1(self.mlp_norm(x)), approximate=not self.bias), deterministic=det)
         return x + self.drop(self.fc2(y), deterministic=det), cache
-
-    def attend(self, q, k, v, mask):
-        """Attention some of whose weights are dropped."""
-        logits = jnp.einsum("bhqe,bhre->bhqr", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(jnp.where(mask[:, None], logits, -jnp.inf))
-        weights = self.attention_drop(weights.astype(v.dtype), deterministic=False)
-        return jnp.einsum("bhqr,bhre->bhqe", weights, v)
 
 
 class Plain(Backbone):

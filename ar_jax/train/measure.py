@@ -1,5 +1,6 @@
 """Mean and spread of a continuous tokenizer's latents, measured once it is trained and kept with it."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,6 +55,7 @@ def moments(module: Any, params: Params, some: Iterable[Batch]) -> tuple[tuple[f
     @jax.jit
     def sums(params, image, key):
         x = raw.apply({"params": params}, to_float(image), key=key, method="encode")
+        x = x[:, -math.prod(module.grid) :]  # of a pyramid the last scale, as others are averages of it
         x = x.reshape(*x.shape[:2], channels, -1)  # a token's numbers lie channel by channel
         return x.mean((0, 1, 3)), (x**2).mean((0, 1, 3))
 

@@ -1,0 +1,242 @@
+"""Flow generators: a transformer that is itself the velocity of tokens, group by group, given the groups before."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ar_jax.data import Info
+from ar_jax.decode.flow import Anneal, Solver, integrate, normal, schedule, with_steps
+from ar_jax.decode.guidance import fold, widen
+from ar_jax.generators.causal import State
+from ar_jax.generators.inputs import Frozen, some
+from ar_jax.heads.diffusion import TRAINED, continuous
+from ar_jax.heads.flow import draw_times
+from ar_jax.nets.conditioning import Cond
+from ar_jax.nets.gated import Condition, EncoderDecoder
+from ar_jax.nets.linear import Linear
+from ar_jax.nets.mlp import TimeEmbedding, xavier
+from ar_jax.nets.transformer import Cache
+from ar_jax.orders import Order, to_ranks, whole
+from ar_jax.sharding import BATCH, Rules, constrain
+from ar_jax.tokens import TokenSpec
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Key, Metrics, Params, PRNGKey, typed
+
+
+@dataclasses.dataclass(frozen=True)
+class Until:
+    """Times from 1 to `last` in equal steps, and one step more to 0."""
+
+    last: float = 0.04
+
+    def __call__(self, steps: int) -> np.ndarray:
+        return np.append(np.linspace(1, self.last, steps), 0.0)
+
+
+class BlockFlow(nn.Module):
+    """Rectified flow of groups of tokens, one group after the other; the order says what a group is.
+
+    `orders.Cells` makes squares of neighbours, `Cells(1)` single tokens, `Interleaved` tokens at equal distances, `scales`
+    those of a pyramid's level, `whole` all. In training every group of an image has a time of its own, so later groups see
+    earlier ones through noise ("noisy context learning"); in sampling they see them clean.
+
+    Attributes:
+      backbone: the network.
+      conditioning: makes a vector from a batch (`Label`), as wide as the backbone.
+      times: how they are drawn in training (see `heads.flow.draw_times`).
+      steps: network calls for a group in sampling.
+      grid: number of steps -> their times, falling from 1 to 0.
+      solver: see `integrate`; the published ones are "stochastic" with `Until`, and "euler" with `heads.flow.uniform`.
+      guided_until: guidance works at times up to this one.
+      anneal, last_steps: with a rule other than "constant", the number of steps goes from `steps` for the first group to
+        `last_steps` for the last (see `annealed`).
+      dtype: of the matrix products at both ends; the backbone has its own.
+      spec: the tokens; None until the tokenizer is known (`complete`).
+    Source: xAR (arXiv:2502.20388); annealing: DiSA (arXiv:2505.20297).
+    """
+
+    backbone: EncoderDecoder
+    conditioning: nn.Module
+    times: Literal["uniform", "logit_normal"] = "logit_normal"
+    steps: int = 50
+    grid: Callable = Until()
+    solver: Solver = "stochastic"
+    guided_until: float = 1.0
+    anneal: Anneal = "constant"
+    last_steps: int = 15
+    dtype: Any = jnp.float32
+    spec: TokenSpec | None = None
+
+    def complete(self, spec: TokenSpec, info: Info) -> "BlockFlow":
+        """Fills in what only the tokenizer and the data know.
+
+        Raises:
+          ValueError: the tokens are discrete, or the data lacks what the condition needs.
+        """
+        if self.times not in ("uniform", "logit_normal"):
+            raise ValueError(f"generator.times is {self.times!r}; it must be uniform or logit_normal")
+        continuous(spec, "BlockFlow")
+        return self.clone(
+            spec=spec, conditioning=self.conditioning.complete(info), backbone=self.backbone.complete(spec)
+        )
+
+    def unrolled(self, params: Params) -> tuple["BlockFlow", Params]:
+        """Itself: so many rows are computed in a step that the layout of the layers does not matter."""
+        return self, params
+
+    def with_steps(self, anneal: str, steps: int, last: int) -> "BlockFlow":
+        """The same with another schedule, as `Sampling` has it."""
+        return with_steps(self, anneal, steps, last)
+
+    def init_params(self, key: PRNGKey) -> Params:
+        drop, batch = jnp.zeros(1, bool), self.conditioning.example()
+        return self.init(key, self.spec.zeros(1), batch, whole(self.spec), drop=drop, key=key, method="loss")["params"]
+
+    def setup(self):
+        self.input = Linear(self.backbone.width, self.dtype, kernel_init=xavier, bias=True)
+        self.time = TimeEmbedding(self.backbone.width, self.dtype, xavier)
+        self.output = Linear(self.spec.channels, self.dtype, jnp.float32, xavier, bias=True)
+
+    @property
+    def rules(self) -> Rules:
+        """What tensor parallelism divides (see `sharding.shard`)."""
+        return self.backbone.rules
+
+    def condition(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
+        """The condition's vector; `drop` marks images that go without.
+
+        Raises:
+          ValueError: the conditioning makes none.
+        """
+        cond = self.conditioning(batch, drop)
+        return cond.replace(mod=self.backbone.modulate(cond.mod))
+
+    @typed
+    def loss(
+        self,
+        tokens: Float[Array, "b n c"],
+        batch: Batch,
+        order: Order,
+        *,
+        drop: Bool[Array, "b"],
+        key: PRNGKey,
+        tokenizer: Frozen | None = None,
+    ) -> tuple[Float[Array, "b n"], Float[Array, "b n"], Metrics]:
+        """Error of the velocity of all groups at once, each at a time of its own.
+
+        Args:
+          tokens: in slot order.
+          batch: the condition, and optionally "valid" [b], the weight of each image (default 1).
+          order: its steps are the groups.
+          drop: images trained without their condition.
+          key: for times and noise.
+          tokenizer: unused.
+
+        Returns:
+          Squared error of every rank, mean over channels; its weight; and metrics.
+        """
+        t_key, noise_key = jax.random.split(key)
+        t = draw_times(t_key, (len(tokens), len(order.sizes)), self.times)
+        x0 = to_ranks(tokens, order).astype(jnp.float32)
+        loss = self.errors(x0, self.condition(batch, drop), order, t, jax.random.normal(noise_key, x0.shape))
+        valid = jnp.asarray(batch.get("valid", jnp.ones(len(tokens))), jnp.float32)
+        return loss, jnp.broadcast_to(valid[:, None], loss.shape), {}
+
+    def errors(
+        self, x0: Float[Array, "b n c"], cond: Cond, order: Order, t: Float[Array, "b s"], noise: Float[Array, "b n c"]
+    ) -> Float[Array, "b n"]:
+        """Squared error of the velocity of tokens in rank order at given times and noise, mean over channels."""
+        at = Condition(t, order.sizes).spread(t[..., None])
+        found, _ = self.velocity((1 - at) * x0 + at * noise, t, cond, order, 0)
+        return jnp.square(noise - x0 - found).mean(-1)
+
+    @typed
+    def velocity(
+        self,
+        x: Float[Array, "B m c"],
+        t: Float[Array, "#B s"],
+        cond: Cond,
+        order: Order,
+        first: Index,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B m c"], Cache | None]:
+        """Velocities of ranks first..first+m, float32.
+
+        Args:
+          x: noisy tokens.
+          t: time in [0, 1] of every group; what is beyond the third digit does not count. Without a cache those of all
+            groups, with one that of the only group.
+          cond: of the B rows.
+          order: what each rank is.
+          cache: with keys and values of all ranks before.
+        """
+        m, sizes = x.shape[1], order.sizes if cache is None else ()
+        step = some(order.step, first, m, 0)
+        slot = some(jnp.asarray(order.slot), first, m)
+        coords = jnp.asarray(self.spec.coords)[widen(slot, len(x) // len(slot) if len(slot) > 1 else 1)]
+        time = self.time(jnp.floor(TRAINED * t)).astype(jnp.float32)
+        mod = Condition(cond.mod.vector + time, sizes)
+        keys = None if cache is None else order.step[: cache.rows]
+        h, cache = self.backbone(
+            constrain(self.input(x), BATCH), step, coords, mod=mod, cache=cache, first=first, keys=keys
+        )  # fmt: skip
+        return self.output(h), cache
+
+    def begin(self, cond: Cond, order: Order, images: int, vectors: int = 0) -> State:
+        """Nothing is known; `vectors` is unused."""
+        return State(jnp.zeros((images, order.n, self.spec.channels)), self.backbone.empty_cache(len(cond.rows)))
+
+    def grow(self, state: State, ranks: int, cond: Cond) -> State:
+        """Makes room in the cache for the first `ranks` ranks."""
+        return state.replace(cache=state.cache.grow(ranks))
+
+    def step(
+        self,
+        state: State,
+        i: Index,
+        first: Index,
+        size: int,
+        *,
+        cond: Cond,
+        order: Order,
+        knobs: Any,
+        keys: Key[Array, "b m"],
+        tokenizer: Frozen | None = None,
+    ) -> State:
+        """Moves ranks first..first+size from noise to data, then writes them into the cache, clean.
+
+        Guided rows share a token and are folded in every call; the temperature multiplies all noise.
+        """
+        guidance, temperature = jnp.asarray(knobs.guidance)[i], jnp.asarray(knobs.temperature)[i]
+        ways, steps = len(cond.rows) // len(keys), len(order.sizes)
+        module, variables = self.unbind()  # loops of JAX take pure functions
+
+        def network(x, t):
+            t = jnp.full((1, 1), t, jnp.float32)
+            return module.apply(variables, widen(x, ways), t, cond, order, first, state.cache, method="velocity")
+
+        def velocity(x, t):
+            return fold(network(x, t)[0], ways, jnp.where(t <= self.guided_until, guidance, 1.0))
+
+        times, count = schedule(self.grid, self.anneal, self.steps, self.last_steps, steps, i)
+        x = integrate(
+            velocity,
+            temperature * self.noise(keys, 0),
+            times,
+            solver=self.solver,
+            noise=lambda s: temperature * self.noise(keys, s + 1),
+            steps=count,
+        )
+        tokens = lax.dynamic_update_slice_in_dim(state.tokens, x, first, axis=1)
+        # nobody looks back at the last group
+        cache = lax.cond(i < steps - 1, lambda: network(x, 0.0)[1], lambda: state.cache)
+        return State(tokens, cache)
+
+    def noise(self, keys: Key[Array, "b m"], s: Index) -> Float[Array, "b m c"]:
+        """Where tokens start (s = 0), and the noise of step s-1 of the stochastic solver."""
+        return normal(keys, s, self.spec.channels)

@@ -1,0 +1,102 @@
+"""The pyramid of latents: what a continuous tokenizer says of an image, averaged to several sizes."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ar_jax.resize import resize
+from ar_jax.sharding import Rules
+from ar_jax.tokenizers.continuous import Measured
+from ar_jax.tokens import Scale, TokenSpec, maps, pyramid, rows, sides
+from ar_jax.typing import Array, Float, Metrics, Params, PRNGKey, typed
+
+
+class LatentPyramid(Measured, nn.Module):
+    """A continuous tokenizer whose grid of tokens is averaged to grids of several sizes; `decode` takes the last one.
+
+    Its parameters are those of the tokenizer it is made of.
+
+    Attributes:
+      base: the tokenizer (`KLVAE`, `Patches`).
+      scales: sides, or pairs (height, width), coarse to fine; the last one is the base's grid.
+      via: side of the grid that a scale is enlarged to before it is averaged to the next one's; 0 is the last scale.
+      shift, scale: see `Measured`; of the numbers of a token, on top of what the base does.
+    Source: FlowAR (arXiv:2412.15205).
+    """
+
+    base: nn.Module
+    scales: tuple[Scale, ...] = (1, 2, 4, 8, 16)
+    via: int = 0
+    shift: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+
+    patch = 1  # what `train.measure` looks at are whole tokens
+
+    @property
+    def spec(self) -> TokenSpec:
+        if not self.scales or sides(self.scales[-1]) != self.base.grid:
+            raise ValueError(f"tokenizer.scales is {self.scales}, but its last one must be the base's {self.base.grid}")
+        return TokenSpec(pyramid(self.scales), channels=self.base.spec.channels)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return self.base.size
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return self.base.channels
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.base.grid
+
+    @property
+    def rules(self) -> Rules:
+        """What tensor parallelism divides (see `sharding.shard`)."""
+        return self.base.rules
+
+    def init_params(self, key: PRNGKey) -> Params:
+        return self.base.init_params(key)
+
+    def setup(self):
+        nn.share_scope(self, self.base)
+
+    @typed
+    def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Float[Array, "b n c2"]:
+        """Tokens of images in [-1, 1], of all scales; `key` as in the base."""
+        tokens = self.standardise(self.base.encode(image, key=key))
+        return self.averages(tokens.reshape(len(tokens), *self.base.grid, -1))
+
+    def averages(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b n c"]:
+        """Latents averaged to all scales."""
+        return rows([resize(latents, size, "area") for size in self.spec.scales])
+
+    @typed
+    def embed(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """The tokens themselves."""
+        return tokens
+
+    @typed
+    def context(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+        """The scale before in the size of each slot's own, enlarged and then averaged; zeros on the first scale.
+
+        A level depends on the tokens of the level before it only, so later ones may be anything.
+        """
+        first, *others = self.spec.scales
+        full = (self.via, self.via) if self.via else sides(self.scales[-1])
+        before = maps(tokens, self.scales)[:-1]
+        known = [resize(resize(x, full), size, "area") for x, size in zip(before, others)]
+        return rows([jnp.zeros((len(tokens), *first, tokens.shape[-1])), *known])
+
+    @typed
+    def decode(self, tokens: Float[Array, "b n c2"], *, key: PRNGKey | None = None) -> Float[Array, "b H W c"]:
+        """Images of the last scale, about [-1, 1] but not clipped; `key` is unused."""
+        return self.base.decode(self.restore(tokens[:, -math.prod(sides(self.scales[-1])) :]))
+
+    def autoencode(self, *arguments: Any, **named: Any) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
+        """One training pass of the base."""
+        return self.base.autoencode(*arguments, **named)
