@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -48,20 +49,33 @@ class Moments:
         between = np.outer(shift, shift) * (self.count * other.count / count)
         return Moments(count, mean, self.scatter + other.scatter + between)
 
-    @property
-    def covariance(self) -> np.ndarray:
-        """[d d], normalised by count - 1 as all the field's tools do.
+    def gaussian(self) -> "Gaussian":
+        """The covariance is normalised by count - 1, as by all the field's tools.
 
         Raises:
           ValueError: fewer than two vectors.
         """
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
-        return self.scatter / (self.count - 1)
+        return Gaussian(self.mean, self.scatter / (self.count - 1))
 
 
-def frechet(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
-    """Squared Frechet distance of two Gaussians, |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gaussian:
+    """Mean [d] and covariance [d d], float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    @functools.cached_property
+    def root(self) -> np.ndarray:
+        """The symmetric root of the covariance; eigenvalues below 0, of rounding, count as 0."""
+        values, vectors = scipy.linalg.eigh((self.covariance + self.covariance.T) / 2)
+        return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
+def frechet(a: Gaussian, b: Gaussian) -> float:
+    """Squared Frechet distance, |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
     The trace of the root is the sum of the singular values of C1^(1/2) C2^(1/2): float64, real, and exact also for
     covariances of fewer images than dimensions, where a matrix square root of the product breaks down.
@@ -70,25 +84,20 @@ def frechet(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np
       ValueError: shapes that do not fit, or numbers that are not finite.
     Source: arXiv:1706.08500.
     """
-    arrays = [np.asarray(x, np.float64) for x in (mean_a, cov_a, mean_b, cov_b)]
-    mean_a, cov_a, mean_b, cov_b = arrays
-    if mean_a.shape != mean_b.shape or cov_a.shape != cov_b.shape or cov_a.shape != (*mean_a.shape, *mean_a.shape):
+    if a.mean.shape != b.mean.shape or a.covariance.shape != b.covariance.shape:
         raise ValueError(
-            f"means of shape {mean_a.shape} and {mean_b.shape} with covariances of {cov_a.shape} and {cov_b.shape} do "
-            "not belong together; were they made by the same network?"
+            f"Gaussians of {a.mean.shape} and {b.mean.shape} dimensions cannot be compared; are they features of the same "
+            "network?"
         )
-    if not all(np.isfinite(x).all() for x in arrays):
+    if not all(np.isfinite(x).all() for one in (a, b) for x in (one.mean, one.covariance)):
         raise ValueError("a mean or covariance holds NaN or infinity")
-    root = scipy.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root)
+    trace = scipy.linalg.svdvals(a.root @ b.root).sum()
+    return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * trace)
 
 
-def _root(covariance):
-    values, vectors = scipy.linalg.eigh((covariance + covariance.T) / 2)
-    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-
-
-def inception_score(logits: np.ndarray, splits: int = 10, size: int = 0, shuffle: int | None = None) -> tuple[float, float]:
+def inception_score(
+    logits: np.ndarray, splits: int = 10, size: int = 0, shuffle: int | None = None
+) -> tuple[float, float]:
     """Mean and standard deviation over splits of exp(mean KL of p(class | image) to the split's mean).
 
     Args:
@@ -110,7 +119,7 @@ def inception_score(logits: np.ndarray, splits: int = 10, size: int = 0, shuffle
     logits = logits - logits.max(1, keepdims=True)
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     scores = []
-    for first, last in zip(edges, edges[1:]):
+    for first, last in itertools.pairwise(edges):
         p, log = np.exp(log_p[first:last]), log_p[first:last]
         scores.append(np.exp((p * (log - np.log(p.mean(0)))).sum(1).mean()))
     return float(np.mean(scores)), float(np.std(scores))

@@ -5,7 +5,6 @@ import importlib.util
 import jax
 import numpy as np
 import pytest
-
 from evals.weights import crops, photographs, random_inception
 
 TOOLS = ("torch", "torch_fidelity", "pytorch_fid", "cleanfid")
@@ -82,8 +81,7 @@ def test_metrics_are_torch_fidelitys():
     ta, tb = torch.tensor(a), torch.tensor(b)
     statistics = [metric_fid.fid_features_to_statistics(x) for x in (ta, tb)]
     theirs = metric_fid.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
-    ma, mb = metrics.Moments.of(a), metrics.Moments.of(b)
-    assert metrics.frechet(ma.mean, ma.covariance, mb.mean, mb.covariance) == pytest.approx(theirs, rel=1e-5)
+    assert metrics.frechet(*(metrics.Moments.of(x).gaussian() for x in (a, b))) == pytest.approx(theirs, rel=1e-5)
     theirs = metric_kid.kid_features_to_metric(
         ta, tb, kid_subsets=10, kid_subset_size=500, rng_seed=2020, verbose=False, kid_kernel="poly",
         kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1,
