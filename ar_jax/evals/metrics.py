@@ -95,6 +95,22 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
     return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * trace)
 
 
+def frechet_sets(a: np.ndarray, b: np.ndarray) -> float:
+    """The same between features [n d] and [m d]; quick where there are fewer of them than dimensions.
+
+    With covariances A'A and B'B of centred features, the singular values are those of A B', an n by m matrix.
+    """
+    if max(len(a), len(b)) > a.shape[1]:
+        return frechet(Moments.of(a).gaussian(), Moments.of(b).gaussian())
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"a covariance needs at least 2 images, got {min(len(a), len(b))}")
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    mean_a, mean_b = a.mean(0), b.mean(0)
+    a, b = ((x - mean) / np.sqrt(len(x) - 1) for x, mean in ((a, mean_a), (b, mean_b)))
+    trace = scipy.linalg.svdvals(a @ b.T).sum()
+    return float(((mean_a - mean_b) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * trace)
+
+
 def inception_score(
     logits: np.ndarray, splits: int = 10, size: int = 0, shuffle: int | None = None
 ) -> tuple[float, float]:

@@ -81,7 +81,7 @@ class Judged:
     """
 
     def __init__(
-        self, model: Model, extractor: Extractor, seed: int, perturbations: tuple[Perturbation, ...], lpips: str
+        self, model: Model, extractor: Extractor, seed: int, perturbations: tuple[Perturbation, ...], lpips: str | None
     ):
         self.module, self.extractor, self.seed = model.module, extractor, seed
         self.spec, self.size = model.module.spec, tuple(model.module.size)
@@ -91,10 +91,11 @@ class Judged:
         self.perturbations, self._near = perturbations if self._codebook() is not None else (), {}
         for each in self.perturbations:
             self._near[each.delta] = put(nearest_codes(self._codebook(), each.delta), replicated(mesh))
+        self._lpips = None
         try:
-            self._lpips = put(find_lpips(lpips or None), replicated(mesh))
+            if lpips is not None:
+                self._lpips = put(find_lpips(lpips or None), replicated(mesh))
         except ValueError as error:
-            self._lpips = None
             self.remarks.append(f"no LPIPS: {error}")
         if min(self.size) < metrics.MS_SMALLEST:
             self.remarks.append(f"no MS-SSIM: it needs images of {metrics.MS_SMALLEST} pixels, these have {self.size}")

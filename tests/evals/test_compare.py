@@ -11,10 +11,10 @@ TOOLS = ("torch", "torch_fidelity", "pytorch_fid", "cleanfid")
 if missing := [name for name in TOOLS if importlib.util.find_spec(name) is None]:
     pytest.skip(f"{', '.join(missing)} not installed; they are in the extra `compare`", allow_module_level=True)
 
-import torch
+import torch  # noqa: E402
 
-from ar_jax.evals import metrics
-from ar_jax.evals.networks import PROTOCOLS, RESIZES, open_network
+from ar_jax.evals import metrics  # noqa: E402
+from ar_jax.evals.networks import PROTOCOLS, RESIZES, open_network  # noqa: E402
 
 
 @pytest.fixture(scope="module")
