@@ -133,19 +133,18 @@ def test_statistics_allow_distances_only(files, tmp_path):
 def test_what_cannot_be_measured_is_said_before_the_work(files, tmp_path):
     with pytest.raises(ValueError, match="metric kid needs at least 20 images a side, got 10 samples"):
         generation(files, tmp_path / "x.json", count=10)
+    sets = str(files / "a.npz"), str(files / "b.npz")
+    options = Generation(*sets, judge=Judge("torch-fidelity", batch=8), count=9)
     with pytest.raises(ValueError, match="metric is needs at least 10"):
-        options = Generation(
-            str(files / "a.npz"), str(files / "b.npz"), judge=Judge("torch-fidelity", batch=8), count=9
-        )
         evaluate_generation(options, tiny_network())
     with pytest.raises(ValueError, match=r"--count is 100, but .* has 60 images"):
         generation(files, tmp_path / "x.json", count=100)
+    options = Generation(*sets, judge=Judge(batch=9), metrics=("fd",))
     with pytest.raises(ValueError, match="--batch is 9"):
-        options = Generation(str(files / "a.npz"), str(files / "b.npz"), judge=Judge(batch=9), metrics=("fd",))
         evaluate_generation(options, tiny_network())
     np.savez(tmp_path / "small.npz", np.zeros((30, 10, 10, 3), np.uint8))
+    options = Generation(sets[0], str(tmp_path / "small.npz"), metrics=("fd",))
     with pytest.raises(ValueError, match="20x20 pixels, references 10x10"):
-        options = Generation(str(files / "a.npz"), str(tmp_path / "small.npz"), metrics=("fd",))
         evaluate_generation(options, tiny_network())
     with pytest.raises(ValueError, match="--classifier needs the labels"):
         generation(files, tmp_path / "x.json", samples="b.npz", classifier=True)
