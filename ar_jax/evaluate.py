@@ -242,6 +242,7 @@ class RunImages:
     """Images drawn from a run when they are read; number i has the key and the condition that sample.py gives it."""
 
     labels: np.ndarray | None = None
+    stamp = 0
 
     def __init__(self, run: str, sampler: Sampler, count: int):
         if count < 1:
@@ -249,7 +250,16 @@ class RunImages:
         sample = _sample_script()
         options = sample.Options(run=run, count=count, **dataclasses.asdict(sampler))
         model = open_model(run, "generator", sampler.checkpoint).fixed()
-        tokenizer = open_model(sampler.tokenizer or model.folder / model.settings["tokenizer"], "tokenizer").fixed()
+        own = model.settings.get("tokenizer")
+        if not (sampler.tokenizer or own):
+            raise ValueError(f"{run} does not say which tokenizer it belongs to; give --sampler.tokenizer")
+        tokenizer = open_model(sampler.tokenizer or model.folder / own, "tokenizer").fixed()
+        ours, theirs = model.module.spec, tokenizer.module.spec
+        if (ours.n, ours.codes) != (theirs.n, theirs.codes):
+            raise ValueError(
+                f"the generator makes {ours.n} tokens with codes {ours.codes}, but the tokenizer {tokenizer.folder} has "
+                f"{theirs.n} with {theirs.codes}; give --sampler.tokenizer"
+            )
         chosen = {name: value for name in sample.SAMPLING if (value := getattr(sampler, name)) is not None}
         settings = {**sample.SAMPLING, **model.settings.get("sampling", {}), **chosen}
         self.names, self._conditions = sample.condition_table(model, options)
@@ -345,33 +355,41 @@ def evaluate_generation(options: Generation, network: Network | None = None) -> 
     labels = "cfd" in settings.metrics and images.labels is not None
     ours = extract(images, extractor, parts / "samples", "samples", judge and judge.predict, count, labels)
     found, remarks = figures(ours, theirs, protocol, settings, network.suffix)
-    result = None
     if "jpeg" in str(images.facts) or "jpg" in str(images.facts):
         remarks.append("samples are JPEG files, which shifts all figures")
     rest: dict[str, Any] = {"remarks": remarks}
     if judge:
         total, rest["classes"] = agreement(images.labels[:count], ours.predicted, images.names)
         found["label_agreement"], rest["classifier"] = total, judge.facts
+    facts = {
+        "name": options.judge.protocol, **network.facts(), "metrics": sorted(settings.metrics),
+        **_metric_facts(protocol, settings), "samples": count, "image_size": list(images.size),
+        "reference_sha256": theirs.sha256, "reference_count": theirs.count,
+        "reference_crop": reference.facts.get("crop", 0) if reference else None,
+    }  # fmt: skip
+    rest |= {
+        "samples": {"from": images.where, "sha256": ours.sha256, **images.facts},
+        "reference": {"from": reference.where if reference else options.reference},
+        "speed": _speed(extractor),
+    }  # fmt: skip
+    result = results.save(out, "generation", found, facts, **rest)
+    if options.report:
+        results.page(out.with_suffix(".png"), images.where, result, ours.shown, "samples picked at random")
+    announce(result, out)
+    _clear(parts)
+    return result
+
+
+def _speed(extractor: Extractor) -> dict[str, Any]:
+    return extractor.speed() | {
+        "devices": jax.device_count(), "device": jax.devices()[0].device_kind, "peak_memory_bytes": results.peak_memory()
+    }  # fmt: skip
+
+
+def _clear(parts: Path) -> None:
+    distributed.barrier("all have read the parts")
     if jax.process_index() == 0:
-        facts = {
-            "name": options.judge.protocol, **network.facts(), "metrics": sorted(settings.metrics),
-            **_metric_facts(protocol, settings), "samples": count, "image_size": list(images.size),
-            "reference_sha256": theirs.sha256, "reference_count": theirs.count,
-            "reference_crop": reference.facts.get("crop", 0) if reference else None,
-        }  # fmt: skip
-        rest |= {
-            "samples": {"from": images.where, "sha256": ours.sha256, **images.facts},
-            "reference": {"from": options.data.name if options.reference == "data" else str(Path(options.reference))},
-            "speed": extractor.speed() | {"devices": jax.device_count(), "device": jax.devices()[0].device_kind,
-                                          "peak_memory_bytes": results.peak_memory()},
-        }  # fmt: skip
-        result = results.save(out, "generation", found, facts, **rest)
-        if options.report:
-            results.page(out.with_suffix(".png"), f"{images.where}", result, ours.shown, "samples picked at random")
         shutil.rmtree(parts, ignore_errors=True)
-        announce(result, out)
-    distributed.barrier("evaluated")
-    return result if result is not None else json.loads(out.read_text())
 
 
 def reference_features(
@@ -381,9 +399,7 @@ def reference_features(
     found, place = None, parts / "reference"
     if images is not None:
         if options.cache:
-            path = Path(options.reference)
-            stamp = path.stat().st_mtime_ns if path.exists() else 0
-            key = [images.where, images.facts, len(images), stamp, extractor.network.facts()]
+            key = [images.where, images.facts, len(images), images.stamp, extractor.network.facts()]
             place = Path(options.cache) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         labels = "cfd" in options.metrics and images.labels is not None
         found = extract(images, extractor, place, "reference", labels=labels)
@@ -405,6 +421,8 @@ def _metric_facts(protocol: Protocol, settings: Settings) -> dict[str, Any]:
 
 
 def announce(result: dict[str, Any], out: Path) -> None:
+    if jax.process_index() != 0:
+        return
     print(results.table(result["figures"]))
     for remark in result.get("remarks", []):
         print(f"note: {remark}")
@@ -470,21 +488,17 @@ def evaluate_tokenizer(options: Tokenizer, network: Network | None = None) -> di
     source = {"from": str(model.folder.resolve()), "checkpoint": model.checkpoint}
     identity = {"tokenizer": source, "images": images.where, **images.facts, **facts}
     found = judging.evaluate(judged, images, len(images), parts, identity)
-    result = None
-    if jax.process_index() == 0:
-        tasks = judging.detail(judged) | judging.text(judged) if options.detail else {}
-        speed = extractor.speed() | {"peak_memory_bytes": results.peak_memory(), "devices": jax.device_count()}
-        result = results.save(
-            out, "tokenizer", found["figures"] | tasks, facts | {"images_sha256": found["sha256"]},
-            tokenizer=source | {"module": codec.encode(model.module)}, data={"from": images.where, **images.facts},
-            codes=found["codes"], perturbed=found["perturbed"], remarks=found["remarks"], speed=speed,
-        )  # fmt: skip
-        if options.report:
-            results.page(out.with_suffix(".png"), source["from"], result, found["shown"], "images and reconstructions")
-        shutil.rmtree(parts, ignore_errors=True)
-        announce(result, out)
-    distributed.barrier("evaluated")
-    return result if result is not None else json.loads(out.read_text())
+    tasks = judging.detail(judged) | judging.text(judged) if options.detail else {}
+    result = results.save(
+        out, "tokenizer", found["figures"] | tasks, facts | {"images_sha256": found["sha256"]},
+        tokenizer=source | {"module": codec.encode(model.module)}, data={"from": images.where, **images.facts},
+        codes=found["codes"], perturbed=found["perturbed"], remarks=found["remarks"], speed=_speed(extractor),
+    )  # fmt: skip
+    if options.report:
+        results.page(out.with_suffix(".png"), source["from"], result, found["shown"], "images and reconstructions")
+    announce(result, out)
+    _clear(parts)
+    return result
 
 
 def _sweep(arguments):

@@ -104,7 +104,8 @@ def extract(
         return found | ({"predicted": predict(pixels)} if predict else {})
 
     identity = {
-        "images": images.where, "facts": images.facts, "network": extractor.network.facts(), "classifier": bool(predict)
+        "images": images.where,
+        "stamp": images.stamp, "facts": images.facts, "network": extractor.network.facts(), "classifier": bool(predict)
     }  # fmt: skip
     found = gather(read_chunks(in_chunks(folder, identity, count, compute, name)))
     return dataclasses.replace(found, labels=images.labels[:count]) if labels else found

@@ -26,6 +26,7 @@ class Images(Protocol):
       size: height and width in pixels.
       labels: int [n], or None.
       names: of the classes; may be empty.
+      stamp: changes when what lies at `where` does; 0 if `facts` tell.
     """
 
     where: str
@@ -33,6 +34,7 @@ class Images(Protocol):
     size: tuple[int, int]
     labels: np.ndarray | None
     names: Sequence[str]
+    stamp: int
 
     def __len__(self) -> int: ...
 
@@ -82,7 +84,7 @@ class Packed:
     """The uint8 array `arr_0` of a .npz, compressed or not; it is streamed, going forward is cheap."""
 
     def __init__(self, path: Path):
-        self.where, self.names = str(path), ()
+        self.where, self.names, self.stamp = str(path), (), path.stat().st_mtime_ns if path.exists() else 0
         heads = npz_arrays(path)
         if "arr_0" not in heads:
             raise ValueError(f"{path} holds {sorted(heads)} but no arr_0, where the field's sample files keep images")
@@ -150,7 +152,7 @@ class Folder:
     """Image files, in the order of their paths."""
 
     def __init__(self, path: Path, crop: int):
-        self.where, self._crop = str(path), crop
+        self.where, self._crop, self.stamp = str(path), crop, path.stat().st_mtime_ns
         self._files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
         if not self._files:
             raise ValueError(f"{path} holds no images ({', '.join(SUFFIXES)})")
@@ -184,7 +186,9 @@ class Folder:
 
 
 class DataImages:
-    """The images of a data set (see `ar_jax.data`), centre-cropped to its size."""
+    """The images of a data set (see `ar_jax.data`), centre-cropped to its size; `count` of them, spread evenly."""
+
+    stamp = 0
 
     def __init__(self, data: Data, count: int = 0):
         self._source = open_source(dataclasses.replace(data, unreadable="refuse", text=""))
