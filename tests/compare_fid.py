@@ -52,7 +52,7 @@ def torch_fidelity(a, b, weights, kid_size):
 
     found = calculate_metrics(  # its precision and recall would be of VGG16
         input1=str(a), input2=str(b), feature_extractor="inception-v3-compat", cuda=False, isc=True, fid=True, kid=True, prc=True, kid_subset_size=kid_size,
-        feature_extractor_weights_path=str(weights), verbose=False, cache=False, samples_find_deep=False,
+        feature_extractor_weights_path=str(weights), verbose=False, cache=False, samples_find_deep=False, save_cpu_ram=True,
     )  # fmt: skip
     names = {
         "FD": "frechet_inception_distance", "KD": "kernel_inception_distance_mean", "IS": "inception_score_mean",
