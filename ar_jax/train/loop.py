@@ -28,6 +28,7 @@ def fit(
     mesh: jax.sharding.Mesh,
     key: PRNGKey,
     start: Callable[[Params], Params] | None = None,
+    evaluate: Callable[[Params], dict[str, float]] | None = None,
 ) -> None:
     """Trains until `stage.steps`, from the newest checkpoint in `folder` if there is one.
 
@@ -40,6 +41,7 @@ def fit(
       mesh: from `make_mesh`.
       key: of the whole stage; update i uses `fold_in(key, i)`, so a resumed run repeats nothing and skips nothing.
       start: initialised parameters of the model -> those to begin with, if there is no checkpoint.
+      evaluate: parameters of the model -> further held-out figures, measured every `stage.evaluate_every` updates.
 
     Raises:
       Stopped: told to (see `Notice`); a checkpoint of the last update is written.
@@ -55,7 +57,7 @@ def fit(
     shown = put(shown, batch_sharding(mesh) if divisible else replicated(mesh))
     if stage.keep_best:
         _, figures = jax.eval_shape(recipe.preview, shapes.params["model"], recipe.frozen, shown, shown_key)
-        _check_best(stage, name, sorted(figures))
+        _check_best(stage, name, [*figures, *["fd"] * (evaluate is not None)])
     checkpoints = Checkpoints(folder / "checkpoints", stage.keep, stage.keep_every, stage.keep_best, stage.best)
     first = checkpoints.latest or 0
     if first >= stage.steps:
@@ -128,6 +130,13 @@ def fit(
                     log.metrics(step, {f"held_out/{name}": value for name, value in figures.items()})
                     log.picture(step, picture, columns=10)
                 watchdog.alive()
+            if evaluate and (step % stage.evaluate_every == 0 or last) and not stop:
+                settle(0)
+                with log.spending("aside"), jax.transfer_guard("allow"):
+                    found = evaluate(state.params["model"] if state.ema is None else state.ema)
+                    log.metrics(step, {f"held_out/{name}": value for name, value in found.items()})
+                    figures |= found
+                watchdog.alive()
             if step % stage.save_every == 0 or last or stop:
                 settle(0)
                 with log.spending("aside"), jax.transfer_guard("allow"):  # orbax copies arrays in its own ways
@@ -150,8 +159,10 @@ def _initial(recipe, layout, key, start):
 def _check_best(stage, name, figures):
     if stage.best not in figures:
         raise ValueError(f"{name}.best is {stage.best!r}, but the held-out figures are {figures}; choose one of them")
-    if not stage.preview_every or stage.save_every % stage.preview_every:
+    source = "evaluate_every" if stage.best == "fd" else "preview_every"
+    every = getattr(stage, source)
+    if not every or stage.save_every % every:
         raise ValueError(
             f"{name}.keep_best is {stage.keep_best}, but not every checkpoint would have held-out figures: save_every is "
-            f"{stage.save_every} and preview_every {stage.preview_every}; make save_every a multiple of preview_every"
+            f"{stage.save_every} and {source} {every}; make save_every a multiple of {source}"
         )

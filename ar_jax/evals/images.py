@@ -1,0 +1,255 @@
+"""Sets of images to judge: .npz files, folders, data sets; read a few at a time, never held as a whole."""
+
+import dataclasses
+import functools
+import hashlib
+import threading
+import zipfile
+from collections.abc import Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from ar_jax.data import Data, centre_crop, open_source, read_image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Images(Protocol):
+    """Numbered images of one size.
+
+    Attributes:
+      where: what it was opened from, in words.
+      facts: JSON-able: how the images were made or read.
+      size: height and width in pixels.
+      labels: int [n], or None.
+      names: of the classes; may be empty.
+      stamp: changes when what lies at `where` does; 0 if `facts` tell.
+    """
+
+    where: str
+    facts: dict[str, Any]
+    size: tuple[int, int]
+    labels: np.ndarray | None
+    names: Sequence[str]
+    stamp: int
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: range) -> np.ndarray:
+        """uint8 [rows h w 3]."""
+
+
+class Statistics(NamedTuple):
+    """Published mean and covariance of features, with images if the file has some.
+
+    Attributes:
+      mean, cov: of the pooled features.
+      spatial_mean, spatial_cov: of the spatial ones, or None.
+      sha256: of the four arrays.
+    """
+
+    mean: np.ndarray
+    cov: np.ndarray
+    spatial_mean: np.ndarray | None
+    spatial_cov: np.ndarray | None
+    sha256: str
+
+
+def open_images(path: str, crop: int = 0) -> Images:
+    """A .npz with uint8 images in `arr_0` (labels, if any, in `arr_1`), or a folder of image files.
+
+    The sub-folders of a folder, if all images lie in some, are classes.
+
+    Args:
+      crop: side to which folder images are centre-cropped as ADM does; 0 takes them as they are.
+    Raises:
+      ValueError, FileNotFoundError: no images there, or of other types or sizes.
+    """
+    place = Path(path).expanduser()
+    if place.suffix == ".npz":
+        if crop:
+            raise ValueError(f"{path}: crop is for folders of images; an .npz is taken as it is")
+        return Packed(place)
+    if not place.exists():
+        raise FileNotFoundError(f"{path} does not exist; give a .npz, a folder of images, or a run folder")
+    if not place.is_dir():
+        raise ValueError(f"{path} is neither a .npz nor a folder of images")
+    return Folder(place, crop)
+
+
+class Packed:
+    """The uint8 array `arr_0` of a .npz, compressed or not; it is streamed, going forward is cheap."""
+
+    def __init__(self, path: Path):
+        self.where, self.names, self.stamp = str(path), (), path.stat().st_mtime_ns if path.exists() else 0
+        heads = npz_arrays(path)
+        if "arr_0" not in heads:
+            raise ValueError(f"{path} holds {sorted(heads)} but no arr_0, where the field's sample files keep images")
+        shape, dtype, fortran = heads["arr_0"]
+        if len(shape) != 4 or shape[3] not in (1, 3) or not shape[0] or fortran:
+            raise ValueError(f"{path}: arr_0 has shape {shape}; images are [n h w 3], in C order")
+        if dtype != np.uint8:
+            raise ValueError(f"{path}: arr_0 is {dtype}{self._broken(path, dtype)}; images must be uint8 from 0 to 255")
+        self._path, self._shape, self.size = path, shape, shape[1:3]
+        self.labels = None
+        if "arr_1" in heads and heads["arr_1"][0] == shape[:1] and np.issubdtype(heads["arr_1"][1], np.integer):
+            with np.load(path, allow_pickle=False) as file:
+                self.labels = file["arr_1"].astype(np.int64)
+        self.facts = {"format": "npz"}
+        self._lock, self._file = threading.Lock(), None
+
+    @staticmethod
+    def _broken(path, dtype):
+        if not np.issubdtype(dtype, np.floating):
+            return ""
+        with np.load(path, allow_pickle=False) as file:
+            return "" if np.isfinite(file["arr_0"]).all() else " and holds NaN or infinity"
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def read(self, rows: range) -> np.ndarray:
+        height, width, channels = self._shape[1:]
+        size = height * width * channels
+        with self._lock:
+            if self._file is None:
+                self._file = zipfile.ZipFile(self._path).open("arr_0.npy")  # noqa: SIM115
+                _head(self._file)
+                self._first = self._file.tell()
+            self._file.seek(self._first + rows.start * size)
+            data = self._file.read(len(rows) * size)
+        if len(data) != len(rows) * size:
+            raise ValueError(f"{self.where} is cut short: images {rows.start} to {rows.stop - 1} are not all there")
+        images = np.frombuffer(data, np.uint8).reshape(len(rows), height, width, channels)
+        return np.broadcast_to(images, (*images.shape[:3], 3))
+
+
+def npz_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, bool]]:
+    """Shape, type and whether in Fortran order, of every array of a .npz, without reading any."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = {}
+            for name in archive.namelist():
+                with archive.open(name) as file:
+                    shape, fortran, dtype = _head(file)
+                found[name.removesuffix(".npy")] = shape, dtype, fortran
+            return found
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no readable .npz file ({error}); make it again") from error
+
+
+def _head(file):
+    major, _ = np.lib.format.read_magic(file)
+    return (np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0)(file)
+
+
+class Folder:
+    """Image files, in the order of their paths."""
+
+    def __init__(self, path: Path, crop: int):
+        self.where, self._crop, self.stamp = str(path), crop, path.stat().st_mtime_ns
+        self._files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        if not self._files:
+            raise ValueError(f"{path} holds no images ({', '.join(SUFFIXES)})")
+        self.names, self.labels = (), None
+        parents = [file.relative_to(path).parts[:-1] for file in self._files]
+        if all(parents):
+            self.names = tuple(sorted({parts[0] for parts in parents}))
+            self.labels = np.array([self.names.index(parts[0]) for parts in parents])
+        kinds = sorted({file.suffix.lower().lstrip(".") for file in self._files})
+        self.facts = {"format": ", ".join(kinds), "crop": crop}
+        self.size = (crop, crop) if crop else np.asarray(read_image(self._files[0])).shape[:2]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, rows: range) -> np.ndarray:
+        with futures.ThreadPoolExecutor() as pool:
+            return np.stack(list(pool.map(self._one, rows)))
+
+    def _one(self, row):
+        image = read_image(self._files[row])
+        if self._crop:
+            return centre_crop(image, self._crop)
+        image = np.asarray(image)
+        if image.shape[:2] != self.size:
+            raise ValueError(
+                f"{self._files[row]} has {image.shape[1]}x{image.shape[0]} pixels, but {self._files[0].name} has "
+                f"{self.size[1]}x{self.size[0]}; all images must have one size (a reference can be cropped: --crop)"
+            )
+        return image
+
+
+class DataImages:
+    """The images of a data set (see `ar_jax.data`), centre-cropped to its size; `count` of them, spread evenly."""
+
+    stamp = 0
+
+    def __init__(self, data: Data, count: int = 0):
+        self._source = open_source(dataclasses.replace(data, unreadable="refuse", text=""))
+        self._size, self._count = data.size, min(count or len(self._source), len(self._source))
+        self.classes = self._source.info.classes
+        self.where, self.size = f"{data.name} {data.path}({data.split})", (data.size, data.size)
+        self.facts = {"format": "data", "name": data.name, "split": data.split, "crop": data.size}
+        self.names = self._source.info.class_names
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray | None:
+        if not self._source.info.classes:
+            return None
+        with futures.ThreadPoolExecutor() as pool:
+            return np.array(list(pool.map(lambda i: self._source[self._at(i)]["label"], range(len(self)))))
+
+    def _at(self, row):
+        return row * len(self._source) // self._count  # spread evenly
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, rows: range) -> np.ndarray:
+        with futures.ThreadPoolExecutor() as pool:
+            return np.stack(list(pool.map(lambda i: centre_crop(self._source[self._at(i)]["image"], self._size), rows)))
+
+
+def open_reference(path: str, crop: int = 0) -> tuple[Images | None, Statistics | None]:
+    """What samples are compared with: images, statistics, or (as in ADM's files) both.
+
+    Statistics are `mu` and `sigma`, with ADM's `mu_s` and `sigma_s` for the spatial features.
+
+    Raises:
+      ValueError, FileNotFoundError: neither is there.
+    """
+    place, statistics = Path(path).expanduser(), None
+    if place.suffix != ".npz":
+        return open_images(path, crop), None
+    names = npz_arrays(place)
+    if "mu" in names and "sigma" in names:
+        statistics = _statistics(place, names)
+        return (Packed(place) if "arr_0" in names else None), statistics
+    if "arr_0" not in names:
+        raise ValueError(
+            f"{path} holds {sorted(names)}; a reference has images (arr_0) or statistics (mu and sigma, as pytorch-fid, "
+            "clean-fid and ADM write them)"
+        )
+    return Packed(place), None
+
+
+def _statistics(place, names):
+    with np.load(place, allow_pickle=False) as file:
+        wanted = [name if name in names else None for name in ("mu", "sigma", "mu_s", "sigma_s")]
+        arrays = [None if name is None else np.asarray(file[name], np.float64) for name in wanted]
+    digest = hashlib.sha256()
+    for mean, cov in (arrays[:2], arrays[2:]):
+        if mean is None or cov is None:
+            continue
+        if mean.ndim != 1 or cov.shape != (*mean.shape, *mean.shape):
+            raise ValueError(f"{place}: mu has shape {mean.shape} and sigma {cov.shape}; they must be [d] and [d d]")
+        if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+            raise ValueError(f"{place}: mu or sigma holds NaN or infinity")
+        digest.update(mean.tobytes() + cov.tobytes())
+    return Statistics(*arrays, digest.hexdigest())
