@@ -122,11 +122,10 @@ def sample(options: Options) -> None:
     tokenizer = open_model(options.tokenizer or _own_tokenizer(model), "tokenizer")
     settings = sampling(model.settings.get("sampling", {}), options)
     generator, decoder = arrange(settings, model.module, tokenizer.module)
-    model, tokenizer = dataclasses.replace(model, module=generator), dataclasses.replace(tokenizer, module=decoder)
-    if tokenizer.module.spec.codes != model.module.spec.codes or tokenizer.module.spec.n != model.module.spec.n:
+    if decoder.spec.codes != generator.spec.codes or decoder.spec.n != generator.spec.n:
         raise ValueError(
-            f"the generator makes {model.module.spec.n} tokens with codes {model.module.spec.codes}, but the tokenizer "
-            f"{tokenizer.folder} has {tokenizer.module.spec.n} with {tokenizer.module.spec.codes}; give --tokenizer"
+            f"the generator makes {generator.spec.n} tokens with codes {generator.spec.codes}, but the tokenizer "
+            f"{tokenizer.folder} has {decoder.spec.n} with {decoder.spec.codes}; give --tokenizer"
         )
     names, conditions = condition_table(model, options)
 
@@ -166,7 +165,7 @@ def sampling(own: dict, options: Options) -> Sampling:
     Raises:
       ValueError: something is not of its form.
     """
-    chosen = {name: given for name in SETTINGS - {"known"} if (given := getattr(options, name)) is not None}
+    chosen = {name: given for name in SETTINGS if (given := getattr(options, name, None)) is not None}
     chosen["scales"] = _scales(options.scales) if options.scales else own.get("scales", ())
     if options.refine is not None:
         try:
@@ -208,7 +207,8 @@ def make_sampler(
         raise ValueError(
             f"--batch is {options.batch}; it must be a positive multiple of the {share} batch shares of the mesh"
         )
-    generator, dtype = model.module, jnp.dtype(options.dtype).type
+    dtype = jnp.dtype(options.dtype).type
+    generator, decoder = arrange(settings, model.module, tokenizer.module)
     generator = with_fields(generator, dtype=dtype)
     params, frozen = model.params(dtype=dtype, average=options.average), tokenizer.params(average=options.average)
     if options.unroll:
@@ -225,7 +225,7 @@ def make_sampler(
         knobs, guided = make_knobs(settings, order, generator.spec.scales)
         images = sample_images(
             generator,
-            tokenizer.module,
+            decoder,
             params,
             frozen,
             batch,
