@@ -150,8 +150,7 @@ def sample(options: Options) -> None:
     tokenizer = open_model(options.tokenizer or _own_tokenizer(model), "tokenizer")
     settings = sampling(model.settings.get("sampling", {}), options)
     generator, decoder = arrange(settings, model.module, tokenizer.module)
-    model, tokenizer = dataclasses.replace(model, module=generator), dataclasses.replace(tokenizer, module=decoder)
-    makes, takes = model.module.spec, tokenizer.module.spec
+    makes, takes = generator.spec, decoder.spec
     if (makes.codes, makes.channels, makes.n) != (takes.codes, takes.channels, takes.n):
 
         def of(spec):
@@ -161,7 +160,7 @@ def sample(options: Options) -> None:
             f"the generator makes {of(makes)}, but the tokenizer {tokenizer.folder} has {of(takes)}; give --tokenizer"
         )
     names, conditions = condition_table(model, options)
-    given = read_edit(options, tokenizer.module)
+    given = read_edit(options, decoder)
 
     out, folder = Path(options.out), Path(options.out)
     if out.suffix in (".png", ".npz"):
@@ -304,7 +303,8 @@ def make_sampler(
         raise ValueError(
             f"--batch is {options.batch}; it must be a positive multiple of the {share} batch shares of the mesh"
         )
-    generator, dtype = model.module, jnp.dtype(options.dtype).type
+    dtype = jnp.dtype(options.dtype).type
+    generator, decoder = arrange(settings, model.module, tokenizer.module)
     generator = with_fields(generator, dtype=dtype)
     params, frozen = model.params(dtype=dtype, average=options.average), tokenizer.params(average=options.average)
     if options.unroll:
@@ -317,9 +317,9 @@ def make_sampler(
             raise ValueError(f"--steps is {options.steps}, but the order of this model leaves no choice")
         order_fn = dataclasses.replace(order_fn, steps=options.steps)
 
-    known = np.zeros(tokenizer.module.spec.n, bool)
+    known = np.zeros(decoder.spec.n, bool)
     if given is not None and generator.any_order:
-        known = np.asarray(~free_slots(tokenizer.module.spec, given[1][None])[0])
+        known = np.asarray(~free_slots(decoder.spec, given[1][None])[0])
 
     @functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
     def program(params, frozen, batch, ids, given):
@@ -335,7 +335,7 @@ def make_sampler(
         knobs, guided = make_knobs(settings, order, generator.spec.scales)
         images = sample_images(
             generator,
-            tokenizer.module,
+            decoder,
             params,
             frozen,
             batch,
