@@ -15,7 +15,11 @@ from cases_flow import CASES, GRID, PYRAMID
 from ar_jax.decode.flow import integrate, schedule
 from ar_jax.decode.guidance import fold, paired, widen
 from ar_jax.decode.sequential import Knobs, sample
+from ar_jax.decode.settings import Sampling, arrange
 from ar_jax.generators.block_flow import Until
+from ar_jax.generators.causal import Causal
+from ar_jax.generators.masked import Masked
+from ar_jax.heads.diffusion import Diffusion
 from ar_jax.heads.joint_flow import two_speeds
 from ar_jax.nets.gated import Condition
 from ar_jax.orders import Cells, Interleaved, raster, to_ranks
@@ -319,3 +323,19 @@ def test_a_latent_pyramid_averages_its_base_and_decodes_the_last_scale():
     np.testing.assert_allclose(
         measured.apply({}, 2 * (tokens - 0.5), method="decode"), PYRAMID.apply({}, tokens, method="decode"), atol=1e-5
     )
+
+
+def test_annealing_is_a_setting_of_the_sampler():
+    settings = Sampling(anneal="linear", inner_steps=50, last_inner_steps=15)
+    for name, part in (("flowar", lambda g: g.head), ("xar_cells", lambda g: g)):
+        case = CASES[name]
+        changed = part(arrange(settings, case.generator, case.pyramid)[0])
+        assert (changed.anneal, changed.steps, changed.last_steps) == ("linear", 50, 15)
+        assert arrange(Sampling(), case.generator, case.pyramid)[0] == case.generator
+    for steps, want in (("100", ("50", 950)), ("ddim100", ("ddim50", 980))):
+        mar = Masked(None, None, None, Diffusion(steps=steps))
+        head = arrange(settings, mar, None)[0].head
+        assert (head.anneal, head.steps, head.latest, head.last_steps) == ("linear", *want, 15)
+    assert arrange(Sampling(inner_steps=20), mar, None)[0].head.latest == 1000
+    with pytest.raises(ValueError, match=r"this Causal draws without inner steps"):
+        arrange(settings, Causal(None, None), None)
