@@ -26,12 +26,12 @@ def get_config() -> Experiment:
         ),
         generator=GeneratorStage(
             module=Causal(
-                EncoderDecoder(layers=2, width=128, heads=4, span=16, last_positions=True),
-                Label(128),
-                JointFlow(width=128, depth=3, heads=4, steps=16),
+                EncoderDecoder(layers=2, width=96, heads=4, span=8, last_positions=True),
+                Label(96),
+                JointFlow(width=96, depth=2, heads=4, span=8, steps=16),
                 NextLatent(channels=16),
             ),
-            order=scales, steps=1500, batch=64,
+            order=scales, steps=1200, batch=64,
             optim=Optim(lr=1e-3, weight_decay=0.02, clip=3.0, warmup=100, schedule="cosine", ema=0.995),
             sampling=Sampling(guidance=1.5, guidance_rule="ramp"),
             log_every=50, preview_every=500, save_every=500,

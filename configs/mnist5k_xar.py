@@ -20,7 +20,7 @@ def get_config() -> Experiment:
         data=Data(name="mnist5k", size=32),
         tokenizer=TokenizerStage(module=Patches(size=(32, 32), patch=4, channels=1)),
         generator=GeneratorStage(
-            module=BlockFlow(EncoderDecoder(layers=3, width=128, heads=4), Label(128), steps=25),
+            module=BlockFlow(EncoderDecoder(layers=2, width=128, heads=4), Label(128), steps=25),
             order=Cells(4), steps=1500, batch=64,
             optim=Optim(lr=1e-3, betas=(0.9, 0.96), weight_decay=0.02, warmup=100, schedule="cosine", ema=0.995),
             sampling=Sampling(guidance=1.5, guidance_rule="ramp"),

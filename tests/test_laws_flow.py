@@ -12,14 +12,21 @@ import optax
 import pytest
 from cases_flow import CASES, GRID, PYRAMID
 
+from ar_jax import codec
 from ar_jax.decode.flow import integrate, schedule
 from ar_jax.decode.guidance import fold, paired, widen
 from ar_jax.decode.sequential import Knobs, sample
+from ar_jax.decode.settings import Sampling, arrange
 from ar_jax.generators.block_flow import Until
+from ar_jax.generators.causal import Causal
+from ar_jax.generators.masked import Masked
+from ar_jax.heads.diffusion import Diffusion
 from ar_jax.heads.joint_flow import two_speeds
 from ar_jax.nets.gated import Condition
 from ar_jax.orders import Cells, Interleaved, raster, to_ranks
 from ar_jax.sharding import MeshShape, batch_sharding, make_mesh, shard
+from ar_jax.tokenizers.kl_vae import KLVAE
+from ar_jax.tokenizers.latent_pyramid import LatentPyramid
 from ar_jax.tokens import TokenSpec, grid, maps
 
 CLOSE = {"rtol": 2e-3, "atol": 2e-3}
@@ -66,7 +73,7 @@ def guided_condition(case):
     return paired(*(call(case.batch, drop ^ without, method="condition") for without in (False, True)))
 
 
-@each("flowar", "flowar_cross", "xar_tokens", "xar_cells", "xar_scales", "xar_whole")
+@each("flowar", "flowar_cross", "xar_tokens", "xar_cells", "xar_whole")
 def test_tokens_are_finite_and_differ(case):
     tokens = sampled(case)
     assert tokens.shape == case.tokens.shape
@@ -125,7 +132,7 @@ def test_rows_see_coarser_scales_only(case):
     assert (np.abs(before - after)[:, level > 2].max((1, 2)) > 1e-4).all(), "finer rows must see the change"
 
 
-@each("flowar", "flowar_cross")
+@each("flowar_cross")
 def test_cached_sampling_equals_a_redraw_from_the_teacher_forced_pass(case):
     tokens, order = jnp.asarray(sampled(case)), case.ordered()
     cond, steps = guided_condition(case), len(order.sizes)
@@ -206,7 +213,7 @@ def test_cached_sampling_equals_a_recomputation_without_cache(case):
         first += size
 
 
-@each("flowar", "flowar_cross", "xar_cells", "xar_scales")
+@each("flowar_cross", "xar_scales")
 def test_loss_falls_and_every_parameter_moves(case):
     generator, tx, order = case.generator, optax.adam(5e-3), case.ordered()
     drop = jnp.array([False, True] * (case.images // 2))
@@ -319,3 +326,32 @@ def test_a_latent_pyramid_averages_its_base_and_decodes_the_last_scale():
     np.testing.assert_allclose(
         measured.apply({}, 2 * (tokens - 0.5), method="decode"), PYRAMID.apply({}, tokens, method="decode"), atol=1e-5
     )
+
+
+def test_annealing_is_a_setting_of_the_sampler():
+    settings = Sampling(anneal="linear", inner_steps=50, last_inner_steps=15)
+    for name, part in (("flowar", lambda g: g.head), ("xar_cells", lambda g: g)):
+        case = CASES[name]
+        changed = part(arrange(settings, case.generator, case.pyramid)[0])
+        assert (changed.anneal, changed.steps, changed.last_steps) == ("linear", 50, 15)
+        assert arrange(Sampling(), case.generator, case.pyramid)[0] == case.generator
+    for steps, want in (("100", ("50", 950)), ("ddim100", ("ddim50", 980))):
+        mar = Masked(None, None, None, Diffusion(steps=steps))
+        head = arrange(settings, mar, None)[0].head
+        assert (head.anneal, head.steps, head.latest, head.last_steps) == ("linear", *want, 15)
+    assert arrange(Sampling(inner_steps=20), mar, None)[0].head.latest == 1000
+    with pytest.raises(ValueError, match=r"this Causal draws without inner steps"):
+        arrange(settings, Causal(None, None), None)
+
+
+def test_a_latent_pyramid_has_the_parameters_of_its_base():
+    base = KLVAE((8, 8), features=4, mult=(1, 2), res_blocks=1, latent=2, groups=2)
+    module, image = LatentPyramid(base, (1, 2, 4)), jnp.linspace(-1, 1, 192).reshape(1, 8, 8, 3)
+    params = module.init_params(jax.random.key(0))
+    inside = base.init(jax.random.key(0), image, method="autoencode")["params"]
+    assert jax.tree.structure(params) == jax.tree.structure(inside)
+    tokens, want = (net.apply({"params": params}, image, method="encode") for net in (module, base))
+    np.testing.assert_allclose(tokens[:, 5:], want, atol=1e-5)
+    recon, _, _ = module.apply({"params": params}, image, method="autoencode")
+    np.testing.assert_allclose(module.apply({"params": params}, tokens, method="decode"), recon, atol=1e-5)
+    assert codec.encode(codec.decode(codec.encode(module))) == codec.encode(module)
