@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ar_jax.evals import metrics
-from ar_jax.evals.extract import Extractor, in_chunks, pixels_hash, read_chunks
+from ar_jax.evals.extract import Ahead, Extractor, in_chunks, pixels_hash, read_chunks
 from ar_jax.evals.generation import gather
 from ar_jax.evals.images import Images
 from ar_jax.images import to_float, to_uint8
@@ -194,7 +194,8 @@ def evaluate(judged: Judged, images: Images, count: int, folder: Path, identity:
       "figures" by name; "codes", a table by level and sub-codebook; "perturbed", a table by perturbation; "shown",
       uint8 pairs of images; "sha256" of the images.
     """
-    files = in_chunks(folder, identity, count, lambda rows: judged.compute(images.read(rows), rows), "images")
+    source = Ahead(images, count)
+    files = in_chunks(folder, identity, count, lambda rows: judged.compute(source.read(rows), rows), "images")
     suffix = judged.extractor.network.suffix
     title = "FID" if not suffix else "FD"
     real, recon = (gather(read_chunks(files), f"{kind}_") for kind in ("real", "recon"))
