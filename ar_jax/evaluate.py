@@ -270,12 +270,15 @@ class RunImages:
         if "label" in self._conditions:
             turn = np.asarray(self._conditions["label"])
             self.labels, self.names = turn[np.arange(count) % len(turn)], tuple(model.info.class_names)
-        self.where = str(model.folder.resolve())
+        self.where, digest = str(model.folder.resolve()), hashlib.sha256()
+        for name, table in sorted(self._conditions.items()):
+            digest.update(name.encode() + np.asarray(table).tobytes())
         self.facts = {
             "format": "run", "checkpoint": model.checkpoint, "tokenizer": str(tokenizer.folder.resolve()),
             "tokenizer_checkpoint": tokenizer.checkpoint, "seed": sampler.seed, "sampling": settings,
             "dtype": sampler.dtype, "average": sampler.average, "resize": sampler.resize,
             "conditions": f"{len(next(iter(self._conditions.values())))} in turn",
+            "conditions_sha256": digest.hexdigest(),
         }  # fmt: skip
 
     def __len__(self) -> int:

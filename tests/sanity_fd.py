@@ -4,10 +4,11 @@
 
 Prints a table (Markdown) of every set against the same COUNT real digits: other real digits, blur, noise and mixed-up
 labels of growing strength, and the samples, which must have all classes in turn. Labels are seen by the distance within
-classes only. Not a pytest file: it needs samples of a trained run.
+classes only. Run it again to go on after an interruption. Not a pytest file: it needs samples of a trained run.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from scipy.ndimage import gaussian_filter
 from ar_jax.compiled import keep_compiled
 from ar_jax.data import Data
 from ar_jax.evals.classifier import train_classifier
-from ar_jax.evals.images import DataImages
-from ar_jax.evaluate import Generation, Judge, evaluate_generation
+from ar_jax.evals.extract import Extractor
+from ar_jax.evals.generation import Settings, extract, figures
+from ar_jax.evals.images import DataImages, open_images
+from ar_jax.evals.networks import PROTOCOLS, open_network
 
 
 def main():
@@ -33,42 +36,49 @@ def main():
     order = rng.permutation(len(digits))
     pixels, labels = digits.read(range(len(digits)))[order], digits.labels[order]
     real, other, asked = pixels[:count], pixels[count : 2 * count], labels[count : 2 * count]
-    sets = {"real, the other half": (other, asked)}
+    drawn = np.load(arguments.samples)["arr_0"][:count]
+    sets = {"real": (real, labels[:count]), "real, the other half": (other, asked)}
+    sets["samples"] = np.broadcast_to(drawn, (*drawn.shape[:3], 3)), np.arange(len(drawn)) % digits.classes
     for sigma in (0.5, 1, 2):
         sets[f"blur {sigma} px"] = gaussian_filter(other, (0, sigma, sigma, 0)), asked
     for level in (8, 32, 96):
-        noise = rng.normal(0, level, other.shape)
+        noise = np.random.default_rng(level).normal(0, level, other.shape)
         sets[f"noise {level} of 255"] = np.clip(np.rint(other + noise), 0, 255).astype(np.uint8), asked
-    for part in (0.25, 0.5, 1):
-        sets[f"labels shuffled, {part:.0%}"] = shuffled(other, asked, part, rng)
-    drawn = np.load(arguments.samples)["arr_0"][:count]
-    sets["samples"] = np.broadcast_to(drawn, (*drawn.shape[:3], 3)), np.arange(len(drawn)) % digits.classes
-    np.savez(folder / "real.npz", real, labels[:count])
+
+    protocol = PROTOCOLS["adm"]
+    extractor = Extractor(open_network("efficientnet-lite0", protocol), 32)
+    features = {}
+    for i, (name, (images, wanted)) in enumerate(sets.items()):
+        path = folder / f"{i}_{len(images)}.npz"
+        if not path.exists():
+            np.savez(path, images, wanted)
+        features[name] = extract(open_images(str(path)), extractor, folder / path.stem, name, labels=True)
     judge = train_classifier(Data())
+    seen = {name: judge.predict(images) for name, (images, _) in sets.items()}
+    for part in (0.25, 0.5, 1):
+        name = f"labels shuffled, {part:.0%}"
+        features[name] = dataclasses.replace(features["real, the other half"], labels=shuffled(asked, part, rng))
+        seen[name] = seen["real, the other half"]
+
     print(f"the classifier is right on {judge.accuracy:.1%} of held-out real digits\n")
     print("| set | FD-EffLite0 | within classes | KD-EffLite0 | precision | recall | label agreement |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for i, (name, (images, wanted)) in enumerate(sets.items()):
-        np.savez(folder / f"{i}.npz", images, wanted)
-        options = Generation(
-            str(folder / f"{i}.npz"), str(folder / "real.npz"), out=str(folder / f"{i}.json"), report=False,
-            judge=Judge(network="efficientnet-lite0"), metrics=("fd", "cfd", "kid", "pr"), kid_size=count // 2,
-            cache=str(folder / "cache"),
-        )  # fmt: skip
-        found = evaluate_generation(options)["figures"]
-        seen = (judge.predict(images) == wanted).mean()
+    reference, settings = features.pop("real"), Settings(("fd", "cfd", "kid", "pr"), kid_size=count // 2)
+    for name, one in features.items():
+        found, _ = figures(one, reference, protocol, settings, extractor.network.suffix)
         row = [found[f"{key}-EffLite0"] for key in ("FD", "class_FD", "KD", "precision", "recall")]
+        agree = (seen[name] == one.labels).mean()
         print(
-            f"| {name} | {row[0]:.2f} | {row[1]:.2f} | {row[2]:.2g} | {row[3]:.2f} | {row[4]:.2f} | {seen:.1%} |",
+            f"| {name} | {row[0]:.1f} | {row[1]:.1f} | {row[2]:.2g} | {row[3]:.2f} | {row[4]:.2f} | {agree:.1%} |",
             flush=True,
         )
 
 
-def shuffled(images, labels, part, rng):
-    """Asks for the classes of other images, in this part of them."""
+def shuffled(labels, part, rng):
+    """The labels of this part of the images change places."""
     labels, rows = labels.copy(), rng.permutation(len(labels))[: int(part * len(labels))]
     labels[rows] = labels[rng.permutation(rows)]
-    return images, labels
+    return labels
 
 
 if __name__ == "__main__":

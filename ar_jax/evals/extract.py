@@ -6,6 +6,7 @@ import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from ar_jax import distributed
 from ar_jax.bench import matmul_peak
+from ar_jax.evals.images import Images
 from ar_jax.evals.networks import Network
 from ar_jax.flops import model_flops
 from ar_jax.models import write_json
@@ -108,6 +110,22 @@ def joined_hash(parts: list[np.ndarray]) -> str:
     return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
 
+class Ahead:
+    """Reads the chunk that this process needs next while the one before is worked on."""
+
+    def __init__(self, images: Images, count: int):
+        self._images, self._count = images, count
+        self._pool, self._waiting = futures.ThreadPoolExecutor(1), {}
+
+    def read(self, rows: range) -> np.ndarray:
+        reading = self._waiting.pop(rows.start, None) or self._pool.submit(self._images.read, rows)
+        start = rows.start + CHUNK * jax.process_count()
+        if start < self._count:
+            following = range(start, min(start + CHUNK, self._count))
+            self._waiting = {start: self._pool.submit(self._images.read, following)}
+        return reading.result()
+
+
 class Extractor:
     """A network on this process's devices; counts what it does.
 
@@ -137,15 +155,16 @@ class Extractor:
         """
         if self._shape != images.shape[1:]:  # compile outside the count
             self._shape = images.shape[1:]
-            self._run(np.zeros((self.batch, *self._shape), np.uint8))
+            jax.block_until_ready(self._run(np.zeros((self.batch, *self._shape), np.uint8)))
         start, found = time.perf_counter(), []
         for first in range(0, len(images), self.batch):
             part = images[first : first + self.batch]
             padded = np.resize(part, (self.batch, *part.shape[1:]))
-            found.append({name: x[: len(part)] for name, x in self._run(padded).items()})
+            found.append(self._run(padded))  # not waited for: the next batch is prepared meanwhile
+        found = jax.device_get(found)
         self.seconds += time.perf_counter() - start
         self.images += len(images)
-        features = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+        features = {name: np.concatenate([part[name] for part in found])[: len(images)] for name in found[0]}
         for name, x in features.items():
             if not np.isfinite(x).all():
                 raise ValueError(f"feature {name} of {self.network.name} is NaN or infinite; are the weights damaged?")
@@ -153,7 +172,7 @@ class Extractor:
 
     def _run(self, images):
         with jax.set_mesh(self.mesh):  # a training may have set another one
-            return jax.device_get(self._program(self._params, put_batch({"image": images}, self.mesh)["image"]))
+            return self._program(self._params, put_batch({"image": images}, self.mesh)["image"])
 
     def speed(self) -> dict[str, float]:
         """Images per second of the network on this process, and its share of the measured peak of matrix products."""

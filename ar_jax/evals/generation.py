@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ar_jax.evals import metrics
-from ar_jax.evals.extract import Extractor, in_chunks, joined_hash, pixels_hash, read_chunks
+from ar_jax.evals.extract import Ahead, Extractor, in_chunks, joined_hash, pixels_hash, read_chunks
 from ar_jax.evals.images import Images, Statistics
 from ar_jax.evals.networks import Protocol
 
@@ -97,8 +97,10 @@ def extract(
     count = count or len(images)
     chosen = np.isin(np.arange(count), np.random.default_rng(0).permutation(count)[:SHOWN])
 
+    source = images if images.facts["format"] == "run" else Ahead(images, count)  # drawing needs the devices
+
     def compute(rows):
-        pixels = images.read(rows)
+        pixels = source.read(rows)
         found = extractor(pixels) | {"sha256": pixels_hash(pixels)}
         found["shown"] = pixels[chosen[rows.start : rows.stop]]
         return found | ({"predicted": predict(pixels)} if predict else {})

