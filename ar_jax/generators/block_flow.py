@@ -72,6 +72,8 @@ class BlockFlow(nn.Module):
     dtype: Any = jnp.float32
     spec: TokenSpec | None = None
 
+    any_order = False  # see `Causal`
+
     def complete(self, spec: TokenSpec, info: Info) -> "BlockFlow":
         """Fills in what only the tokenizer and the data know.
 
