@@ -38,7 +38,7 @@ from ar_jax.data import label_ids
 from ar_jax.data.images import read_image
 from ar_jax.decode.edit import Edit, free_slots
 from ar_jax.decode.sequential import sample_images
-from ar_jax.decode.settings import Sampling, arrange, make_knobs
+from ar_jax.decode.settings import Sampling, arrange, make_knobs, read_settings
 from ar_jax.distributed import Launch
 from ar_jax.flops import with_fields
 from ar_jax.images import save_png, tile, to_float, to_uint8
@@ -210,14 +210,7 @@ def sampling(own: dict, options: Options) -> Sampling:
             chosen["refine"] = tuple(tuple(map(int, part.split(","))) for part in options.refine.split())
         except ValueError:
             raise ValueError(f"--refine is {options.refine!r}; give numbers such as '1 1,3 1,1,2,5'") from None
-    unknown = own.keys() - SETTINGS
-    if unknown:
-        raise ValueError(f"the model's sampling settings have {sorted(unknown)}, which this version does not know")
-    return Sampling(**{name: _tuples(value) for name, value in (own | chosen).items()})
-
-
-def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+    return read_settings(own | chosen)
 
 
 SETTINGS = {field.name for field in dataclasses.fields(Sampling)}

@@ -61,6 +61,22 @@ class Sampling:
             raise ValueError(f"sampling.guidance_rule is {self.guidance_rule!r}; it must be interval, ramp or linear")
 
 
+def read_settings(own: dict[str, Any]) -> Sampling:
+    """Settings from what a model folder keeps of them.
+
+    Raises:
+      ValueError: some that this version does not know.
+    """
+    unknown = own.keys() - {field.name for field in dataclasses.fields(Sampling)}
+    if unknown:
+        raise ValueError(f"the model's sampling settings have {sorted(unknown)}, which this version does not know")
+    return Sampling(**{name: _tuples(value) for name, value in own.items()})
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
 def arrange(settings: Sampling, generator: Any, tokenizer: Any) -> tuple[Any, Any]:
     """Generator and tokenizer for these settings.
 
