@@ -72,15 +72,19 @@ class Options:
     """Classifier-free guidance scale; 1 is unguided, with the ramp 0. This and the next ones down to `banned`: the model's
     own if left out."""
     guidance_rule: Literal["interval", "ramp", "linear"] | None = None
-    """One weight up to `guidance_last`; or VAR's 1 + t, where t rises to `guidance` over the steps."""
+    """One weight up to `guidance_last`; VAR's 1 + t, where t rises to `guidance` over the steps; or MAR's linear rise."""
     guidance_last: int | None = None
     """Last guided decode step, counted from the step after the first token; -1 guides all."""
+    guidance_reach: int | None = None
+    """Ramp: step at which it has risen to `guidance`; 0 is the last."""
     temperature: float | None = None
-    """Divides the logits; 0 is greedy."""
+    """Divides the logits, 0 is greedy; of continuous tokens, multiplies the noise or the standard deviations."""
     top_k: int | None = None
     """Draw from the k most likely codes; 0 is off."""
     top_p: float | None = None
     """Draw from the most likely codes of this probability mass; 1 is off."""
+    denoising: str | None = None
+    """Steps of a head of continuous tokens, such as 100; 50-5 goes from 50 in the first decode step to 5 in the last."""
     soft: bool | None = None
     """Mixtures of codes instead of codes, as VAR's more_smooth (next-scale models)."""
     scales: str = ""
@@ -98,6 +102,8 @@ class Options:
     """With `anneal`: those within the last decode step; 0 is the model's own number."""
     banned: tuple[int, ...] | None = None
     """Codes that are never drawn."""
+    steps: int = 0
+    """Decode steps, for models that can draw in any number of them (MAR); 0 takes the model's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of parameters and matrix products of the generator."""
     unroll: bool = True
@@ -146,7 +152,7 @@ def sample(options: Options) -> None:
     identity = {
         "run": str(model.folder.resolve()), "tokenizer": str(tokenizer.folder.resolve()), "seed": options.seed,
         "sampling": json.loads(json.dumps(dataclasses.asdict(settings))), "conditions": names, "dtype": options.dtype, "average": options.average, "resize": options.resize,
-        "checkpoint": model.checkpoint,
+        "checkpoint": model.checkpoint, "steps": options.steps,
     }  # fmt: skip
     distributed.check_shared(folder.parent)
     todo = _missing(folder, options.count, identity)
@@ -226,6 +232,10 @@ def make_sampler(
     params = put(params, shard(params, mesh, generator.rules))
     frozen = put(frozen, shard(frozen, mesh, tokenizer.module.rules))
     order_fn = codec.decode(model.settings["order"])
+    if options.steps:
+        if not hasattr(order_fn, "steps"):
+            raise ValueError(f"--steps is {options.steps}, but the order of this model leaves no choice")
+        order_fn = dataclasses.replace(order_fn, steps=options.steps)
 
     @functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
     def program(params, frozen, batch, ids):

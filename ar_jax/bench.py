@@ -139,8 +139,10 @@ def bench_train(experiment: Experiment, options: Options) -> dict[str, str]:
     loss = generator_loss(generator, tokenizer, order, stage.drop)
     update = make_update(gradients(loss), tx, ema=stage.optim.ema)
     state = create({"model": params}, {}, tx, stage.optim.ema)
-    codes = generator.spec.codes[0]
-    tokens = jax.random.randint(jax.random.key(2), (images, generator.spec.n, len(generator.spec.codes)), 0, codes)
+    spec, shape = generator.spec, generator.spec.zeros(images).shape
+    tokens = jax.random.normal(jax.random.key(2), shape)
+    if spec.codes:
+        tokens = jax.random.randint(jax.random.key(2), shape, 0, spec.codes[0])
     batch = conditions(generator, images) | {"tokens": tokens}
     plain = generator_loss(without_remat(generator), tokenizer, order, stage.drop)
     flops = model_flops(jax.grad(plain, has_aux=True), params, frozen, batch, jax.random.key(3), 0)

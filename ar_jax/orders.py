@@ -2,7 +2,6 @@
 each step reveals."""
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -223,21 +222,19 @@ def cosine_sizes(n: int, steps: int) -> tuple[int, ...]:
 def rooms(sizes: tuple[int, ...], scans: int) -> tuple[int, ...]:
     """Sizes raised so that at most `scans` runs of equal ones are left, with the smallest sum."""
 
-    @functools.cache
-    def best(start, runs):  # of the steps from `start` on: sum, and the ends of the runs
-        if start == len(sizes):
-            return 0, ()
-        if not runs:
-            return math.inf, ()
-        highest, found = 0, (math.inf, ())
-        for end in range(start + 1, len(sizes) + 1):
-            highest = max(highest, sizes[end - 1])
-            rest, ends = best(end, runs - 1)
-            found = min(found, (highest * (end - start) + rest, (end, *ends)))
-        return found
-
+    n = len(sizes)
+    highest = np.array([np.maximum.accumulate([0] * start + list(sizes[start:])) for start in range(n)])
+    length = np.arange(1, n + 1) - np.arange(n)[:, None]
+    cost = np.where(length > 0, highest * length, np.inf)  # of one run from a step to another, [first last]
+    rest = np.append(np.full(n, np.inf), 0)  # the best that further runs make of the steps from one on
+    ends = []
+    for _ in range(min(max(scans, 1), n)):
+        total = cost + rest[1:]
+        ends.append(total.argmin(1) + 1)
+        rest = np.append(total.min(1), 0)
     raised, start = [], 0
-    for end in best(0, max(scans, 1))[1]:
+    while start < n:
+        end = int(ends.pop()[start])
         raised += [max(sizes[start:end])] * (end - start)
         start = end
     return tuple(raised)

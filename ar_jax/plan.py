@@ -281,8 +281,7 @@ def shapes_of_batch(experiment: Experiment, generator: Any, tokenizer: Any, stag
     example = jax.eval_shape(generator.conditioning.example)
     batch = {name: jax.ShapeDtypeStruct((stage.batch, *x.shape[1:]), x.dtype) for name, x in example.items()}
     if stage.tokens:
-        spec = tokenizer.spec
-        batch["tokens"] = jax.ShapeDtypeStruct((stage.batch, spec.n, len(spec.codes)), jnp.int32)
+        batch["tokens"] = jax.eval_shape(lambda: tokenizer.spec.zeros(stage.batch))
     else:
         batch["image"] = jax.ShapeDtypeStruct((stage.batch, *tokenizer.size, tokenizer.channels), jnp.uint8)
     return batch
@@ -335,7 +334,7 @@ def sampler(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
 
 def step_bytes(generator: Any, params: Any, rows: int, sizes: tuple[int, ...], segments: int) -> float:
     """Bytes a decoding step has to move, on average: all weights once, the cache as long as it is then, float32 logits."""
-    net = generator.backbone
+    net = getattr(generator, "backbone", None)  # masked generators have none, and no cache
     read = {name: part for name, part in params.items() if name not in ("inputs", "conditioning")}
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(read))
     before = generator.conditioning.example().get("text", np.zeros((1, 1))).shape[1] - 1
@@ -345,7 +344,7 @@ def step_bytes(generator: Any, params: Any, rows: int, sizes: tuple[int, ...], s
         ends += [part[-1] for part in parts for _ in part]
         known = ends[-1]
     cache = 0.0
-    if jax.eval_shape(lambda: net.empty_cache(1)) is not None:
+    if net and jax.eval_shape(lambda: net.empty_cache(1)) is not None:
         cache = 2 * net.layers * rows * (before + np.mean(ends)) * net.width * jnp.dtype(net.dtype).itemsize
     return weights + cache + rows * np.mean(sizes) * sum(generator.spec.codes) * 4
 
@@ -381,9 +380,13 @@ def knobs_to_turn(experiment: Experiment, options: Options, chips: int) -> list[
     settings = getattr(experiment, stage)
     parts = [n for n in (4, 16, 64, chips) if experiment.mesh.fsdp < n <= chips]
     fsdp = [["--mesh.data", "-1", "--mesh.fsdp", str(n)] for n in dict.fromkeys(parts)]
-    remat, recompute = f"--{stage}.module.backbone.remat", []
-    if stage == "generator" and hasattr(settings.module.backbone, "remat"):
-        recompute = [[remat, kind] for kind in ("dots", "full") if settings.module.backbone.remat != kind]
+    nets = {name: getattr(settings.module, name, None) for name in ("backbone", "encoder", "decoder")}
+    nets = {name: net.remat for name, net in nets.items() if stage == "generator" and hasattr(net, "remat")}
+    recompute = [
+        [word for name in nets for word in (f"--{stage}.module.{name}.remat", kind)]
+        for kind in ("dots", "full")
+        if any(now != kind for now in nets.values())
+    ]
     accumulate = [[f"--{stage}.optim.accumulate", str(settings.optim.accumulate * n)] for n in (2, 4)]
     all_of_them = [*(fsdp[-1] if fsdp else []), *(recompute[-1] if recompute else []), *accumulate[-1]]
     return [*fsdp, *recompute, *accumulate, [f"--{stage}.batch", str(settings.batch // 2)], all_of_them]

@@ -28,7 +28,7 @@ def get_config() -> Experiment:
         generator=GeneratorStage(
             module=Masked(
                 ViT(layers=2, width=128, heads=4, hidden=384), ViT(layers=4, width=128, heads=4, hidden=384),
-                Label(128, apart=True), Diffusion(width=128, depth=3, steps="50"), buffer=8,
+                Label(128, apart=True), Diffusion(width=128, depth=3, steps="50", latest=950), buffer=8,
             ),
             order=Shuffled(steps=16),
             steps=700, batch=64, optim=Optim(lr=1e-3, weight_decay=0.02, clip=3.0, warmup=50, schedule="cosine", ema=0.99),

@@ -46,7 +46,7 @@ def line(random, label):
 
 DATA = {"moons": moons, "ring": ring, "line": line}
 HEADS = {
-    "diffusion": Diffusion(64, 3, multiplier=1, steps="100"),
+    "diffusion": Diffusion(64, 3, multiplier=1, steps="100", latest=950),
     "flow, Euler": Flow(64, 3, multiplier=1, steps=50),
     "flow, Heun": Flow(64, 3, multiplier=1, steps=20, solver="heun"),
     "flow, stochastic": Flow(64, 3, multiplier=1, steps=100, solver="stochastic", grid=Times(XAR)),

@@ -24,6 +24,7 @@ from ar_jax.nets.mlp import sinusoids
 from ar_jax.nets.vit import GPT, ViT
 from ar_jax.orders import Order, cosine_sizes, raster, rooms, scan_steps, to_ranks, to_slots
 from ar_jax.tokenizers.continuous import draw, kl_divergence, patchify
+from ar_jax.tokenizers.givt_vae import GivtVAE
 from ar_jax.tokenizers.kl_vae import KLVAE
 from ar_jax.tokens import TokenSpec, grid
 
@@ -361,4 +362,27 @@ def givt_ar(meta, weights, io):
     }
 
 
-CASES = {"kl16_vae": kl16_vae, "mar": mar_generator, "disa_mar": disa_mar, "givt_ar": givt_ar}
+def givt_vae(meta, weights, io):
+    h = meta["hyperparameters"]
+    vae = GivtVAE(
+        size=(h["image_size"],) * 2, features=h["filters"], mult=tuple(h["channel_multipliers"]),
+        res_blocks=h["num_res_blocks"], latent=h["codeword_dim"], groups=h["norm_groups"],
+    )  # fmt: skip
+    params = traverse_util.unflatten_dict({name.removeprefix("cnn_"): x for name, x in weights.items()}, sep="/")
+    shapes = jax.eval_shape(vae.init_params, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+    call = functools.partial(vae.apply, {"params": params})
+    mean, logvar = (
+        x.reshape(len(x), -1, h["codeword_dim"]) for x in call(jnp.asarray(io["image"]), method="posterior")
+    )
+    z = draw(mean, logvar, jnp.asarray(io["noise"]))
+    return {"mu": mean, "logvar": logvar, "z": z, "recon": call(z, method="decode")}
+
+
+CASES = {
+    "kl16_vae": kl16_vae,
+    "mar": mar_generator,
+    "disa_mar": disa_mar,
+    "givt_ar": givt_ar,
+    "givt_vae": givt_vae,
+}

@@ -21,6 +21,8 @@ PUBLISHED = {  # config -> manifest; the size of the image does not change the n
     "llamagen_vq8": "vq_ds8_c2i",
     "var_vq": "vae_ch160v4096z32",
     "flexvar_vq": "FlexVAE",
+    "mar_kl16": "kl16",
+    **{f"mar_{size}_256": f"MAR-{size.upper()}" for size in "blh"},
     **{f"var_d{depth}": f"var_d{depth}" for depth in (16, 20, 24, 30, 36)},
     "flexvar_d16": "FlexVARd16-epo179",
     "flexvar_d20": "FlexVARd20-epo249",

@@ -94,6 +94,7 @@ def test_every_fixture_of_the_supported_methods_has_a_case():
         "givt_ar",
         "flowar",
         "xar",
+        "givt_vae",
     )
     present = {path.name for path in ROOT.iterdir() if path.name.startswith(supported)}
     assert present <= CASES.keys()

@@ -164,8 +164,8 @@ def to_file(folder: Path, path: Path, *, average: bool = True) -> None:
     buffers = read_weights(kept) if kept.exists() else {}
     fills = found.source.fills(found.module) if hasattr(found.source, "fills") else {}
     for key in origin.get("buffers", found.buffers):  # the original loader may insist on them
-        filled = fills[key] if key in fills else np.zeros(found.buffers[key], np.float32)
-        weights[key] = buffers.get(key, filled)
+        known = buffers if key in buffers else fills
+        weights[key] = known[key] if key in known else np.zeros(found.buffers[key], np.float32)
     print(f"writing {path}: {found.trained:,} parameters")
     write_safetensors(path, weights)
 

@@ -194,8 +194,8 @@ def build(
 
 
 def buffers(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Entries of the file that are no part of the network: none."""
-    return {}
+    """Entries of the file that are no part of the network: a tokenizer's discriminator and losses."""
+    return {key: tuple(shape) for key, shape in shapes.items() if key.startswith("loss.")}
 
 
 def describe(module: nn.Module) -> tuple[str, Info, dict[str, Any]]:
@@ -212,7 +212,7 @@ def describe(module: nn.Module) -> tuple[str, Info, dict[str, Any]]:
         f"{encoder.layers}+{decoder.layers} layers of width {encoder.width} with {encoder.heads} heads, diffusion head of "
         f"{head.depth} layers of width {head.width}, {rows}x{columns} tokens of {head.channels} numbers, {classes} classes"
     )
-    sampling = {"guidance": GUIDANCE[encoder.width]} if encoder.width in GUIDANCE else {}
+    sampling = {"guidance_rule": "linear", "guidance": GUIDANCE.get(encoder.width, 1.0)}
     return words, Info(classes=classes), {"order": codec.encode(Shuffled(min(64, module.spec.n))), "sampling": sampling}
 
 

@@ -77,11 +77,12 @@ class Hmar(Causal):
         order: Order,
         *,
         drop: Bool[Array, "b"],
+        key: PRNGKey | None = None,
         tokenizer: Frozen,
     ) -> tuple[Float[Array, "b m"], Float[Array, "b m"], Metrics]:
         """Teacher forcing of the branches in training; losses of both lie side by side, with equal weight in all.
 
-        Every update masks its own part of the tokens, the same in all images; without a "dropout" key always the same.
+        Every update masks its own part of the tokens, the same in all images; without a key always the same.
         """
         found, metrics = [], {}
         if "scales" in self.branches or self.is_initializing():
@@ -89,8 +90,7 @@ class Hmar(Causal):
             found.append((loss, weight))
             metrics |= more
         if "masks" in self.branches or self.is_initializing():
-            key = self.make_rng("dropout") if self.has_rng("dropout") else jax.random.key(0)
-            masked = draw_masked(self.spec, key)[order.slot]
+            masked = draw_masked(self.spec, jax.random.key(0) if key is None else key)[order.slot]
             target = to_ranks(tokens, order)
             h = self.masked_hidden(target, masked, self.condition(batch, drop), order, tokenizer)
             loss = self.mask_head.loss(h, target)

@@ -28,11 +28,6 @@ def some(x: Array, first: Index, size: int, axis: int = 1) -> Array:
     return lax.dynamic_slice_in_dim(x, first, size, axis)
 
 
-def codes(tokens: Tokens, tokenizer: Frozen) -> Float[Array, "b n c"]:
-    """The vectors of tokens; those that are vectors already (see `Knobs.soften`) stay as they are."""
-    return tokens if jnp.issubdtype(tokens.dtype, jnp.floating) else tokenizer(tokens, method="embed")
-
-
 class Previous(nn.Module):
     """The row of rank r carries the token of rank r-1; that of rank 0 is the condition's last row.
 
@@ -220,7 +215,7 @@ class Upsampled(NextScale):
 
     def context(self, tokens, order, tokenizer, first, size):
         weight = upsampling(self.spec, order, first, size)
-        return jnp.einsum("mn,bnc->bmc", weight, codes(tokens, tokenizer), precision=lax.Precision.HIGHEST)
+        return jnp.einsum("mn,bnc->bmc", weight, tokenizer(tokens, method="embed"), precision=lax.Precision.HIGHEST)
 
     def positions(self):
         grid, parts = self.position.astype(jnp.float32), []

@@ -39,7 +39,8 @@ class Diffusion(nn.Module):
         integer stride.
       anneal, last_steps: with a rule other than "constant", the number of denoising steps goes from `steps` in the first
         decode step to `last_steps` in the last (see `annealed`).
-      latest: noise levels beyond are not used in sampling; annealing was published with 950, or 980 for DDIM.
+      latest: noise levels beyond are not used in sampling; annealing was published with 950, or 980 for DDIM. At the last
+        levels an error in the noise counts up to 20,000 times, so a head that was trained for a short while needs it too.
       sampler: "ancestral", or "ddim" without noise after the first.
       dtype: of the matrix products; what is denoised is float32.
       remat: see `ModulatedMLP`.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from ar_jax.resize import resize
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import Scale, TokenSpec, maps, pyramid, rows, sides
-from ar_jax.typing import Array, Float, Int, Metrics, PRNGKey, typed
+from ar_jax.typing import Array, Float, Int, Metrics, PRNGKey, Tokens, typed
 
 
 class Pyramid(VQGAN):
@@ -50,7 +50,7 @@ class Pyramid(VQGAN):
         return rows([start, *map(resize, maps(self.embed(tokens), self.scales), others)])
 
     @typed
-    def decode(self, tokens: Int[Array, "b n 1"], *, key: PRNGKey | None = None) -> Float[Array, "b H W c"]:
+    def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W c"]:
         """Images of the last scale, about [-1, 1] but not clipped; `key` is unused."""
         last = sides(self.scales[-1])
         codes = self.embed(tokens[:, -math.prod(last) :])

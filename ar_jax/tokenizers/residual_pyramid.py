@@ -13,7 +13,7 @@ from ar_jax.sharding import Rules
 from ar_jax.tokenizers.conv import RULES, Decoder, Encoder, init
 from ar_jax.tokenizers.quantize import VectorLoss, codebook_init, residual_quantise
 from ar_jax.tokens import Scale, TokenSpec, maps, pyramid, rows, sides
-from ar_jax.typing import Array, Float, Int, Metrics, Params, PRNGKey, typed
+from ar_jax.typing import Array, Float, Int, Metrics, Params, PRNGKey, Tokens, typed
 
 
 class ResidualPyramid(nn.Module):
@@ -102,12 +102,12 @@ class ResidualPyramid(nn.Module):
         return index[..., None]
 
     @typed
-    def embed(self, tokens: Int[Array, "b n 1"]) -> Float[Array, "b n c"]:
-        """The codes of tokens, without what other scales add."""
-        return self.codebook[tokens[..., 0]]
+    def embed(self, tokens: Tokens) -> Float[Array, "b n c"]:
+        """The codes of tokens, without what other scales add; vectors in their place stay as they are."""
+        return tokens if jnp.issubdtype(tokens.dtype, jnp.floating) else self.codebook[tokens[..., 0]]
 
     @typed
-    def context(self, tokens: Int[Array, "b n 1"]) -> Float[Array, "b n c"]:
+    def context(self, tokens: Tokens) -> Float[Array, "b n c"]:
         """What is known of every slot from coarser scales: their sum in its scale's size; zeros on the first scale.
 
         A level depends on the tokens of the levels before it only, so later ones may be anything.
@@ -122,7 +122,7 @@ class ResidualPyramid(nn.Module):
         return rows([resize(x, size, "area") for x, size in zip(self.parts(tokens), self.spec.scales)])
 
     @typed
-    def decode(self, tokens: Int[Array, "b m 1"], *, key: PRNGKey | None = None) -> Float[Array, "b H W c"]:
+    def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W c"]:
         """Images in [-1, 1], from the tokens of all scales or of the first few; `key` is unused."""
         return jnp.clip(self.pixels(self.sums(tokens)[-1]), -1, 1)
 
@@ -155,11 +155,11 @@ class ResidualPyramid(nn.Module):
         smoother = smoother_of_level(len(self.scales), self.smooth.count)[level]
         return (1 - self.smoothing) * x + self.smoothing * self.smooth(x, smoother)
 
-    def parts(self, tokens: Int[Array, "b m 1"]) -> list[Float[Array, "b h w c"]]:
+    def parts(self, tokens: Tokens) -> list[Float[Array, "b h w c"]]:
         """What each of the first scales, whose tokens are given, adds to the latent."""
         return [self.part(level, codes) for level, codes in enumerate(maps(self.embed(tokens), self.spec.scales))]
 
-    def sums(self, tokens: Int[Array, "b m 1"]) -> list[Float[Array, "b h w c"]]:
+    def sums(self, tokens: Tokens) -> list[Float[Array, "b h w c"]]:
         """The latent as it is known after each of the first scales, whose tokens are given."""
         return list(itertools.accumulate(self.parts(tokens)))
 

@@ -9,7 +9,7 @@ from ar_jax.sharding import Rules
 from ar_jax.tokenizers.conv import RULES, Decoder, Encoder, init
 from ar_jax.tokenizers.quantize import VectorLoss, codebook_init, normalise, vector_quantise
 from ar_jax.tokens import TokenSpec, grid
-from ar_jax.typing import Array, Float, Int, Metrics, Params, PRNGKey, typed
+from ar_jax.typing import Array, Float, Int, Metrics, Params, PRNGKey, Tokens, typed
 
 
 class VQGAN(nn.Module):
@@ -83,12 +83,12 @@ class VQGAN(nn.Module):
         return index.reshape(len(image), -1, 1)
 
     @typed
-    def embed(self, tokens: Int[Array, "b n 1"]) -> Float[Array, "b n c"]:
-        """The (normalised) codes of tokens."""
-        return self._codes()[tokens[..., 0]]
+    def embed(self, tokens: Tokens) -> Float[Array, "b n c"]:
+        """The (normalised) codes of tokens; vectors in their place stay as they are."""
+        return tokens if jnp.issubdtype(tokens.dtype, jnp.floating) else self._codes()[tokens[..., 0]]
 
     @typed
-    def decode(self, tokens: Int[Array, "b n 1"], *, key: PRNGKey | None = None) -> Float[Array, "b H W c"]:
+    def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W c"]:
         """Images, about [-1, 1] but not clipped; `key` is unused."""
         codes = self.embed(tokens)
         return self.pixels(codes.reshape(len(codes), *self.grid, -1))

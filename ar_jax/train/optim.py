@@ -28,6 +28,8 @@ class Optim:
     """Decoupled decay of matrices and tables; norms, biases and position vectors have none."""
     weight_decay_end: float | None = None
     """Where the decay moves to over the run, on half a cosine; None keeps it."""
+    no_decay: tuple[str, ...] = ()
+    """Patterns searched in the paths of the parameters; those they match have none either."""
     clip: float = 1.0
     """Largest global gradient norm, per network; 0 does not clip."""
     warmup: int = 0
@@ -88,16 +90,21 @@ def make_optimiser(optim: Optim, steps: int, networks: tuple[str, ...] = ("model
         )
 
     def decays(params):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: path[-1].key not in NO_DECAY and is_trained(optim, path), params
-        )
+        def one(path, _):
+            return path[-1].key not in NO_DECAY and is_trained(optim, path) and not _matches(optim.no_decay, path)
+
+        return jax.tree_util.tree_map_with_path(one, params)
 
     return optax.partition({name: one() for name in networks}, {name: name for name in networks})
 
 
-def is_trained(optim: Optim, path: tuple) -> bool:
+def _matches(patterns, path):
     name = "/" + jax.tree_util.keystr(path, simple=True, separator="/")
-    return not optim.trained or any(re.search(pattern, name) for pattern in optim.trained)
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def is_trained(optim: Optim, path: tuple) -> bool:
+    return not optim.trained or _matches(optim.trained, path)
 
 
 def only_trained(optim: Optim, params: Params) -> Params:
