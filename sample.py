@@ -134,8 +134,7 @@ def sample(options: Options) -> None:
     tokenizer = open_model(options.tokenizer or _own_tokenizer(model), "tokenizer")
     settings = sampling(model.settings.get("sampling", {}), options)
     generator, decoder = arrange(settings, model.module, tokenizer.module)
-    model, tokenizer = dataclasses.replace(model, module=generator), dataclasses.replace(tokenizer, module=decoder)
-    makes, takes = model.module.spec, tokenizer.module.spec
+    makes, takes = generator.spec, decoder.spec
     if (makes.codes, makes.channels, makes.n) != (takes.codes, takes.channels, takes.n):
 
         def of(spec):
@@ -182,7 +181,7 @@ def sampling(own: dict, options: Options) -> Sampling:
     Raises:
       ValueError: something is not of its form.
     """
-    chosen = {name: given for name in SETTINGS - {"known"} if (given := getattr(options, name)) is not None}
+    chosen = {name: given for name in SETTINGS if (given := getattr(options, name, None)) is not None}
     chosen["scales"] = _scales(options.scales) if options.scales else own.get("scales", ())
     if options.refine is not None:
         try:
@@ -224,7 +223,8 @@ def make_sampler(
         raise ValueError(
             f"--batch is {options.batch}; it must be a positive multiple of the {share} batch shares of the mesh"
         )
-    generator, dtype = model.module, jnp.dtype(options.dtype).type
+    dtype = jnp.dtype(options.dtype).type
+    generator, decoder = arrange(settings, model.module, tokenizer.module)
     generator = with_fields(generator, dtype=dtype)
     params, frozen = model.params(dtype=dtype, average=options.average), tokenizer.params(average=options.average)
     if options.unroll:
@@ -246,7 +246,7 @@ def make_sampler(
         knobs, guided = make_knobs(settings, order, generator.spec.scales)
         images = sample_images(
             generator,
-            tokenizer.module,
+            decoder,
             params,
             frozen,
             batch,

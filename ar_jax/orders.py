@@ -14,7 +14,7 @@ from flax import struct
 from jax import lax
 
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Bool, Index, Int, Key, PRNGKey, Tokens, typed
+from ar_jax.typing import Array, Bool, Float, Index, Int, Key, PRNGKey, Tokens, typed
 
 NEVER = np.int32(2**30)  # the step of padding: later than all others
 
@@ -241,8 +241,8 @@ def rooms(sizes: tuple[int, ...], scans: int) -> tuple[int, ...]:
 
 
 @typed
-def to_ranks(tokens: Tokens, order: Order) -> Tokens:
-    """Reorders tokens from slots to ranks."""
+def to_ranks(tokens: Int[Array, "b s k"] | Float[Array, "b s k"], order: Order) -> Tokens:
+    """Reorders tokens from slots to ranks; slots that a drawn order leaves out are left out."""
     if _in_place(order, tokens):
         return tokens
     return jnp.take_along_axis(tokens, jnp.asarray(order.slot)[..., None], axis=1)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ar_jax.data import Info
@@ -56,8 +57,9 @@ class Case:
         """The frozen tokenizer's methods as one function, or None."""
         if self.pyramid is None:
             return None
-        params = self.pyramid.init_params(jax.random.key(7))
-        params["codebook"] = jax.random.normal(jax.random.key(8), params["codebook"].shape)
+        shapes, random = jax.eval_shape(self.pyramid.init_params, jax.random.key(7)), np.random.default_rng(7)
+        with jax.ensure_compile_time_eval():  # whoever asks first may be tracing
+            params = jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.5, x.shape), jnp.float32), shapes)
         return functools.partial(self.pyramid.apply, {"params": params})
 
     @functools.cached_property

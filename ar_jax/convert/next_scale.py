@@ -181,7 +181,7 @@ def _published(length, flexible):
 
 def buffers(module: Causal, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """What follows from the scales, and the bias of the keys, which is zero."""
-    n = module.spec.n
+    n = len(_masked_levels(module))
     kept = {"attn_bias_for_masking": (1, 1, n, n)}
     if module.inputs.levels:
         kept["lvl_1L"] = (1, n)
@@ -195,10 +195,16 @@ def buffers(module: Causal, shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 def fills(module: Causal) -> dict[str, np.ndarray]:
     """Contents of the buffers that are not zero."""
-    level = module.spec.coords[:, 0]
+    level = _masked_levels(module)
     seen = level[:, None] == level if module.backbone.sees == "step" else level[:, None] >= level
     found = {"attn_bias_for_masking": np.where(seen, 0, -np.inf).astype(np.float32)[None, None]}
     return found | ({"lvl_1L": level[None].astype(np.int64)} if module.inputs.levels else {})
+
+
+def _masked_levels(module):
+    """Scale of every position of the mask; FlexVAR's file has that of the usual list, whatever was trained on."""
+    flexible = isinstance(module.inputs, Upsampled)
+    return pyramid(flexvar.SCALES[16])[:, 0] if flexible else module.spec.coords[:, 0]
 
 
 def _lists(module):

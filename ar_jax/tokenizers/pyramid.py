@@ -50,7 +50,7 @@ class Pyramid(VQGAN):
         return rows([start, *map(resize, maps(self.embed(tokens), self.scales), others)])
 
     @typed
-    def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W c"]:
+    def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W rgb"]:
         """Images of the last scale, about [-1, 1] but not clipped; `key` is unused."""
         last = sides(self.scales[-1])
         codes = self.embed(tokens[:, -math.prod(last) :])

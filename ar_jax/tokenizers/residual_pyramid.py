@@ -122,7 +122,7 @@ class ResidualPyramid(nn.Module):
         return rows([resize(x, size, "area") for x, size in zip(self.parts(tokens), self.spec.scales)])
 
     @typed
-    def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W c"]:
+    def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W rgb"]:
         """Images in [-1, 1], from the tokens of all scales or of the first few; `key` is unused."""
         return jnp.clip(self.pixels(self.sums(tokens)[-1]), -1, 1)
 

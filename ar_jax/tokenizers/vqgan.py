@@ -88,7 +88,7 @@ class VQGAN(nn.Module):
         return tokens if jnp.issubdtype(tokens.dtype, jnp.floating) else self._codes()[tokens[..., 0]]
 
     @typed
-    def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W c"]:
+    def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W rgb"]:
         """Images, about [-1, 1] but not clipped; `key` is unused."""
         codes = self.embed(tokens)
         return self.pixels(codes.reshape(len(codes), *self.grid, -1))

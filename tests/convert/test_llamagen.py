@@ -23,7 +23,17 @@ from ar_jax.train.checkpoint import save_params
 
 ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[3] / "shared" / "parity"))
 RELEASED = ("vq_ds", "c2i_", "t2i_")
-OTHERS = ("vae_ch160v4096z32", "FlexVAE", "FlowAR-", "xAR-", "MAR-", "kl16")  # of other known families
+OTHERS = (
+    "vae_ch160v4096z32",
+    "FlexVAE",
+    "FlowAR-",
+    "xAR-",
+    "MAR-",
+    "kl16",
+    "var_d",
+    "FlexVARd",
+    "hmar-d",
+)  # of other known families
 TINY = {
     "llamagen_vq": {"size": 32, "groups": 2},
     "llamagen_gpt_c2i": {"size": 48, "heads": 3},

@@ -1,0 +1,172 @@
+"""What next-scale models do beside the laws: drawn lists of scales, redrawing, soft codes, settings."""
+
+import functools
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from cases import CASES, INDEPENDENT, RESIDUAL
+
+from ar_jax.decode.sequential import sample
+from ar_jax.decode.settings import Sampling, arrange, make_knobs
+from ar_jax.generators.hmar import draw_masked
+from ar_jax.generators.inputs import upsampling
+from ar_jax.nets.attention import attend, splash, visible
+from ar_jax.orders import NEVER, DrawnScales, raster, scales
+from ar_jax.tokens import TokenSpec, pyramid
+from ar_jax.train.optim import Optim, only_trained
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+ALL = TokenSpec(pyramid(tuple(range(1, 17))), codes=(8,))
+
+
+def test_drawn_lists_of_scales_follow_the_recipe():
+    draw, sides = DrawnScales(), np.arange(1, 17)
+    chosen = np.asarray(
+        jax.jit(jax.vmap(functools.partial(draw.draw, sides)))(jax.random.split(jax.random.key(0), 2000))
+    )
+    lengths = (chosen * sides**2).sum(1)
+    assert lengths.max() <= 680
+    assert chosen[:, :2].all()
+    usual = (chosen == np.isin(sides, draw.usual)).all(1)
+    assert 0.03 < usual.mean() < 0.08
+    counts = chosen.sum(1)
+    assert counts.max() == 10
+    assert (counts < 10).mean() > 0.5, "most lists are too long at first"
+    assert len(np.unique(chosen, axis=0)) > 300
+    assert 0.5 < chosen[:, -1].mean() < 1, "the length rule may take the last scale"
+
+
+def test_a_drawn_order_lists_the_chosen_scales_and_pads_the_rest():
+    order = jax.jit(lambda key: DrawnScales()(ALL, key))(jax.random.key(3))
+    step, slot = np.asarray(order.step), np.asarray(order.slot[0])
+    real = step != NEVER
+    assert order.n == 680
+    level = ALL.coords[slot[real], 0]
+    assert (np.diff(level) >= 0).all()
+    np.testing.assert_array_equal(step[real], np.unique(level, return_inverse=True)[1])
+    np.testing.assert_array_equal(np.unique(level, return_counts=True)[1], (np.unique(level) + 1) ** 2)
+    with pytest.raises(ValueError, match="but the tokenizer has"):
+        DrawnScales()(TokenSpec(pyramid((1, 2)), codes=(8,)), jax.random.key(0))
+
+
+def test_what_a_row_knows_of_the_scale_before_is_the_tokenizers_context():
+    case = CASES["flexvar"]
+    weight = upsampling(case.generator.spec, scales(case.generator.spec), 0, case.generator.spec.n)
+    codes = case.tokenizer(case.tokens, method="embed")
+    want = case.tokenizer(case.tokens, method="context")
+    np.testing.assert_allclose(jnp.einsum("mn,bnc->bmc", weight, codes), want, atol=1e-5)
+
+
+def test_training_on_a_part_of_the_scales_equals_training_on_that_list():
+    case = CASES["flexvar"]
+    small = INDEPENDENT.clone(scales=(1, 2, 3))
+    keep = np.isin(case.generator.spec.coords[:, 0], (0, 1, 3))
+    part = DrawnScales(usual=(1, 2, 3), often=1.0, keep=(1,), some=(), last=3)
+    everything = INDEPENDENT.clone(scales=(1, 2, 3))
+    order = part(everything.spec, jax.random.key(0))
+    net = case.generator.on(small.spec)
+
+    def loss(order):
+        tokens = case.tokens[:, keep]
+        call = functools.partial(small.apply, case.tokenizer.args[0])
+        found = net.apply(
+            {"params": case.params}, tokens, case.batch, order, drop=jnp.zeros(4, bool), tokenizer=call, method="loss"
+        )
+        return (found[0] * found[1]).sum() / found[1].sum()
+
+    np.testing.assert_allclose(loss(order), loss(scales(small.spec)), rtol=1e-5)
+
+
+def draw(case, generator, settings, seed=0):
+    order = scales(generator.spec)
+    knobs, guided = make_knobs(settings, order, generator.spec.scales)
+    keys = jax.random.split(jax.random.key(seed), case.images)
+    return jax.jit(
+        lambda params: sample(
+            generator, params, case.batch, order, tokenizer=case.tokenizer, knobs=knobs, keys=keys, guided=guided
+        )
+    )(case.params)
+
+
+def test_refining_redraws_so_many_tokens_of_a_scale_and_no_others():
+    case, settings = CASES["hmar"], Sampling(guidance=1.5, guidance_rule="ramp")
+    plain = np.asarray(draw(case, case.generator, settings))
+    refined = np.asarray(draw(case, case.generator.clone(refine=((1,), (1, 3), (7, 1, 1))), settings))
+    changed = (plain != refined)[..., 0]
+    assert not changed[:, 0].any()
+    assert changed[:, 1:5].any()
+    assert (changed[:, 1:5].sum(1) <= 3).all()
+    with pytest.raises(ValueError, match=r"refine has \(1, 2\) for scale 1, which must sum to its 4 tokens"):
+        draw(case, case.generator.clone(refine=((1,), (1, 2))), settings)
+    with pytest.raises(ValueError, match="draws every token once"):
+        arrange(Sampling(refine=((1,),)), CASES["var"].generator, RESIDUAL)
+
+
+def test_every_scale_but_the_first_is_masked_by_the_same_part():
+    spec = RESIDUAL.spec
+    masked = np.asarray(jax.vmap(functools.partial(draw_masked, spec))(jax.random.split(jax.random.key(0), 50)))
+    assert not masked[:, 0].any()
+    four, nine = masked[:, 1:5].sum(1), masked[:, 5:].sum(1)
+    assert four.min() >= 1
+    assert (np.abs(four / 4 - nine / 9) < 0.3).all()
+    assert len(np.unique(masked[:, 5:], axis=0)) > 20
+
+
+def test_soft_codes_are_vectors_that_end_near_codes_and_decode():
+    case = CASES["var"]
+    vectors = np.asarray(draw(case, case.generator, Sampling(guidance=1.5, guidance_rule="ramp", soft=True)))
+    assert vectors.shape == (case.images, case.generator.spec.n, 4)
+    everything = case.tokenizer(jnp.arange(12)[None, :, None], method="embed")[0]
+    distance = np.sqrt(np.square(vectors[:, :, None] - np.asarray(everything)).sum(-1)).min(-1)
+    assert distance[:, 5:].mean() < 0.1 * distance[:, :1].mean() + 1e-2
+    assert case.tokenizer(jnp.asarray(vectors), method="decode").shape == (case.images, 6, 6, 3)
+
+
+def test_settings_speak_of_scales():
+    spec = TokenSpec(pyramid((1, 2, 3, 5, 8)), codes=(8,))
+    settings = Sampling(
+        guidance=2.0, guidance_rule="ramp", guidance_reach=2, largest=5, known=(1, 2, 5, 8), banned=(3,)
+    )
+    knobs, guided = make_knobs(settings, scales(spec), spec.scales)
+    np.testing.assert_allclose(knobs.guidance, [1, 2, 3, 4, 3])
+    np.testing.assert_array_equal(knobs.temperature, [1, 1, 0, 1, 0])
+    assert guided
+    assert np.isneginf(knobs.logits_fn(jnp.zeros(8))[3])
+    assert not make_knobs(Sampling(), scales(spec), spec.scales)[1]
+    with pytest.raises(ValueError, match="speak of scales"):
+        make_knobs(settings, raster(spec), spec.scales)
+    with pytest.raises(ValueError, match="the tokenizer Sampling has none"):
+        arrange(Sampling(scales=(1, 2)), None, Sampling.__new__(type("Sampling", (), {})))
+
+
+def test_an_order_of_another_kind_is_refused():
+    case = CASES["var"]
+    with pytest.raises(ValueError, match="reveals one scale per step"):
+        case.generator.inputs.check(raster(case.generator.spec))
+    with pytest.raises(ValueError, match="one of 14 slots"):
+        CASES["llamagen_label"].generator.inputs.complete(case.generator.spec, 16).check(scales(case.generator.spec))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_kernel_serves_a_step_with_a_cache_and_rows_of_one_step(own):
+    keys = np.repeat(np.arange(3, dtype=np.int32), (1, 40, 150))
+    step = keys if own else keys[41:]
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 2, n, 8)) for i, n in enumerate((len(step), 191, 191)))
+    out = splash(q, k, v, step, interpret=True, keys=keys, own=own, scale=1.0)
+    np.testing.assert_allclose(out, attend(q, k, v, visible(step, keys, own=own), 1.0), rtol=0, atol=2e-5)
+
+
+def test_parameters_that_are_not_trained_get_no_gradient():
+    params = {"masks": {"w": jnp.ones(2)}, "tail": {"w": jnp.ones(2)}}
+    loss = lambda params: sum(x.sum() for x in jax.tree.leaves(only_trained(Optim(trained=("^/mask",)), params)))  # noqa: E731
+    grads = jax.grad(loss)(params)
+    np.testing.assert_array_equal(grads["masks"]["w"], [1, 1])
+    np.testing.assert_array_equal(grads["tail"]["w"], [0, 0])
+    with pytest.raises(ValueError, match="matches no parameter"):
+        only_trained(Optim(trained=("nothing",)), params)
