@@ -50,48 +50,12 @@ from ar_jax.evals.extract import Extractor
 from ar_jax.evals.generation import Features, Settings, agreement, extract, figures, of_statistics
 from ar_jax.evals.images import DataImages, Images, Statistics, open_images, open_reference
 from ar_jax.evals.networks import PROTOCOLS, Network, Protocol, open_network
-from ar_jax.models import open_model
+from ar_jax.models import image_shape, open_model
+from ar_jax.sampler import Sampler, condition_table, open_drawer
 from ar_jax.sharding import make_mesh
 
 PROG = "python -m ar_jax.evaluate"
 Metric = Literal["fd", "sfd", "is", "pr", "kid", "cfd"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-    """How images are drawn from a run, as `sample.py` draws them; the model's own settings if left out."""
-
-    tokenizer: str = ""
-    """Folder of the tokenizer, for converted generators; a run knows its own."""
-    captions: tuple[str, ...] = ()
-    """Captions, used in turn."""
-    features: str = ""
-    """Caption features instead of captions: .npz with `features` [N rows c] and `mask` [N rows]."""
-    batch: int = 25
-    """Images drawn at a time, over the devices of this process."""
-    resize: int = 0
-    """Side in pixels to resize to (bicubic), before anything is measured; 0 keeps the model's."""
-    seed: int = 0
-    guidance: float | None = None
-    """Classifier-free guidance scale; 1 is unguided."""
-    guidance_last: int | None = None
-    """Last guided decode step; -1 guides all."""
-    temperature: float | None = None
-    """Divides the logits; 0 is greedy."""
-    top_k: int | None = None
-    """Draw from the k most likely codes; 0 is off."""
-    top_p: float | None = None
-    """Draw from the most likely codes of this probability mass; 1 is off."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the generator."""
-    unroll: bool = True
-    """Lay the layers out one by one: faster loops on CPU, longer compilation."""
-    segments: int = 1
-    """Parts in which the cache grows."""
-    average: bool = True
-    """Use the moving average of the weights, if there is one."""
-    checkpoint: str = "newest"
-    """newest, best, or a step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,26 +211,13 @@ class RunImages:
     def __init__(self, run: str, sampler: Sampler, count: int):
         if count < 1:
             raise ValueError(f"--count is {count}; give the number of images to draw from {run}")
-        sample = _sample_script()
-        options = sample.Options(run=run, count=count, **dataclasses.asdict(sampler))
-        model = open_model(run, "generator", sampler.checkpoint).fixed()
-        own = model.settings.get("tokenizer")
-        if not (sampler.tokenizer or own):
-            raise ValueError(f"{run} does not say which tokenizer it belongs to; give --sampler.tokenizer")
-        tokenizer = open_model(sampler.tokenizer or model.folder / own, "tokenizer").fixed()
-        ours, theirs = model.module.spec, tokenizer.module.spec
-        if (ours.n, ours.codes) != (theirs.n, theirs.codes):
-            raise ValueError(
-                f"the generator makes {ours.n} tokens with codes {ours.codes}, but the tokenizer {tokenizer.folder} has "
-                f"{theirs.n} with {theirs.codes}; give --sampler.tokenizer"
-            )
-        chosen = {name: value for name in sample.SAMPLING if (value := getattr(sampler, name)) is not None}
-        settings = {**sample.SAMPLING, **model.settings.get("sampling", {}), **chosen}
-        self.names, self._conditions = sample.condition_table(model, options)
-        self._draw = sample.make_sampler(model, tokenizer, settings, options, make_mesh(devices=jax.local_devices()))
+        drawer = open_drawer(run, sampler)
+        model, tokenizer = drawer.model, drawer.tokenizer.fixed()
+        self.names, self._conditions = condition_table(model, sampler)
+        self._draw = drawer._replace(tokenizer=tokenizer).compile(make_mesh(devices=jax.local_devices()))
         self._count, self._batch = count, sampler.batch
         side = sampler.resize
-        self.size = (side, side) if side else tuple(tokenizer.module.size)
+        self.size = (side, side) if side else image_shape(drawer.decoder)[:2]
         if "label" in self._conditions:
             turn = np.asarray(self._conditions["label"])
             self.labels, self.names = turn[np.arange(count) % len(turn)], tuple(model.info.class_names)
@@ -275,7 +226,7 @@ class RunImages:
             digest.update(name.encode() + np.asarray(table).tobytes())
         self.facts = {
             "format": "run", "checkpoint": model.checkpoint, "tokenizer": str(tokenizer.folder.resolve()),
-            "tokenizer_checkpoint": tokenizer.checkpoint, "seed": sampler.seed, "sampling": settings,
+            "tokenizer_checkpoint": tokenizer.checkpoint, "seed": sampler.seed, "sampling": dataclasses.asdict(drawer.settings),
             "dtype": sampler.dtype, "average": sampler.average, "resize": sampler.resize,
             "conditions": f"{len(next(iter(self._conditions.values())))} in turn",
             "conditions_sha256": digest.hexdigest(),
@@ -295,16 +246,6 @@ class RunImages:
                 if row < len(ids):
                     images[first + row] = image
         return images
-
-
-def _sample_script():
-    try:
-        import sample
-    except ImportError as error:
-        raise ValueError(
-            "drawing from a run needs sample.py: start this in the clone of ar_jax, or draw first and give the .npz"
-        ) from error
-    return sample
 
 
 def open_samples(options: Generation) -> Images:

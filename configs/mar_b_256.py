@@ -4,9 +4,8 @@
     python train.py configs/mar_b_256.py
 
 Published: FID 2.31, IS 281.7 with 256 steps, 100 denoising steps each, and the guidance below.
-With few steps, and denoising steps annealed as in DiSA (arXiv:2505.20297):
-    python train.py configs/mar_b_256.py --generator.order.steps 64 --generator.module.head.steps 50 \\
-        --generator.module.head.anneal linear --generator.module.head.latest 950
+With few steps, and denoising steps annealed as in DiSA (arXiv:2505.20297), which needs no training:
+    python sample.py runs/mar_b_256 --steps 64 --anneal linear --inner-steps 50 --last-inner-steps 5
 """
 
 from _mar import class_conditional

@@ -33,9 +33,6 @@ class Sampling:
     """Draw from the most likely codes of this probability mass; 1 is off."""
     banned: tuple[int, ...] = ()
     """Codes that are never drawn."""
-    denoising: str = ""
-    """Steps of a head of continuous tokens, in its own form, such as 100; 50-5 goes from 50 in the first decode step to 5
-    in the last. Empty takes the head's own."""
     soft: bool = False
     """Mixtures of codes instead of codes, as VAR's more_smooth: smoother pictures, no better figures."""
     scales: tuple[Scale, ...] = ()
@@ -47,7 +44,6 @@ class Sampling:
     refine: tuple[tuple[int, ...], ...] = ()
     """Of every scale, numbers of tokens: those that stay as first drawn, then those drawn anew by each further step, for
     models that can (HMAR). Any list serves; those of a scale sum to its tokens."""
-
     anneal: Literal["", "constant", "linear", "cosine", "two_stage"] = ""
     """Of diffusion and flow models: how the number of inner steps falls from the first decode step to the last (DiSA,
     arXiv:2505.20297), without training; "" is the model's own rule."""
@@ -88,8 +84,6 @@ def arrange(settings: Sampling, generator: Any, tokenizer: Any) -> tuple[Any, An
             raise ValueError(f"scales is {settings.scales}, but the tokenizer {type(tokenizer).__name__} has none")
         tokenizer = tokenizer.clone(scales=settings.scales)
         generator = generator.on(tokenizer.spec)
-    if settings.denoising:
-        generator = generator.clone(head=_with_steps(generator.head, settings.denoising))
     if settings.refine:
         if not hasattr(generator, "refine"):
             raise ValueError(f"refine is {settings.refine}, but {type(generator).__name__} draws every token once")
@@ -106,16 +100,6 @@ def arrange(settings: Sampling, generator: Any, tokenizer: Any) -> tuple[Any, An
                 f"inner steps"
             )
     return generator, tokenizer
-
-
-def _with_steps(head, denoising):
-    first, _, last = denoising.partition("-")
-    if not hasattr(head, "last_steps"):
-        raise ValueError(f"denoising is {denoising!r}, but {type(head).__name__} has no steps")
-    if not (first.isdigit() or isinstance(head.steps, str)) or not (last.isdigit() or "-" not in denoising):
-        raise ValueError(f"denoising is {denoising!r}; it must be a number of steps such as 100, or two such as 50-5")
-    annealing = {"anneal": "linear", "last_steps": int(last)} if last else {"anneal": "constant"}
-    return head.clone(steps=type(head.steps)(first), **annealing)
 
 
 def make_knobs(settings: Sampling, order: Order, scales: tuple[tuple[int, int], ...]) -> tuple[Knobs, bool]:

@@ -10,7 +10,6 @@ from scipy import stats
 from ar_jax.decode.flow import annealed, integrate
 from ar_jax.decode.guidance import linear
 from ar_jax.decode.sequential import Knobs
-from ar_jax.decode.settings import Sampling, arrange
 from ar_jax.generators.masked import MaskRatio
 from ar_jax.heads.diffusion import Chain, Diffusion, cosine_betas, kept_steps
 from ar_jax.heads.flow import Flow, uniform
@@ -137,23 +136,6 @@ def test_heads_refuse_codes_and_settings_they_do_not_know():
     with pytest.raises(ValueError, match=r"head\.sampler is 'dpm'"):
         Diffusion(8, 1, 2, sampler="dpm").init(jax.random.key(0), jnp.ones((1, 1, 3)), jnp.ones((1, 1, 2)),
                                                key=jax.random.key(0), method="loss")  # fmt: skip
-
-
-def test_settings_set_the_number_of_denoising_steps():
-    class Some:
-        def __init__(self, head):
-            self.head = head
-
-        def clone(self, head):
-            return Some(head)
-
-    head = arrange(Sampling(denoising="50-5"), Some(Diffusion()), None)[0].head
-    assert (head.steps, head.last_steps, head.anneal) == ("50", 5, "linear")
-    head = arrange(Sampling(denoising="12"), Some(Flow(anneal="linear")), None)[0].head
-    assert (head.steps, head.anneal) == (12, "constant")
-    for wrong, head in (("x", Flow()), ("5-", Flow()), ("5", GaussianMixture())):
-        with pytest.raises(ValueError, match=f"denoising is '{wrong}'"):
-            arrange(Sampling(denoising=wrong), Some(head), None)
 
 
 HEADS = {
