@@ -35,6 +35,7 @@ from ar_jax.data.images import read_image
 from ar_jax.distributed import Launch
 from ar_jax.images import save_png, tile
 from ar_jax.models import image_shape, write_json
+from ar_jax.sampler import Given, Sampler, condition_table, open_drawer
 from ar_jax.sharding import MeshShape, make_mesh
 
 
