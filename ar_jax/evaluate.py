@@ -301,12 +301,15 @@ def evaluate_generation(options: Generation, network: Network | None = None) -> 
     found, remarks = figures(ours, theirs, protocol, settings, network.suffix)
     if "jpeg" in str(images.facts) or "jpg" in str(images.facts):
         remarks.append("samples are JPEG files, which shifts all figures")
+    splits = "is" in settings.metrics and 0 < protocol.split_size < count
+    if splits and images.labels is not None and (np.diff(images.labels[:count]) >= 0).all():
+        remarks.append("samples are sorted by class: consecutive splits make the Inception Score too small")
     rest: dict[str, Any] = {"remarks": remarks}
     if judge:
         total, rest["classes"] = agreement(images.labels[:count], ours.predicted, images.names)
         found["label_agreement"], rest["classifier"] = total, judge.facts
     facts = {
-        "name": options.judge.protocol, **network.facts(), "metrics": sorted(settings.metrics),
+        "name": options.judge.protocol, **network.facts(),
         **_metric_facts(protocol, settings), "samples": count, "image_size": list(images.size),
         "reference_sha256": theirs.sha256, "reference_count": theirs.count,
         "reference_crop": reference.facts.get("crop", 0) if reference else None,
@@ -351,17 +354,12 @@ def reference_features(
 
 
 def _metric_facts(protocol: Protocol, settings: Settings) -> dict[str, Any]:
-    facts = {}
-    if "is" in settings.metrics:
-        size = f"of {protocol.split_size}, consecutive" if protocol.split_size else f"{protocol.splits}"
-        facts["inception_score_splits"] = size + (f", shuffled by {protocol.shuffle}" if protocol.shuffle else "")
-    if "kid" in settings.metrics:
-        facts["kid_subsets"] = f"{settings.kid_subsets} of {settings.kid_size}, seed 2020, cubic kernel"
-    if "pr" in settings.metrics:
-        facts["neighbours"] = (
-            f"{protocol.neighbour} precision and recall, {settings.density_neighbour} density and coverage"
-        )
-    return facts
+    size = f"of {protocol.split_size}, consecutive" if protocol.split_size else f"{protocol.splits}"
+    return {
+        "inception_score_splits": size + (f", shuffled by {protocol.shuffle}" if protocol.shuffle else ""),
+        "kid_subsets": f"{settings.kid_subsets} of {settings.kid_size}, seed 2020, cubic kernel",
+        "neighbours": f"{protocol.neighbour} precision and recall, {settings.density_neighbour} density and coverage",
+    }  # fmt: skip
 
 
 def announce(result: dict[str, Any], out: Path) -> None:
