@@ -58,6 +58,8 @@ class Options:
     """Of the sampler; 1 is off."""
     segments: int = 4
     """Parts in which the sampler's cache grows."""
+    unroll: bool | None = None
+    """Lay the layers out one by one in sampling. Left out: if a step reveals one token."""
     repeat: int = 7
     """Repetitions, each beside a measurement of the machine's limits."""
 
@@ -78,13 +80,14 @@ def bench_sample(experiment: Experiment, options: Options) -> dict[str, str]:
     generator, tokenizer, params, frozen = networks(experiment, options)
     images, dtype = options.batch or 1, jnp.dtype(options.dtype)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    generator, params = generator.unrolled(params)
     settings = experiment.generator.sampling
     chosen = {name: value for name in ("guidance", "top_k", "top_p") if (value := getattr(options, name)) is not None}
     settings = dataclasses.replace(settings, **chosen)
     generator, tokenizer = arrange(settings, generator, tokenizer)
     order = experiment.generator.order(generator.spec, jax.random.split(jax.random.key(0), images), images, 0)
     steps = len(order.sizes)
+    if set(order.sizes) == {1} if options.unroll is None else options.unroll:
+        generator, params = generator.unrolled(params)
     knobs, guided = make_knobs(settings, order, generator.spec.scales)
 
     def tokens(params, frozen, batch, keys):

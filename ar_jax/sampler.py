@@ -77,8 +77,8 @@ class Sampler:
     """Decode steps, for models that can draw in any number of them (MAR); 0 takes the model's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of parameters and matrix products of the generator."""
-    unroll: bool = True
-    """Lay the layers out one by one: faster loops on CPU, longer compilation."""
+    unroll: bool | None = None
+    """Lay the layers out one by one: faster loops on CPU, longer compilation. Left out: if a step reveals one token."""
     segments: int = 1
     """Parts in which the cache grows: more read less memory and compile longer."""
     average: bool = True
@@ -140,15 +140,16 @@ class Drawer(NamedTuple):
         generator = with_fields(self.generator, dtype=dtype)
         params = self.model.params(dtype=dtype, average=options.average)
         frozen = self.tokenizer.params(average=options.average)
-        if options.unroll:
-            generator, params = generator.unrolled(params)
-        params = put(params, shard(params, mesh, generator.rules))
-        frozen = put(frozen, shard(frozen, mesh, decoder.rules))
         order_fn = codec.decode(self.model.settings["order"])
         if options.steps:
             if not hasattr(order_fn, "steps"):
                 raise ValueError(f"--steps is {options.steps}, but the order of this model leaves no choice")
             order_fn = dataclasses.replace(order_fn, steps=options.steps)
+        by_token = set(order_fn(generator.spec, jax.random.split(jax.random.key(0), 1), 1, 0).sizes) == {1}
+        if by_token if options.unroll is None else options.unroll:
+            generator, params = generator.unrolled(params)
+        params = put(params, shard(params, mesh, generator.rules))
+        frozen = put(frozen, shard(frozen, mesh, decoder.rules))
 
         known = np.zeros(decoder.spec.n, bool)
         if given is not None and generator.any_order:
