@@ -211,7 +211,7 @@ def test_sweep_over_a_run(run, tmp_path):
     pytest.importorskip("matplotlib")
     base = Generation(
         str(run), "data", out=str(tmp_path / "sweep"), count=24, reference_count=30, kid_size=20,
-        judge=Judge(batch=8), data=Data(), sampler=Sampler(batch=24),
+        judge=Judge(batch=8), data=Data(), sampler=Sampler(batch=24, unroll=False),
     )  # fmt: skip
     results = evaluate.sweep(Sweep(base, guidance=(1.0, 3.0)), tiny_network())
     assert [r["samples"]["sampling"]["guidance"] for r in results] == [1.0, 3.0]
