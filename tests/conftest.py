@@ -11,14 +11,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ar_jax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+import jax
 import pytest
+
+# programs are kept for commands that tests start; writing many from here has crashed a test process
+jax.config.update("jax_enable_compilation_cache", False)
 
 
 @pytest.fixture(scope="module")
 def quick_compile():
     """Halves the time of a file that compiles much and computes little."""
-    import jax
-
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

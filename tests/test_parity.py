@@ -16,6 +16,8 @@ import parity_small
 import pytest
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[2] / "shared" / "parity"))
 MODULES = (
     parity_continuous, parity_flow, parity_llamagen, parity_next_scale, parity_next_scale_generators, parity_small,

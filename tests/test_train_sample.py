@@ -60,6 +60,7 @@ def one_device(shape):
 def quick(tmp_path_factory):
     """One device unless a test says otherwise, and no program of this file is compiled twice."""
     settings = {
+        "jax_enable_compilation_cache": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
@@ -475,7 +476,7 @@ def test_a_tokenizer_of_other_codes_is_refused(run, tmp_path):
     train.describe(tmp_path, "tokenizer", model.module.clone(codes=17), Info(), {})
     said = refused(sample.main, run, "--tokenizer", tmp_path, "--out", tmp_path / "x.png")
     assert "the generator makes 64 tokens with codes (16,)" in said
-    assert "has 64 with (17,); give --tokenizer" in said
+    assert "has 64 tokens with codes (17,); give --tokenizer" in said
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.npz"])

@@ -119,7 +119,7 @@ class Causal(nn.Module):
     @typed
     def loss(
         self,
-        tokens: Tokens,
+        tokens: Int[Array, "b s k"] | Float[Array, "b s k"],
         batch: Batch,
         order: Order,
         *,

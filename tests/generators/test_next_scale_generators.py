@@ -43,7 +43,7 @@ def test_drawn_lists_of_scales_follow_the_recipe():
 
 
 def test_a_drawn_order_lists_the_chosen_scales_and_pads_the_rest():
-    order = jax.jit(lambda key: DrawnScales()(ALL, key))(jax.random.key(3))
+    order = jax.jit(lambda keys: DrawnScales()(ALL, keys))(jax.random.split(jax.random.key(3), 1))
     step, slot = np.asarray(order.step), np.asarray(order.slot[0])
     real = step != NEVER
     assert order.n == 680
@@ -52,7 +52,7 @@ def test_a_drawn_order_lists_the_chosen_scales_and_pads_the_rest():
     np.testing.assert_array_equal(step[real], np.unique(level, return_inverse=True)[1])
     np.testing.assert_array_equal(np.unique(level, return_counts=True)[1], (np.unique(level) + 1) ** 2)
     with pytest.raises(ValueError, match="but the tokenizer has"):
-        DrawnScales()(TokenSpec(pyramid((1, 2)), codes=(8,)), jax.random.key(0))
+        DrawnScales()(TokenSpec(pyramid((1, 2)), codes=(8,)), jax.random.split(jax.random.key(0), 1))
 
 
 def test_what_a_row_knows_of_the_scale_before_is_the_tokenizers_context():
@@ -69,7 +69,7 @@ def test_training_on_a_part_of_the_scales_equals_training_on_that_list():
     keep = np.isin(case.generator.spec.coords[:, 0], (0, 1, 3))
     part = DrawnScales(usual=(1, 2, 3), often=1.0, keep=(1,), some=(), last=3)
     everything = INDEPENDENT.clone(scales=(1, 2, 3))
-    order = part(everything.spec, jax.random.key(0))
+    order = part(everything.spec, jax.random.split(jax.random.key(0), 1))
     net = case.generator.on(small.spec)
 
     def loss(order):
