@@ -17,7 +17,7 @@ from ar_jax.nets.transformer import Backbone, Cache, unrolled
 from ar_jax.orders import NEVER, Order, to_ranks
 from ar_jax.sharding import BATCH, Rules, constrain
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Index, Key, Metrics, Params, PRNGKey, Tokens, typed
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Key, Metrics, Params, PRNGKey, Tokens, typed
 
 
 @struct.dataclass
