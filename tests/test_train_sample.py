@@ -262,7 +262,7 @@ def test_the_config_kept_in_a_run_folder_goes_on_with_the_run(run, place, capsys
 def test_a_disk_that_fills_up_while_checkpointing_ends_the_run_and_keeps_its_newest_checkpoint(run, place, capsys):
     shutil.copytree(run, place / "full")
     more = (place / "tiny.py", "--out", place, "--name", "full", *QUIET, "--generator.steps", 7)
-    with full_disk(5000):
+    with full_disk(10000):
         said = refused(train.main, *more)
     assert "train.py: could not write a checkpoint" in said
     assert "newest complete checkpoint is step 6" in said
