@@ -5,6 +5,7 @@
 
     python -m ar_jax.bench sample configs/llamagen_b_256.py
     python -m ar_jax.bench train configs/llamagen_b_256.py
+    python -m ar_jax.bench sample configs/var_d30.py --repeat 0           how long compilation takes
 
 Weights are random, so no checkpoint is needed. The machine's limits are measured in turns with the run itself: the fastest
 of several matrix products, and the fastest reading of an array as large as the weights. Times and limits are the best of
@@ -61,7 +62,7 @@ class Options:
     unroll: bool | None = None
     """Lay the layers out one by one in sampling. Left out: if a step reveals one token."""
     repeat: int = 7
-    """Repetitions, each beside a measurement of the machine's limits."""
+    """Repetitions, each beside a measurement of the machine's limits; 0 only compiles, whatever the size of the model."""
 
 
 def main(arguments: list[str]) -> None:
@@ -79,7 +80,8 @@ def bench_sample(experiment: Experiment, options: Options) -> dict[str, str]:
     """The token loop and the image decoder, against reading the weights once per step."""
     generator, tokenizer, params, frozen = networks(experiment, options)
     images, dtype = options.batch or 1, jnp.dtype(options.dtype)
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    shapes = jax.eval_shape if not options.repeat else lambda function, *arguments: function(*arguments)
+    params = shapes(lambda params: jax.tree.map(lambda x: x.astype(dtype), params), params)
     settings = experiment.generator.sampling
     chosen = {name: value for name in ("guidance", "top_k", "top_p") if (value := getattr(options, name)) is not None}
     settings = dataclasses.replace(settings, **chosen)
@@ -87,7 +89,9 @@ def bench_sample(experiment: Experiment, options: Options) -> dict[str, str]:
     order = experiment.generator.order(generator.spec, jax.random.split(jax.random.key(0), images), images, 0)
     steps = len(order.sizes)
     if set(order.sizes) == {1} if options.unroll is None else options.unroll:
-        generator, params = generator.unrolled(params)
+        laid_out = []
+        params = shapes(lambda params: laid_out.append(generator.unrolled(params)) or laid_out[0][1], params)
+        generator = laid_out[0][0]
     knobs, guided = make_knobs(settings, order, generator.spec.scales)
 
     def tokens(params, frozen, batch, keys):
@@ -104,11 +108,19 @@ def bench_sample(experiment: Experiment, options: Options) -> dict[str, str]:
         return to_uint8(tokenizer.apply({"params": frozen}, tokens, method="decode"))
 
     batch, keys = conditions(generator, images), jax.random.split(jax.random.key(1), images)
-    loop = Timer(draw, params, frozen, batch, keys)
-    pixels = Timer(decode, frozen, loop.result)
+    loop = Timer(draw, params, frozen, batch, keys, run=options.repeat > 0)
+    pixels = Timer(decode, frozen, loop.result, run=options.repeat > 0)
     read = step_bytes(params)
     rows = images * (2 if guided else 1)
     operations = model_flops(tokens, params, frozen, batch, keys)
+    first = {
+        "images, rows, steps": f"{images}, {rows}, {steps}",
+        "compile token loop, decoder": f"{loop.compile:.1f} s, {pixels.compile:.1f} s",
+        "model operations of the loop": f"{operations / 1e9:.0f} GFLOP",
+        "weights read a step": f"{read / 1e6:.0f} MB",
+    }
+    if not options.repeat:
+        return first
     bandwidth, peak, of_bandwidth, of_peak = [], [], [], []
     for _ in range(options.repeat):
         bandwidth.append(read_bandwidth(read))
@@ -118,13 +130,10 @@ def bench_sample(experiment: Experiment, options: Options) -> dict[str, str]:
         of_peak.append(operations / peak[-1] / seconds)
         pixels.run()
     return {
-        "images, rows, steps": f"{images}, {rows}, {steps}",
-        "compile token loop, decoder": f"{loop.compile:.1f} s, {pixels.compile:.1f} s",
+        **first,
         "token loop": f"{loop.best:.2f} s, {loop.best / steps * 1e3:.2f} ms a step",
         "image decoder": f"{pixels.best:.2f} s",
         "images/s (both)": f"{images / (loop.best + pixels.best):.3f}",
-        "model operations of the loop": f"{operations / 1e9:.0f} GFLOP",
-        "weights read a step": f"{read / 1e6:.0f} MB",
         "memory bandwidth, measured": f"{max(bandwidth) / 1e9:.1f} GB/s",
         "matmul peak, measured": f"{max(peak) / 1e9:.0f} GFLOP/s",
         "token loop, share of bandwidth": shares(of_bandwidth),
@@ -141,7 +150,8 @@ def bench_train(experiment: Experiment, options: Options) -> dict[str, str]:
     tx = make_optimiser(stage.optim, max(stage.steps, stage.optim.warmup + 1))
     loss = generator_loss(generator, tokenizer, order, stage.drop)
     update = make_update(gradients(loss), tx, ema=stage.optim.ema)
-    state = create({"model": params}, {}, tx, stage.optim.ema)
+    shapes = jax.eval_shape if not options.repeat else lambda function, *arguments: function(*arguments)
+    state = shapes(lambda params: create({"model": params}, {}, tx, stage.optim.ema), params)
     spec, shape = generator.spec, generator.spec.zeros(images).shape
     tokens = jax.random.normal(jax.random.key(2), shape)
     if spec.codes:
@@ -149,17 +159,24 @@ def bench_train(experiment: Experiment, options: Options) -> dict[str, str]:
     batch = conditions(generator, images) | {"tokens": tokens}
     plain = generator_loss(without_remat(generator), tokenizer, order, stage.drop)
     flops = model_flops(jax.grad(plain, has_aux=True), params, frozen, batch, jax.random.key(3), 0)
-    step = Timer(jax.jit(update, donate_argnums=0), state, frozen, batch, jax.random.key(3), carry=True)
+    step = Timer(
+        jax.jit(update, donate_argnums=0), state, frozen, batch, jax.random.key(3), carry=True, run=options.repeat > 0
+    )
+    first = {
+        "images, tokens": f"{images}, {images * generator.spec.n}",
+        "compile": f"{step.compile:.1f} s",
+        "model operations a step": f"{flops / 1e9:.0f} GFLOP",
+    }
+    if not options.repeat:
+        return first
     peak, of_peak = [], []
     for _ in range(options.repeat):
         peak.append(matmul_peak(dtype))
         of_peak.append(flops / peak[-1] / step.run())
     return {
-        "images, tokens": f"{images}, {images * generator.spec.n}",
-        "compile": f"{step.compile:.1f} s",
+        **first,
         "step": f"{step.best:.2f} s",
         "steps/s, images/s": f"{1 / step.best:.3f}, {images / step.best:.3f}",
-        "model operations a step": f"{flops / 1e9:.0f} GFLOP",
         "matmul peak, measured": f"{max(peak) / 1e9:.0f} GFLOP/s",
         "share of matmul peak": shares(of_peak),
     }
@@ -168,12 +185,12 @@ def bench_train(experiment: Experiment, options: Options) -> dict[str, str]:
 class Timer:
     """Compiles a function once and keeps the best of its run times in seconds."""
 
-    def __init__(self, function: Callable, *arguments: Any, carry: bool = False):
+    def __init__(self, function: Callable, *arguments: Any, carry: bool = False, run: bool = True):
         start = time.perf_counter()
         self._function = function.lower(*arguments).compile()
         self.compile, self.best = time.perf_counter() - start, float("inf")
         self._arguments, self._carry = arguments, carry
-        self.result = self._call()
+        self.result = self._call() if run else jax.eval_shape(function, *arguments)
 
     def run(self) -> float:
         start = time.perf_counter()
@@ -194,13 +211,14 @@ def shares(parts: list[float]) -> str:
 
 
 def networks(experiment: Experiment, options: Options) -> tuple[Any, Any, Params, Params]:
-    """Generator, tokenizer, and random parameters of both."""
+    """Generator, tokenizer, and random parameters of both; without repetitions their shapes."""
     generator, tokenizer = untrained(experiment)
     if generator is None:
         raise ValueError("the config has no generator")
     dtype = jnp.dtype(options.dtype).type
     generator = with_fields(generator, dtype=dtype)
-    params, frozen = (jax.jit(net.init_params)(jax.random.key(0)) for net in (generator, tokenizer))
+    make = (lambda init: jax.jit(init)) if options.repeat else (lambda init: functools.partial(jax.eval_shape, init))
+    params, frozen = (make(net.init_params)(jax.random.key(0)) for net in (generator, tokenizer))
     return generator, tokenizer, params, frozen
 
 
@@ -211,7 +229,9 @@ def conditions(generator: Any, images: int) -> Batch:
 def step_bytes(params: Params) -> int:
     """Bytes of the parameters that every decoding step reads: all but tables of which it reads a row, and conditions."""
     flat = traverse_util.flatten_dict(params, sep="/")
-    return sum(x.nbytes for name, x in flat.items() if not name.startswith(("inputs/", "conditioning/")))
+    return sum(
+        x.size * x.dtype.itemsize for name, x in flat.items() if not name.startswith(("inputs/", "conditioning/"))
+    )
 
 
 def matmul_peak(dtype: Any) -> float:
