@@ -5,6 +5,9 @@ python sample.py runs/mnist5k_flexvar
 python sample.py runs/mnist5k_flexvar --scales 1,2,4,8 --out four_steps.png
 python tests/code_usage.py runs/mnist5k_flexvar
 
+1,000 samples agree with their class for 100% (tests/agreement.py), in four steps (1,2,4,8), six (its own) or eight
+(1,2,3,4,5,6,7,8).
+
 The tokenizer takes 5 minutes (600 updates of 0.45 s on two free cores) and shows held-out digits with 23.5 dB. Over all
 images it uses all 256 codes: 100% on scales 3x3 to 8x8, 97% on 2x2, 21% on 1x1. With other scales the same parameters
 show digits enlarged to 48x48 with 22.9 dB, and two digits side by side, 32x64, with 21.4 dB.
