@@ -14,8 +14,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 
-# programs are kept for commands that tests start; writing many from here has crashed a test process
-jax.config.update("jax_enable_compilation_cache", False)
+jax.config.update("jax_enable_compilation_cache", False)  # programs are kept for commands that tests start only
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Every compiled program holds memory maps, of which a process may have 65,530: XLA crashes when they run out."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
