@@ -18,6 +18,7 @@ import tyro
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
+from ar_jax.convert import next_scale
 from ar_jax.convert.names import to_params, to_weights
 from ar_jax.convert.reader import read_weights, write_safetensors
 from ar_jax.convert.sources import export, identify
@@ -34,6 +35,7 @@ def convert(
     heads: int = 0,
     groups: int = 0,
     scales: tuple[int, ...] = (),
+    masks: Path | None = None,
     entry: str = "",
     average: bool = True,
 ) -> None:
@@ -61,13 +63,18 @@ def convert(
       heads: Attention heads, which the file does not hold either. 0 takes the published number for the width.
       groups: Groups of a tokenizer's norms. 0 takes the published number.
       scales: Sides of a token pyramid, coarse to fine. Left out: the published ones of the size.
+      masks: Beside the file of an HMAR's next-scale predictor, that of its masked predictor, trained after it; one model
+        of both is written.
       entry: Which weights of a .pt file, for example ema; "" takes model, module, state_dict or the top level.
       average: Of a run folder, take the moving average of the weights if the run keeps one.
     """
     if (to is None) == (back is None):
         raise ValueError("give either --to DIR (from a released file) or --back FILE (to one); --help shows examples")
     if to is not None:
-        to_folder(path.expanduser(), to.expanduser(), size=size, heads=heads, groups=groups, scales=scales, entry=entry)
+        to_folder(
+            path.expanduser(), to.expanduser(), size=size, heads=heads, groups=groups, scales=scales,
+            masks=masks and masks.expanduser(), entry=entry,
+        )  # fmt: skip
     else:
         to_file(path.expanduser(), back.expanduser(), average=average)
 
@@ -80,6 +87,7 @@ def to_folder(
     heads: int = 0,
     groups: int = 0,
     scales: tuple[int, ...] = (),
+    masks: Path | None = None,
     entry: str = "",
 ) -> None:
     """Writes the model folder of a released file, complete or not at all.
@@ -91,6 +99,8 @@ def to_folder(
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is already there; give another folder or remove it")
     weights = read_weights(path, entry or None)
+    if masks is not None:
+        weights = next_scale.merge(weights, read_weights(masks, entry or None))
     hint = re.search(r"_(256|384|512)(?!\d)", path.stem)
     try:
         found = identify(

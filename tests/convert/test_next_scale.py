@@ -1,5 +1,6 @@
 """Released VAR, FlexVAR and HMAR transformers, there and back."""
 
+import functools
 import json
 import os
 import pathlib
@@ -64,6 +65,18 @@ def test_hmar_is_merged_from_its_two_trainings():
         next_scale.merge(scales, masks)
     with pytest.raises(ValueError, match="lacks mask_embed"):
         next_scale.merge(scales, scales, last=1)
+
+
+def test_the_two_files_of_an_hmar_become_one_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(next_scale, "merge", functools.partial(next_scale.merge, last=1))
+    files = {name: ROOT / "hmar" / f"{name}.safetensors" for name in ("nsp", "mp")}
+    to_folder(files["nsp"], tmp_path / "model", scales=TINY["hmar"], masks=files["mp"])
+    to_file(tmp_path / "model", tmp_path / "b.safetensors")
+    found, want = load_file(tmp_path / "b.safetensors"), next_scale.merge(*map(load_file, files.values()))
+    for key, value in want.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+    with pytest.raises(ValueError, match="masked predictor's weights alone; give them with --masks"):
+        to_folder(files["mp"], tmp_path / "half", scales=TINY["hmar"])
 
 
 def test_scales_that_do_not_fit_are_refused():
