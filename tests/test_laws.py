@@ -109,9 +109,14 @@ def test_an_image_does_not_depend_on_its_neighbours(case):
         np.testing.assert_array_equal(sampled(case, slice(i, i + 1)), together[i : i + 1])
 
 
-@every_case
-@pytest.mark.parametrize("shape", [MeshShape(2, 2, 1), MeshShape(2, 1, 2)], ids=["fsdp", "tp"])
-def test_images_are_the_same_on_four_devices_with_sharded_weights(case, shape):
+FSDP, TP = MeshShape(2, 2, 1), MeshShape(2, 1, 2)
+
+
+@pytest.mark.parametrize(  # fsdp has no rules of a network, so one of each kind will do
+    ("name", "shape"), [*((name, TP) for name in CASES), ("llamagen_caption", FSDP), ("var", FSDP), ("hmar", FSDP)]
+)
+def test_images_are_the_same_on_four_devices_with_sharded_weights(name, shape):
+    case = CASES[name]
     mesh = make_mesh(shape, jax.devices()[:4])
     generator, params = case.generator.unrolled(case.params)
     params = jax.device_put(params, shard(params, mesh, generator.rules, smallest=16))
