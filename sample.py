@@ -33,6 +33,7 @@ from ar_jax import distributed
 from ar_jax.compiled import keep_compiled
 from ar_jax.data.images import read_image
 from ar_jax.distributed import Launch
+from ar_jax.huge_pages import use_huge_pages
 from ar_jax.images import save_png, tile
 from ar_jax.models import image_shape, write_json
 from ar_jax.sampler import Given, Sampler, condition_table, open_drawer
@@ -221,4 +222,5 @@ def _assemble(folder: Path, out: Path, options: Options, conditions: int) -> Non
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main(sys.argv[1:])

@@ -26,6 +26,7 @@ from ar_jax.compiled import keep_compiled
 from ar_jax.config import Experiment, Stage, load_config, parse
 from ar_jax.data import Data, Info, Source, batches, open_source
 from ar_jax.evals.training import Evaluation
+from ar_jax.huge_pages import use_huge_pages
 from ar_jax.models import Model, describe, open_model, versions, write_json
 from ar_jax.sharding import batch_rows, make_mesh
 from ar_jax.tokenize import check_cache
@@ -207,4 +208,5 @@ class Spread:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main(sys.argv[1:])

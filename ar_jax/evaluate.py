@@ -50,6 +50,7 @@ from ar_jax.evals.extract import Extractor
 from ar_jax.evals.generation import Features, Settings, agreement, extract, figures, of_statistics
 from ar_jax.evals.images import DataImages, Images, Statistics, open_images, open_reference
 from ar_jax.evals.networks import PROTOCOLS, Network, Protocol, open_network
+from ar_jax.huge_pages import use_huge_pages
 from ar_jax.models import image_shape, open_model
 from ar_jax.sampler import Sampler, condition_table, open_drawer
 from ar_jax.sharding import make_mesh
@@ -493,4 +494,5 @@ COMMANDS = {"generation": _generation, "tokenizer": _tokenizer, "sweep": _sweep,
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()

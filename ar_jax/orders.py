@@ -205,6 +205,24 @@ class Shuffled:
         return Order(slot, sizes, rooms(sizes, self.scans))
 
 
+@dataclasses.dataclass(frozen=True)
+class Confident:
+    """How many slots each step reveals, for generators that find out which while they draw (`MaskGIT`).
+
+    Attributes:
+      steps: of decoding, at most one per slot; after i of them, a part cos(pi/2 i/steps) of the slots is unknown.
+    Source: MaskGIT (arXiv:2202.04200).
+    """
+
+    steps: int = 16
+
+    def __call__(
+        self, spec: TokenSpec, keys: Key[Array, "b"] | None = None, images: int = 1, train_step: Index = 0
+    ) -> Order:
+        sizes = cosine_sizes(spec.n, min(self.steps, spec.n))
+        return Order(raster(spec).slot, sizes, (max(sizes),) * len(sizes))
+
+
 def known_first(order_fn: OrderFn, spec: TokenSpec, known: np.ndarray, keys: Key[Array, "b"]) -> Order:
     """An order of the slots that are not known, after a first step of those that are.
 

@@ -34,6 +34,7 @@ from ar_jax.compiled import keep_compiled
 from ar_jax.data import Data, Source, Unreadable, centre_crop, flip, open_records, open_source, ten_crop, write_shards
 from ar_jax.data.packed import tokens
 from ar_jax.distributed import Launch
+from ar_jax.huge_pages import use_huge_pages
 from ar_jax.images import to_float
 from ar_jax.models import Model, open_model
 from ar_jax.sharding import make_mesh, put_batch, replicated
@@ -285,4 +286,5 @@ def check_cache(data: Data, tokenizer: Model) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()

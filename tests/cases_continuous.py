@@ -11,13 +11,14 @@ import numpy as np
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.masked import Masked
+from ar_jax.generators.maskgit import MaskGIT
 from ar_jax.heads.diffusion import Diffusion
 from ar_jax.heads.flow import Flow
 from ar_jax.heads.gaussian_mixture import GaussianMixture
 from ar_jax.nets.conditioning import Caption, Label
 from ar_jax.nets.transformer import Transformer
-from ar_jax.nets.vit import ViT
-from ar_jax.orders import Shuffled, raster
+from ar_jax.nets.vit import GPT, ViT
+from ar_jax.orders import Confident, Shuffled, raster
 from ar_jax.tokens import TokenSpec, grid
 
 SPEC = TokenSpec(grid(3, 4), channels=3)
@@ -69,5 +70,8 @@ CASES = {
     "masked_flow": masked(Flow(16, 1, steps=5, solver="heun", remat="full"), remat="full"),
     "causal_flow": causal(Caption(16), Flow(16, 2, steps=4, anneal="linear", last_steps=2, solver="stochastic")),
     "givt": causal(Label(16), GaussianMixture(3)),
+    "givt_masked": Case(
+        MaskGIT(GPT(2, 16, 2, hidden=24, rows=0), Label(16), GaussianMixture(3)).complete(SPEC, INFO), Confident(5)
+    ),
 }
 MASKED = {name: case for name, case in CASES.items() if isinstance(case.generator, Masked)}

@@ -17,6 +17,7 @@ from ar_jax.decode.guidance import fold, linear, paired
 from ar_jax.decode.sequential import Knobs
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.masked import Masked
+from ar_jax.generators.maskgit import MaskGIT, lowest, mask_ratio
 from ar_jax.heads.diffusion import Chain, Diffusion, cosine_betas, kept_steps
 from ar_jax.heads.gaussian_mixture import GaussianMixture, Guided
 from ar_jax.nets.conditioning import Label
@@ -268,8 +269,12 @@ def disa_mar(meta, weights, io):
     return outputs
 
 
-def givt_params(weights, h):
-    """Our tree from GIVT's own layout: kernels [in ... out], layers on the second axis."""
+def givt_params(weights, projection):
+    """Our tree from GIVT's own layout: kernels [in ... out], layers on the second axis.
+
+    Args:
+      projection: path of the tokens' projection.
+    """
     w = {name: jnp.asarray(value) for name, value in weights.items()}
     layer = lambda name: jnp.moveaxis(w[f"decoder/EncDecBlock/{name}"], 1, 0)  # noqa: E731
     qkv = jnp.stack([layer(f"SelfAttn/{name}/kernel") for name in ("query", "key", "value")], axis=-2)  # [l d h 3 e]
@@ -283,7 +288,7 @@ def givt_params(weights, h):
         "backbone/blocks/out/kernel": out.reshape(len(out), -1, out.shape[-1]),
     }
     for leaf in ("kernel", "bias"):
-        leaves[f"inputs/projection/{leaf}"] = w[f"EmbedTargets/{leaf}"]
+        leaves[f"{projection}/{leaf}"] = w[f"EmbedTargets/{leaf}"]
         leaves[f"head/readout/{leaf}"] = w[f"decoder/LogitsDense/{leaf}"]
         for i in range(2):
             leaves[f"backbone/blocks/fc{i + 1}/{leaf}"] = layer(f"MLP/Dense_{i}/{leaf}")
@@ -327,7 +332,7 @@ def givt_ar(meta, weights, io):
         Label(width),
         GaussianMixture(h["num_mixtures"]),
     ).complete(spec, info)
-    params = givt_params(weights, h)
+    params = givt_params(weights, "inputs/projection")
     shapes = jax.eval_shape(generator.init_params, jax.random.key(0))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
     call = functools.partial(generator.apply, {"params": params})
@@ -362,6 +367,45 @@ def givt_ar(meta, weights, io):
     }
 
 
+def givt_masked(meta, weights, io):
+    h = meta["hyperparameters"]
+    n, channels, width, labels = h["seq_len"], h["out_dim"], h["emb_dim"], h["num_labels"]
+    side = round(n**0.5)
+    spec, info = TokenSpec(grid(side, side), channels=channels), Info(classes=labels)
+    generator = MaskGIT(
+        GPT(h["num_decoder_layers"], width, h["num_heads"], hidden=h["mlp_dim"], rows=0),
+        Label(width),
+        GaussianMixture(h["num_mixtures"]),
+        most=1 - h["min_masking_rate_training"],
+    ).complete(spec, info)
+    table = weights["EmbedLabels/embedding"]  # classes, three signs, no class
+    classes = np.concatenate([table[:labels], table[labels + 3 :]])
+    params = givt_params(weights | {"EmbedLabels/embedding": classes}, "projection") | {"signs": table[labels:][:3]}
+    shapes = jax.eval_shape(generator.init_params, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+    tokens, hidden = jnp.asarray(io["sequence"]), jnp.asarray(io["input_mask"], bool)
+    batch, drop = {"label": jnp.asarray(io["labels"], jnp.int32)}, jnp.asarray(io["drop_labels"], bool)
+
+    @jax.jit
+    def rows(drop):
+        return generator.apply(
+            {"params": params}, drop, method=lambda self, drop: self.hidden(tokens, hidden, self.condition(batch, drop))
+        )
+
+    readout = functools.partial(generator.apply, {"params": params}, method=lambda self, rows: self.head.readout(rows))
+    score = jnp.log(io["select.probs"]) + 3.0 * io["select.gumbel"]
+    logits, uncond = readout(rows(drop)), readout(rows(jnp.ones_like(drop)))
+    loss = -generator.head.mixture(logits).log_density(tokens)
+    return {
+        "logits": logits,
+        "logits_uncond": uncond,
+        "loss": (loss * hidden).sum() / hidden.sum(),
+        "select.mask": lowest(score, 8),
+        "schedule.mask_ratio": mask_ratio(jnp.asarray(io["schedule.ratio"])),
+        **mixtures(meta, io, logits, uncond, generator.head, h["cfg_w"]),
+    }
+
+
 def givt_vae(meta, weights, io):
     h = meta["hyperparameters"]
     vae = GivtVAE(
@@ -384,5 +428,6 @@ CASES = {
     "mar": mar_generator,
     "disa_mar": disa_mar,
     "givt_ar": givt_ar,
+    "givt_masked": givt_masked,
     "givt_vae": givt_vae,
 }

@@ -12,9 +12,10 @@ import optax
 import pytest
 from cases_continuous import CASES, MASKED, SPEC
 
+from ar_jax.decode.edit import Source
 from ar_jax.decode.guidance import paired, widen
 from ar_jax.decode.sequential import Knobs, sample
-from ar_jax.orders import Order, cosine_sizes, rooms, to_ranks
+from ar_jax.orders import Order, cosine_sizes, known_first, rooms, to_ranks
 from ar_jax.sharding import MeshShape, batch_sharding, make_mesh, shard
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -219,3 +220,58 @@ def test_cosine_sizes_by_hand():
     assert rooms((2, 3, 5, 6), 2) == (3, 3, 6, 6)
     with pytest.raises(ValueError, match=r"order\.steps is 17; it must be 1 to 16"):
         cosine_sizes(16, 17)
+
+
+def test_tokens_that_a_maskgit_keeps_stay_and_each_step_keeps_as_many_as_the_order_says():
+    case, order = CASES["givt_masked"], CASES["givt_masked"].ordered()
+    call = functools.partial(case.generator.apply, {"params": case.params})
+    drop, keys = jnp.zeros(case.images, bool), image_keys(case.images)
+    cond = paired(*(call(case.batch, drop ^ without, method="condition") for without in (False, True)))
+    step = jax.jit(
+        lambda state, i, first: call(
+            state,
+            i,
+            first,
+            SPEC.n,
+            cond=cond,
+            order=order,
+            knobs=knobs(len(order.sizes)),
+            keys=jax.vmap(lambda key: jax.random.fold_in(key, first)[None])(keys),
+            method="step",
+        )
+    )
+    state, first, places = call(cond, order, case.images, method="begin"), 0, []
+    for i, size in enumerate(order.sizes):
+        before = state
+        state = step(state, jnp.int32(i), jnp.int32(first))
+        first += size
+        assert (state.known.sum(1) == first).all()
+        assert (state.known | ~before.known).all()
+        np.testing.assert_array_equal(state.tokens[before.known], before.tokens[before.known])
+        places.append(np.asarray(state.known & ~before.known))
+    assert len(np.unique(np.stack(places[0]), axis=0)) > 1, "every image chooses its own slots"
+    np.testing.assert_allclose(state.tokens, sampled(case), **CLOSE)
+
+
+def test_a_maskgit_does_not_see_hidden_tokens_and_begins_with_those_known_beforehand():
+    case = CASES["givt_masked"]
+    call = functools.partial(case.generator.apply, {"params": case.params})
+    known = np.zeros(SPEC.n, bool)
+    known[[1, 4, 5, 10]] = True
+    cond = call(case.batch, jnp.zeros(case.images, bool), method="condition")
+    hidden = jnp.broadcast_to(~known, case.tokens.shape[:2])
+    look = jax.jit(lambda tokens: call(tokens, hidden, cond, method="hidden"))
+    other = jnp.where(hidden[..., None], 1e3, case.tokens)
+    np.testing.assert_array_equal(look(other), look(case.tokens))
+    order = known_first(case.order, SPEC, known, image_keys(case.images))
+    source = Source(jnp.asarray(case.tokens), jnp.broadcast_to(known, hidden.shape), int(known.sum()))
+    run = jax.jit(
+        lambda keys: sample(
+            case.generator, case.params, case.batch, order, knobs=knobs(len(order.sizes)), keys=keys, guided=True,
+            source=source,
+        )
+    )  # fmt: skip
+    got = run(image_keys(case.images))
+    np.testing.assert_array_equal(got[:, known], case.tokens[:, known])
+    assert np.isfinite(got).all()
+    assert (np.abs(got[:, ~known] - case.tokens[:, ~known]) > 1e-3).any(-1).all()

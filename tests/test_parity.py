@@ -80,7 +80,7 @@ def test_every_fixture_of_the_supported_methods_has_a_case():
         pytest.skip(f"no fixtures at {ROOT}; set AR_JAX_PARITY")
     supported = (
         *("llamagen", "lpips", "patchgan", "var", "flexvar", "hmar", "training_schedules"),
-        *("kl16", "mar", "disa_mar", "givt_ar", "givt_vae", "flowar", "xar"),
+        *("kl16", "mar", "disa_mar", "givt", "flowar", "xar"),
     )
     present = {path.name for path in ROOT.iterdir() if path.name.startswith(supported)}
     assert present <= CASES.keys()

@@ -97,10 +97,17 @@ class GaussianMixture(nn.Module):
     def sample(
         self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs: Any, i: Index, tokenizer: Any = None
     ) -> Float[Array, "b m c"]:
-        """Draws a token per row; of guided rows (B = b * ways), one by rejection (see `guided`).
+        """Draws a token per row; see `draw`."""
+        return self.draw(h, keys, knobs, i)[0]
 
-        Guidance g means density p^g / q^(g - 1) of the densities with (p) and without condition (q). The temperature
-        multiplies standard deviations.
+    @typed
+    def draw(
+        self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs: Any, i: Index
+    ) -> tuple[Float[Array, "b m c"], Float[Array, "b m"]]:
+        """Draws a token per row; of guided rows (B = b * ways), one by rejection (see `Guided`). Also its log-density.
+
+        Guidance g means density p^g / q^(g - 1) of the densities with (p) and without condition (q), of the drawn
+        component and not normalised. The temperature multiplies standard deviations.
         """
         guidance, temperature = jnp.asarray(knobs.guidance)[i], jnp.asarray(knobs.temperature)[i]
         mixture, ways = self(h), h.shape[0] // keys.shape[0]
@@ -112,14 +119,15 @@ class GaussianMixture(nn.Module):
         mean, scale = with_.component(component)
         plain = mean + scale * draw(jax.random.normal, 1, self.channels)
         if ways == 1:
-            return plain
+            return plain, with_.log_density(plain)
 
         def proposal(j):
             one = draw(jax.random.normal, 2 + 2 * j, self.channels)
             return one, draw(jax.random.uniform, 3 + 2 * j, self.channels)
 
         target = Guided(mean, scale, *without.component(component), guidance)
-        return target.draw(proposal, plain, PROPOSALS)[0]
+        drawn, _ = target.draw(proposal, plain, PROPOSALS)
+        return drawn, target.log_density(drawn).sum(-1)
 
 
 @struct.dataclass

@@ -126,7 +126,7 @@ class GPT(Plain):
     """Rows see those of no later step; learned positions of the sequence are added to them. Has no biases in attention.
 
     Attributes:
-      rows: of the longest sequence.
+      rows: of the longest sequence; 0 until the generator knows (`MaskGIT`).
       others: see `Plain`.
     Source: GIVT (arXiv:2312.02116).
     """
