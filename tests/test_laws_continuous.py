@@ -4,6 +4,7 @@ Images are equal up to rounding: the products of a batch, of a shard and of a si
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,21 @@ def test_tokens_are_finite_and_differ(case):
 def test_an_image_does_not_depend_on_its_neighbours(case):
     together = sampled(case)
     np.testing.assert_allclose(sampled(case, images=slice(3, 4)), together[3:4], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["mar", "causal_flow", "givt_masked"])
+def test_a_sampler_is_one_program_that_never_turns_to_the_host(name):
+    """Token loop and the head's inner loop together: compiled once, fed once, read once."""
+    case, order = CASES[name], CASES[name].ordered()
+    run = sampler(case, order.sizes, order.rooms, False, 1)
+    arguments = jax.device_put((case.params, case.batch, order.slot, image_keys(case.images)))
+    with jax.transfer_guard("disallow"):
+        for _ in range(2):
+            jax.block_until_ready(run(*arguments))
+    assert run._cache_size() == 1
+    text = run.lower(*arguments).compile().as_text()
+    assert text.count(" while(") >= 2, "a loop over decode steps with a loop over inner steps"
+    assert not re.search(r"callback|infeed|outfeed|\b(send|recv)\(", text)
 
 
 @every_case

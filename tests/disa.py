@@ -1,0 +1,78 @@
+"""Agreement, network calls and time of a trained diffusion or flow model, by the rule of its inner steps (DiSA).
+
+    python tests/disa.py RUN [--first 25 --last 5] [--count 500]
+
+One line per rule: the model's own fixed number of inner steps, fewer but fixed, and the annealed ones, with the classifier
+of agreement.py. Times are of the compiled sampler, decoder included, taken in turns in one process. Not a pytest file: it
+needs a trained run.
+"""
+
+import argparse
+import time
+
+import jax
+import numpy as np
+from agreement import flat, judge
+from tqdm import tqdm
+
+from ar_jax import codec
+from ar_jax.decode.flow import annealed
+from ar_jax.sampler import Sampler, condition_table, open_drawer
+from ar_jax.sharding import MeshShape, make_mesh
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument(
+        "--first", type=int, default=0, help="inner steps of the first decode step; 0 is the model's own"
+    )
+    parser.add_argument("--last", type=int, default=5, help="of the last decode step")
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--data", default="mnist5k")
+    arguments = parser.parse_args()
+    classifier, _ = judge(arguments.data, check=False)
+    plain = open_drawer(arguments.run, Sampler(batch=arguments.batch))
+    parts = [plain.generator, getattr(plain.generator, "head", None)]
+    own = next(int(part.steps) for part in parts if hasattr(part, "with_steps"))
+    first, last = arguments.first or own, arguments.last
+    rules = [("constant", own, own), ("constant", last, last)]
+    rules[1:1] = [(rule, first, last) for rule in ("two_stage", "linear", "cosine")]
+    mean = {round(annealed(*rule, 64).mean()) for rule in rules[1:4]}
+    rules[4:4] = [("constant", count, count) for count in sorted(mean)]
+    key = jax.random.split(jax.random.key(0), 1)
+    decode_steps = len(codec.decode(plain.model.settings["order"])(plain.generator.spec, key, 1, 0).sizes)
+    mesh, classes, seconds, right, draws = make_mesh(MeshShape()), len(classifier.classes_), {}, {}, {}
+    for rule in tqdm(rules, desc="compile"):
+        drawer = open_drawer(
+            arguments.run,
+            Sampler(batch=arguments.batch, anneal=rule[0], inner_steps=rule[1], last_inner_steps=rule[2]),
+        )
+        draws[rule], table = drawer.compile(mesh), condition_table(drawer.model, drawer.options)[1]
+        _images(draws[rule], table, np.arange(arguments.batch))
+    for start in tqdm(range(0, arguments.count, arguments.batch), desc="draw"):
+        ids = np.arange(start, start + arguments.batch)
+        for rule in rules:
+            begin = time.perf_counter()
+            images = _images(draws[rule], table, ids)
+            seconds.setdefault(rule, []).append(time.perf_counter() - begin)
+            right.setdefault(rule, []).append(classifier.predict(flat(images)) == ids % classes)
+    print(f"{decode_steps} decode steps; times per {arguments.batch} images, median")
+    print("| inner steps | network calls an image | agreement | time | relative |")
+    print("|---|---|---|---|---|")
+    for rule in rules:
+        name = f"{rule[1]}, fixed" if rule[0] == "constant" else f"{rule[1]} to {rule[2]}, {rule[0]}"
+        calls, taken = annealed(*rule, decode_steps).sum(), np.median(seconds[rule])
+        speed = taken / np.median(seconds[rules[0]])
+        print(f"| {name} | {calls} | {np.mean(right[rule]):.1%} | {taken:.2f} s | {speed:.2f} |")
+
+
+def _images(draw, table, ids):
+    batch = {name: x[ids % len(x)] for name, x in table.items()}
+    rows = dict(draw(batch, ids))
+    return np.stack([rows[i] for i in range(len(ids))])
+
+
+if __name__ == "__main__":
+    main()
