@@ -5,6 +5,7 @@
 
     python -m ar_jax.bench sample configs/llamagen_b_256.py
     python -m ar_jax.bench train configs/llamagen_b_256.py
+    python -m ar_jax.bench sample configs/mar_b_256.py --steps 64
     python -m ar_jax.bench sample configs/var_d30.py --repeat 0           how long compilation takes
 
 Weights are random, so no checkpoint is needed. The machine's limits are measured in turns with the run itself: the fastest
@@ -16,6 +17,7 @@ a shared machine changes from moment to moment. Compilation is reported apart.
 import dataclasses
 import functools
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -34,10 +36,13 @@ from ar_jax.flops import model_flops, with_fields, without_remat
 from ar_jax.huge_pages import use_huge_pages
 from ar_jax.images import to_uint8
 from ar_jax.models import untrained
+from ar_jax.orders import in_steps
 from ar_jax.train.optim import make_optimiser
 from ar_jax.train.recipes import generator_loss, gradients
 from ar_jax.train.state import create, make_update
 from ar_jax.typing import Batch, Params
+
+HOST = re.compile(r"\b(?:infeed|outfeed|send|recv)\(|callback")  # in a compiled program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Options:
     """Of the sampler; 0 is off."""
     top_p: float | None = None
     """Of the sampler; 1 is off."""
+    steps: int = 0
+    """Decode steps of the sampler, for orders that leave a choice (MAR); 0 takes the config's."""
     segments: int = 4
     """Parts in which the sampler's cache grows."""
     unroll: bool | None = None
@@ -87,7 +94,8 @@ def bench_sample(experiment: Experiment, options: Options) -> dict[str, str]:
     chosen = {name: value for name in ("guidance", "top_k", "top_p") if (value := getattr(options, name)) is not None}
     settings = dataclasses.replace(settings, **chosen)
     generator, tokenizer = arrange(settings, generator, tokenizer)
-    order = experiment.generator.order(generator.spec, jax.random.split(jax.random.key(0), images), images, 0)
+    order_fn = in_steps(experiment.generator.order, options.steps)
+    order = order_fn(generator.spec, jax.random.split(jax.random.key(0), images), images, 0)
     steps = len(order.sizes)
     if set(order.sizes) == {1} if options.unroll is None else options.unroll:
         laid_out = []
@@ -118,6 +126,7 @@ def bench_sample(experiment: Experiment, options: Options) -> dict[str, str]:
     first = {
         "images, rows, steps": f"{images}, {rows}, {steps}",
         "compile token loop, decoder": f"{loop.compile:.1f} s, {pixels.compile:.1f} s",
+        "loops in it, calls of the host": f"{loop.text.count(' while(')}, {len(HOST.findall(loop.text))}",
         "operations of the loop, decoder": f"{operations / 1e9:.0f}, {of_decoder / 1e9:.0f} GFLOP",
         "weights read a step": f"{read / 1e6:.0f} MB",
     }
@@ -186,12 +195,12 @@ def bench_train(experiment: Experiment, options: Options) -> dict[str, str]:
 
 
 class Timer:
-    """Compiles a function once and keeps the best of its run times in seconds."""
+    """Compiles a function once and keeps its text and the best of its run times in seconds."""
 
     def __init__(self, function: Callable, *arguments: Any, carry: bool = False, run: bool = True):
         start = time.perf_counter()
         self._function = function.lower(*arguments).compile()
-        self.compile, self.best = time.perf_counter() - start, float("inf")
+        self.compile, self.best, self.text = time.perf_counter() - start, float("inf"), self._function.as_text()
         self._arguments, self._carry = arguments, carry
         self.result = self._call() if run else jax.eval_shape(function, *arguments)
 

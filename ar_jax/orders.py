@@ -223,6 +223,19 @@ class Confident:
         return Order(raster(spec).slot, sizes, (max(sizes),) * len(sizes))
 
 
+def in_steps(order_fn: OrderFn, steps: int) -> OrderFn:
+    """The same order with another number of decode steps; 0 keeps its own.
+
+    Raises:
+      ValueError: such orders leave no choice.
+    """
+    if not steps:
+        return order_fn
+    if not hasattr(order_fn, "steps"):
+        raise ValueError(f"--steps is {steps}, but the order of this model leaves no choice")
+    return dataclasses.replace(order_fn, steps=steps)
+
+
 def known_first(order_fn: OrderFn, spec: TokenSpec, known: np.ndarray, keys: Key[Array, "b"]) -> Order:
     """An order of the slots that are not known, after a first step of those that are.
 

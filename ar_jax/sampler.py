@@ -18,7 +18,7 @@ from ar_jax.decode.settings import Sampling, arrange, make_knobs, read_settings
 from ar_jax.flops import with_fields
 from ar_jax.images import to_float, to_uint8
 from ar_jax.models import Model, open_model
-from ar_jax.orders import known_first
+from ar_jax.orders import in_steps, known_first
 from ar_jax.resize import resize
 from ar_jax.sharding import batch_sharding, put, shard
 from ar_jax.typing import Batch
@@ -140,11 +140,7 @@ class Drawer(NamedTuple):
         generator = with_fields(self.generator, dtype=dtype)
         params = self.model.params(dtype=dtype, average=options.average)
         frozen = self.tokenizer.params(average=options.average)
-        order_fn = codec.decode(self.model.settings["order"])
-        if options.steps:
-            if not hasattr(order_fn, "steps"):
-                raise ValueError(f"--steps is {options.steps}, but the order of this model leaves no choice")
-            order_fn = dataclasses.replace(order_fn, steps=options.steps)
+        order_fn = in_steps(codec.decode(self.model.settings["order"]), options.steps)
         by_token = set(order_fn(generator.spec, jax.random.split(jax.random.key(0), 1), 1, 0).sizes) == {1}
         if by_token if options.unroll is None else options.unroll:
             generator, params = generator.unrolled(params)

@@ -24,7 +24,7 @@ def get_config() -> Experiment:
                 Transformer(layers=4, width=128, heads=4, hidden=384), Label(128), Flow(width=128, depth=3, steps=16)
             ),
             steps=700, batch=64, optim=Optim(lr=1e-3, clip=3.0, warmup=50, schedule="cosine", ema=0.99),
-            sampling=Sampling(guidance=2.0),
+            sampling=Sampling(guidance=3.0, temperature=0.9),
             log_every=50, preview_every=350, save_every=350,
         ),
     )  # fmt: skip

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from ar_jax.sharding import BATCH, platform
@@ -52,7 +53,7 @@ def attend(
     v: Float[Array, "B h r e"],
     mask: Bool[Array, "#B q r"],
     scale: float | None = None,
-    drop: Callable = lambda weights: weights,
+    drop: Callable | None = None,
 ) -> Float[Array, "B h q e"]:
     """Dot-product attention with a float32 softmax; products are multiplied by `scale`, None is e^-1/2.
 
@@ -60,7 +61,11 @@ def attend(
     """
     logits = jnp.einsum("bhqe,bhre->bhqr", q * _scale(q, scale), k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(mask[:, None], logits, -jnp.inf))
-    return jnp.einsum("bhqr,bhre->bhqe", drop(weights.astype(v.dtype)), v)
+    weights = weights.astype(v.dtype)
+    if drop is not None:
+        # a barrier, or the TPU compiler fuses the products on both sides of the weights and overflows its stack
+        weights = lax.optimization_barrier(drop(weights))
+    return jnp.einsum("bhqr,bhre->bhqe", weights, v)
 
 
 def _scale(q, scale):
