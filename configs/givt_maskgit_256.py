@@ -3,8 +3,8 @@
     python train.py configs/givt_vae.py --out checkpoints
     python train.py configs/givt_maskgit_256.py
 
-Published: FID 4.53 with 16 steps, choice temperature 35 and density-based guidance of weight 0.1 (which is guidance 1.1 here). The
-released training never drops labels, although it says so; ours drops a tenth, without which there is no guidance.
+Published: FID 4.53 with 16 steps, choice temperature 35 and density-based guidance of weight 0.1 (which is guidance 1.1
+here). The released training never drops labels, although it says so; ours drops a tenth, without which there is no guidance.
 """
 
 from _givt import class_conditional
