@@ -16,7 +16,8 @@ fly. REF is a .npz or folder of images, a file of statistics (`mu`, `sigma`; ADM
 set of --data, that of the run unless given.
 
 --protocol decides resizing and scaling of pixels, splits of the Inception Score and neighbours of precision and recall,
-as the tool of that name has them. Figures of two protocols are never comparable, and `compare` refuses them.
+as the tool of that name has them. Figures of two protocols are never comparable, and `compare` refuses them. Precision and
+recall are of the same network as all other figures, as in ADM's tool; torch-fidelity's own default for them is a VGG16.
 
 The FID's network needs its published weights: --weights FILE or the environment variable AR_JAX_INCEPTION names the file
 that pytorch-fid or torch-fidelity downloads. Only with that file a distance is called FID. --network efficientnet-lite0

@@ -173,7 +173,7 @@ class Program:
         # a TPU's text does not say it: the counter starts at 0 and is compared with a constant
         condition = self.computations[re.search(r"condition=%?([\w.\-]+)", instruction.text)[1]]
         bounds = [
-            int(found[1]) for i in condition.values() if (found := re.search(r"s32\[\]\S* constant\((\d+)\)", i.text))
+            int(found[1]) for i in condition.values() if (found := re.search(r"[su]32\[\]\S* constant\((\d+)\)", i.text))
         ]
         if len(bounds) != 1:
             raise ValueError(f"the number of iterations of {instruction.name} is not known")

@@ -124,7 +124,7 @@ class Drawer(NamedTuple):
         """Reads the parameters and makes one program over all processes.
 
         It takes conditions and image numbers, the same on every process, and gives the rows of this process with their
-        images, uint8 [h w 3].
+        images, uint8 [h w 3]. Images that are not finite raise ValueError.
         """
         options, settings, decoder = self.options, self.settings, self.decoder
         share = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -178,15 +178,21 @@ class Drawer(NamedTuple):
             )
             if given is not None and given.paste:
                 images = jnp.where(edit.free[..., None], images, edit.image)
-            return to_uint8(resize(images, (options.resize,) * 2) if options.resize else images)
+            finite = jnp.isfinite(images).all((1, 2, 3))
+            return to_uint8(resize(images, (options.resize,) * 2) if options.resize else images), finite
 
         def draw(batch, ids):
             batch, ids = put((batch, ids.astype(np.uint32)), batch_sharding(mesh))
             with jax.set_mesh(mesh):
-                images = program(params, frozen, batch, ids, given and (given.image, given.free))
-            for part in images.addressable_shards:
+                images, finite = program(params, frozen, batch, ids, given and (given.image, given.free))
+            for part, sound in zip(images.addressable_shards, finite.addressable_shards):
                 if part.replica_id == 0:  # of copies of these rows, one is written
                     first = part.index[0].start or 0
+                    if not np.asarray(sound.data).all():
+                        raise ValueError(
+                            f"images drawn from {self.model.folder} hold NaN or infinity; are its weights or those of "
+                            f"{self.tokenizer.folder} damaged, or too large for {options.dtype}?"
+                        )
                     for row, image in enumerate(np.asarray(part.data), first):
                         yield row, np.broadcast_to(image, (*image.shape[:2], 3))
 

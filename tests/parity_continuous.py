@@ -169,8 +169,8 @@ def mar_generator(meta, weights, io):
     kept = np.concatenate([encoded[:, :buffer], np.take_along_axis(encoded[:, buffer:], by_place, axis=1)], 1)
 
     drop = jnp.asarray(io["train.label_drop_uniform"] < h["label_drop_prob"])
-    t = jnp.asarray(io["train.t"], jnp.int32).reshape(-1, images, n)
-    noise = jnp.asarray(io["train.noise"]).reshape(*t.shape, -1)
+    t = jnp.asarray(io["train.t"], jnp.int32).reshape(-1, images, n).swapaxes(0, 1)
+    noise = jnp.asarray(io["train.noise"]).reshape(-1, *tokens.shape).swapaxes(0, 1)
 
     def objective(params):
         def run(self):
@@ -178,7 +178,7 @@ def mar_generator(meta, weights, io):
             return z, self.head.errors(z, tokens, t, noise)
 
         z, (square, bound) = generator.apply({"params": params}, method=run)
-        loss = ((square + bound).mean(0) * mask).sum() / mask.sum()
+        loss = ((square + bound).mean(1) * mask).sum() / mask.sum()
         return loss, (z, square, bound)
 
     (loss, (z, square, bound)), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
@@ -215,8 +215,8 @@ def mar_generator(meta, weights, io):
         "encoder_out": kept,
         "z": call(jnp.zeros(images, bool), method=z_of),
         "train.z": z,
-        "train.mse_rows": square,
-        "train.vb_rows": bound,
+        "train.mse_rows": square.swapaxes(0, 1),
+        "train.vb_rows": bound.swapaxes(0, 1),
         "train.loss": loss,
         **{f"train.grad.{key}": value for key, value in grads.items()},
         "head.timestep_embedding": sinusoids(jnp.asarray(t, jnp.float32)),

@@ -111,13 +111,13 @@ def flowar_generator(meta, weights, io):
     part = np.array(h["scales"]) ** 2 / side**2
 
     drop = jnp.asarray(io["train.label_drop_uniform"] < h["label_drop_prob"])
-    t, noise = jnp.asarray(io["train.t"]).T[None], jnp.asarray(io["train.noise"])[None]
+    t, noise = jnp.asarray(io["train.t"]).T[:, None], jnp.asarray(io["train.noise"])[:, None]
     batch = {"label": jnp.asarray(io["labels"], jnp.int32)}
 
     def objective(params):
         def run(self):
             z = self.hidden(tokens, self.condition(batch, drop), order, frozen)
-            return z, self.head.errors(z, tokens, t, noise)[0]
+            return z, self.head.errors(z, tokens, t, noise)[:, 0]
 
         z, errors = generator.apply({"params": params}, method=run)
         by_scale = jnp.stack([x.mean() for x in jnp.split(errors, np.cumsum(sizes)[:-1], axis=1)])

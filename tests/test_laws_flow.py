@@ -153,16 +153,16 @@ def test_cached_sampling_equals_a_redraw_from_the_teacher_forced_pass(case):
 def test_tokens_of_a_scale_see_one_another_on_their_way_and_no_other_scale(case):
     head, level = case.generator.head, PYRAMID.spec.coords[:, 0]
     h = jnp.asarray(np.random.default_rng(0).normal(size=(2, len(level), 16)), jnp.float32)
-    noise = jnp.asarray(np.random.default_rng(1).normal(size=(1, 2, len(level), 4)), jnp.float32)
-    t = jnp.full((1, 2, len(PYRAMID.scales)), 0.6)
+    noise = jnp.asarray(np.random.default_rng(1).normal(size=(2, 1, len(level), 4)), jnp.float32)
+    t = jnp.full((2, 1, len(PYRAMID.scales)), 0.6)
     run = jax.jit(
-        lambda noise, t: head.apply({"params": case.params["head"]}, h, 0 * noise[0], t, noise, method="errors")
+        lambda noise, t: head.apply({"params": case.params["head"]}, h, 0 * noise[:, 0], t, noise, method="errors")
     )
     base, other = run(noise, t), run(noise.at[:, :, -1].add(1.0), t)
-    changed = np.abs(base - other)[0] > 1e-6
+    changed = np.abs(base - other)[:, 0] > 1e-6
     assert not changed[:, level < 3].any()
     assert changed[:, level == 3].all()
-    later = np.abs(run(noise, t.at[..., 3].set(0.2)) - base)[0] > 1e-6
+    later = np.abs(run(noise, t.at[..., 3].set(0.2)) - base)[:, 0] > 1e-6
     assert not later[:, level < 3].any()
     assert later[:, level == 3].all()
 

@@ -84,20 +84,20 @@ class Diffusion(nn.Module):
     def loss(self, h: Float[Array, "b m d"], target: Float[Array, "b m c"], *, key: PRNGKey) -> Float[Array, "b m"]:
         """Squared error of the noise plus the variational bound in bits, mean over `multiplier` noise levels."""
         t_key, noise_key = jax.random.split(key)
-        t = jax.random.randint(t_key, (self.multiplier, *h.shape[:2]), 0, TRAINED)
-        noise = jax.random.normal(noise_key, (self.multiplier, *target.shape))
+        t = jax.random.randint(t_key, (len(h), self.multiplier, h.shape[1]), 0, TRAINED)
+        noise = jax.random.normal(noise_key, (*t.shape, target.shape[-1]))
         square, bound = self.errors(h, target, t, noise)
-        return (square + bound).mean(0)
+        return (square + bound).mean(1)
 
     @typed
     def errors(
-        self, h: Float[Array, "b m d"], target: Float[Array, "b m c"], t: Int[Array, "r b m"], noise: Float[Array, "r b m c"]
-    ) -> tuple[Float[Array, "r b m"], Float[Array, "r b m"]]:  # fmt: skip
+        self, h: Float[Array, "b m d"], target: Float[Array, "b m c"], t: Int[Array, "b r m"], noise: Float[Array, "b r m c"]
+    ) -> tuple[Float[Array, "b r m"], Float[Array, "b r m"]]:  # fmt: skip
         """Mean squared error of the noise; and the bound in bits, which trains the variances only."""
         chain = Chain.of(np.arange(TRAINED)).at(t[..., None])
-        x0 = target.astype(jnp.float32)
+        x0 = target[:, None].astype(jnp.float32)
         x = jnp.sqrt(chain.kept) * x0 + jnp.sqrt(1 - chain.kept) * noise
-        guess, variance = jnp.split(self.net(x, t.astype(jnp.float32), h[None]), 2, axis=-1)
+        guess, variance = jnp.split(self.net(x, t.astype(jnp.float32), h[:, None]), 2, axis=-1)
         square = jnp.square(noise - guess).mean(-1)
         mean = chain.mean(x, chain.clean(x, lax.stop_gradient(guess)))
         log_variance = chain.log_variance(variance)

@@ -94,16 +94,16 @@ class Flow(nn.Module):
     def loss(self, h: Float[Array, "b m d"], target: Float[Array, "b m c"], *, key: PRNGKey) -> Float[Array, "b m"]:
         """Squared error of the velocity, mean over channels and `multiplier` times."""
         t_key, noise_key = jax.random.split(key)
-        t = draw_times(t_key, (self.multiplier, *h.shape[:2]), self.times)
-        return self.errors(h, target, t, jax.random.normal(noise_key, (self.multiplier, *target.shape))).mean(0)
+        t = draw_times(t_key, (len(h), self.multiplier, h.shape[1]), self.times)
+        return self.errors(h, target, t, jax.random.normal(noise_key, (*t.shape, target.shape[-1]))).mean(1)
 
     @typed
     def errors(
-        self, h: Float[Array, "b m d"], target: Float[Array, "b m c"], t: Float[Array, "r b m"], noise: Float[Array, "r b m c"]
-    ) -> Float[Array, "r b m"]:  # fmt: skip
+        self, h: Float[Array, "b m d"], target: Float[Array, "b m c"], t: Float[Array, "b r m"], noise: Float[Array, "b r m c"]
+    ) -> Float[Array, "b r m"]:  # fmt: skip
         """Squared error of the velocity at given times and noise, mean over channels."""
-        x0, at = target.astype(jnp.float32), t[..., None]
-        found = self.net((1 - at) * x0 + at * noise, TRAINED * t, h[None])
+        x0, at = target[:, None].astype(jnp.float32), t[..., None]
+        found = self.net((1 - at) * x0 + at * noise, TRAINED * t, h[:, None])
         return jnp.square(noise - x0 - found).mean(-1)
 
     @typed

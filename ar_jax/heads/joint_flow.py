@@ -178,16 +178,17 @@ class JointFlow(Flow):
     def loss(self, h: Float[Array, "b n d"], target: Float[Array, "b n c"], *, key: PRNGKey) -> Float[Array, "b n"]:
         """Squared error of the velocity, mean over channels and `multiplier` times of every scale."""
         t_key, noise_key = jax.random.split(key)
-        t = draw_times(t_key, (self.multiplier, len(h), len(self.sizes)), self.times)
-        return self.errors(h, target, t, jax.random.normal(noise_key, (self.multiplier, *target.shape))).mean(0)
+        t = draw_times(t_key, (len(h), self.multiplier, len(self.sizes)), self.times)
+        noise = jax.random.normal(noise_key, (*t.shape[:2], *target.shape[1:]))
+        return self.errors(h, target, t, noise).mean(1)
 
     @typed
     def errors(
-        self, h: Float[Array, "b n d"], target: Float[Array, "b n c"], t: Float[Array, "r b s"], noise: Float[Array, "r b n c"]
-    ) -> Float[Array, "r b n"]:  # fmt: skip
+        self, h: Float[Array, "b n d"], target: Float[Array, "b n c"], t: Float[Array, "b r s"], noise: Float[Array, "b r n c"]
+    ) -> Float[Array, "b r n"]:  # fmt: skip
         """Squared error of the velocity at given times and noise, mean over channels."""
         shape = noise.shape[:3]
-        h, x0 = (jnp.broadcast_to(y, (*shape[:2], *y.shape[1:])).reshape(-1, *y.shape[1:]) for y in (h, target))
+        h, x0 = (y.repeat(shape[1], axis=0) for y in (h, target))
         t, noise, x0 = t.reshape(-1, t.shape[-1]), noise.reshape(x0.shape), x0.astype(jnp.float32)
         at = Condition(t, self.sizes).spread(t[..., None])
         step, coords = self.spec.coords[:, 0], stretched(self.spec.coords, self.spec.scales, self.span)

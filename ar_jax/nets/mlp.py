@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from ar_jax.sharding import BATCH, constrain
 from ar_jax.typing import Array, Float, typed
 
 xavier = nn.initializers.xavier_uniform()
@@ -31,7 +32,7 @@ class TimeEmbedding(nn.Module):
     @nn.compact
     @typed
     def __call__(self, t: Float[Array, "*b"]) -> Float[Array, "*b w"]:
-        y = sinusoids(t).astype(self.dtype)
+        y = constrain(sinusoids(t), BATCH).astype(self.dtype)
         for name in ("fc1", "fc2"):
             y = nn.silu(y) if name == "fc2" else y
             y = nn.Dense(self.width, dtype=self.dtype, kernel_init=self.kernel_init, name=name)(y)
@@ -52,7 +53,7 @@ class ModulatedBlock(nn.Module):
         shift, scale, gate = jnp.split(dense(3 * self.width, zeros, "modulation")(nn.silu(y)), 3, axis=-1)
         h = norm("norm", self.dtype)(x) * (1 + scale) + shift
         h = dense(self.width, xavier, "fc2")(nn.silu(dense(self.width, xavier, "fc1")(h)))
-        return x + gate * h, None
+        return constrain(x + gate * h, BATCH), None
 
 
 class ModulatedMLP(nn.Module):
@@ -75,15 +76,19 @@ class ModulatedMLP(nn.Module):
     @nn.compact
     @typed
     def __call__(
-        self, x: Float[Array, "*b c"], t: Float[Array, "*b"], h: Float[Array, "*#b d"]
-    ) -> Float[Array, "*b o"]:
-        """For noisy tokens x, their time in [0, 1000], and hidden rows h."""
+        self, x: Float[Array, "b *m c"], t: Float[Array, "b *m"], h: Float[Array, "b *#m d"]
+    ) -> Float[Array, "b *m o"]:
+        """For noisy tokens x of b images, their time in [0, 1000], and hidden rows h.
+
+        Images come first so that gradients of weights are sums over the devices' own: with another axis before, the compiler
+        gathers all rows on every device.
+        """
 
         def dense(features, kernel_init, name):
             return nn.Dense(features, dtype=self.dtype, kernel_init=kernel_init, name=name)
 
         y = TimeEmbedding(self.width, self.dtype, name="time")(t) + dense(self.width, xavier, "condition")(h)
-        x = dense(self.width, xavier, "input")(x)
+        x, y = constrain(dense(self.width, xavier, "input")(x), BATCH), constrain(y, BATCH)
         block = nn.remat(ModulatedBlock, prevent_cse=False) if self.remat == "full" else ModulatedBlock
         blocks = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=self.depth

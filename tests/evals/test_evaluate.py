@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -205,6 +206,17 @@ def test_images_of_a_run_are_those_of_sample_py(run, tmp_path):
     assert apart.max() <= 1  # the batches differ, so the float pixels do, in the last bits
     assert (apart > 0).mean() < 1e-3
     np.testing.assert_array_equal(images.labels, np.arange(30) % 10)
+
+
+def test_images_that_are_not_finite_are_refused(run, tmp_path):
+    for kind in ("tokenizer", "generator"):
+        shutil.copytree(run / kind, tmp_path / kind)
+    shutil.rmtree(tmp_path / "tokenizer" / "params")
+    params = models.open_model(run, "tokenizer").params()
+    save_params(tmp_path / "tokenizer" / "params", jax.tree.map(lambda x: x * np.nan, params))
+    images = evaluate.RunImages(str(tmp_path), Sampler(batch=8), 8)
+    with pytest.raises(ValueError, match="hold NaN or infinity; are its weights or those of .*tokenizer damaged"):
+        images.read(range(8))
 
 
 def test_sweep_over_a_run(run, tmp_path):
