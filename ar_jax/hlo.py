@@ -171,13 +171,15 @@ class Program:
         if known := re.search(r"known_trip_count[^\d]*(\d+)", instruction.text):
             return int(known[1])
         # a TPU's text does not say it: the counter starts at 0 and is compared with a constant
-        condition = self.computations[re.search(r"condition=%?([\w.\-]+)", instruction.text)[1]]
-        bounds = [
-            int(found[1]) for i in condition.values() if (found := re.search(r"[su]32\[\]\S* constant\((\d+)\)", i.text))
-        ]
+        condition, body = (
+            list(self.computations[re.search(rf"{name}=%?([\w.\-]+)", instruction.text)[1]].values())
+            for name in ("condition", "body")
+        )
+        bounds = [bound for i in condition if (bound := _constant(i)) is not None]
         if len(bounds) != 1:
             raise ValueError(f"the number of iterations of {instruction.name} is not known")
-        return bounds[0]
+        index = next((i.attribute("index") for i in condition if i.op == "get-tuple-element"), "")
+        return -(-bounds[0] // _rise(body, index))
 
     def _shapes(self, computation: str, name: str) -> tuple[Shape, ...]:
         found = self.computations[computation].get(name)
@@ -316,6 +318,21 @@ class Program:
 
 def _asynchronous(instruction):
     return instruction.op in COLLECTIVES or "AsyncCollective" in instruction.text
+
+
+def _constant(instruction: Instruction | None) -> int | None:
+    found = instruction and re.search(r"[su]32\[\]\S* constant\((\d+)\)", instruction.text)
+    return int(found[1]) if found else None
+
+
+def _rise(body: list[Instruction], index: str) -> int:
+    """By how much a loop's counter, this part of its tuple, rises: loops over the slices of a weight are unrolled by two."""
+    named, result = {i.name: i for i in body}, body[-1]
+    if index and result.op == "tuple":
+        counter = named.get(result.operands[int(index)])
+        if counter and counter.op == "add":
+            return next((n for name in counter.operands if (n := _constant(named.get(name)))), 1)
+    return 1
 
 
 def _parse(line: str) -> Instruction | None:

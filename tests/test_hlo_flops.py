@@ -146,6 +146,13 @@ def test_slices_and_updates_move_only_themselves_and_chip_memory_is_free():
     assert Program(TPU).work()["stack"].bytes == 36 * (2 * 8 * 128 * 4 + 4), "and the index"
 
 
+def test_a_counter_may_be_unsigned_and_rise_by_more_than_one():
+    unrolled = TPU.replace("s32[]", "u32[]").replace(
+        "%one = u32[]{:T(128)} constant(1)", "%one = u32[]{:T(128)} constant(2)"
+    )
+    assert Program(unrolled).work()["stack"].bytes == 18 * (2 * 8 * 128 * 4 + 4)
+
+
 def test_a_tpus_scattered_all_reduce_is_a_reduce_scatter():
     groups = []
     work = Program(TPU).work(network=lambda group: groups.append(group) or 1e3)["gradient"]

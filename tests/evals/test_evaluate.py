@@ -215,7 +215,7 @@ def test_images_that_are_not_finite_are_refused(run, tmp_path):
     params = models.open_model(run, "tokenizer").params()
     save_params(tmp_path / "tokenizer" / "params", jax.tree.map(lambda x: x * np.nan, params))
     images = evaluate.RunImages(str(tmp_path), Sampler(batch=8), 8)
-    with pytest.raises(ValueError, match="hold NaN or infinity; are its weights or those of .*tokenizer damaged"):
+    with pytest.raises(ValueError, match=r"hold NaN or infinity; are its weights or those of .*tokenizer damaged"):
         images.read(range(8))
 
 
