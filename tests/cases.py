@@ -101,7 +101,6 @@ INDEPENDENT = Pyramid(size=(6, 6), scales=(1, 2, (1, 3), 3), latent=8, **NET)
 CASES = {
     "llamagen_label": _causal(Label(16)),
     "llamagen_caption": _causal(Caption(16)),
-    "llamagen_remat": _causal(Label(16), remat="full"),
     "llamagen_chunk": _causal(Caption(16), head=Categorical(chunk=5), remat="dots"),
     "causal_backwards": _causal(Label(16), backwards),
     "causal_order_per_image": _causal(Caption(16), shuffled),
