@@ -29,15 +29,15 @@ import tyro
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from ar_jax import distributed
-from ar_jax.compiled import keep_compiled
 from ar_jax.data.images import read_image
-from ar_jax.distributed import Launch
-from ar_jax.huge_pages import use_huge_pages
-from ar_jax.images import save_png, tile
-from ar_jax.models import image_shape, write_json
+from ar_jax.files.images import save_png, tile
+from ar_jax.files.models import image_shape, write_json
+from ar_jax.machine import distributed
+from ar_jax.machine.compiled import keep_compiled
+from ar_jax.machine.distributed import Launch
+from ar_jax.machine.huge_pages import use_huge_pages
+from ar_jax.machine.sharding import MeshShape, make_mesh
 from ar_jax.sampler import Given, Sampler, condition_table, open_drawer
-from ar_jax.sharding import MeshShape, make_mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,14 +21,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from ar_jax import codec, distributed
-from ar_jax.compiled import keep_compiled
 from ar_jax.config import Experiment, Stage, load_config, parse
 from ar_jax.data import Data, Info, Source, batches, open_source
 from ar_jax.evals.training import Evaluation
-from ar_jax.huge_pages import use_huge_pages
-from ar_jax.models import Model, describe, open_model, versions, write_json
-from ar_jax.sharding import batch_rows, make_mesh
+from ar_jax.files import codec
+from ar_jax.files.models import Model, describe, open_model, versions, write_json
+from ar_jax.machine import distributed
+from ar_jax.machine.compiled import keep_compiled
+from ar_jax.machine.huge_pages import use_huge_pages
+from ar_jax.machine.sharding import batch_rows, make_mesh
 from ar_jax.tokenize import check_cache
 from ar_jax.train.checkpoint import load_matching, save_params
 from ar_jax.train.gan import tokenizer_recipe

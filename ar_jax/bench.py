@@ -32,10 +32,10 @@ from flax import traverse_util
 from ar_jax.config import Experiment, load_config
 from ar_jax.decode.sequential import sample
 from ar_jax.decode.settings import arrange, make_knobs
-from ar_jax.flops import model_flops, with_fields, without_remat
-from ar_jax.huge_pages import use_huge_pages
-from ar_jax.images import to_uint8
-from ar_jax.models import untrained
+from ar_jax.files.images import to_uint8
+from ar_jax.files.models import untrained
+from ar_jax.machine.flops import model_flops, with_fields, without_remat
+from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.orders import in_steps
 from ar_jax.train.optim import make_optimiser
 from ar_jax.train.recipes import generator_loss, gradients

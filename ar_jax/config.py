@@ -13,9 +13,9 @@ import tyro
 
 from ar_jax.data import Data
 from ar_jax.decode.settings import Sampling
-from ar_jax.distributed import Launch
+from ar_jax.machine.distributed import Launch
+from ar_jax.machine.sharding import MeshShape
 from ar_jax.orders import raster
-from ar_jax.sharding import MeshShape
 from ar_jax.train.guards import Guards
 from ar_jax.train.optim import Optim
 

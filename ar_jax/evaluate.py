@@ -40,10 +40,7 @@ import jax
 import numpy as np
 import tyro
 
-from ar_jax import codec, distributed
-from ar_jax.compiled import keep_compiled
 from ar_jax.data import Data
-from ar_jax.distributed import Launch
 from ar_jax.evals import results
 from ar_jax.evals import tokenizer as judging
 from ar_jax.evals.classifier import train_classifier
@@ -51,10 +48,14 @@ from ar_jax.evals.extract import Extractor
 from ar_jax.evals.generation import Features, Settings, agreement, extract, figures, of_statistics
 from ar_jax.evals.images import DataImages, Images, Statistics, open_images, open_reference
 from ar_jax.evals.networks import PROTOCOLS, Network, Protocol, open_network
-from ar_jax.huge_pages import use_huge_pages
-from ar_jax.models import image_shape, open_model
+from ar_jax.files import codec
+from ar_jax.files.models import image_shape, open_model
+from ar_jax.machine import distributed
+from ar_jax.machine.compiled import keep_compiled
+from ar_jax.machine.distributed import Launch
+from ar_jax.machine.huge_pages import use_huge_pages
+from ar_jax.machine.sharding import make_mesh
 from ar_jax.sampler import Sampler, condition_table, open_drawer
-from ar_jax.sharding import make_mesh
 
 PROG = "python -m ar_jax.evaluate"
 Metric = Literal["fd", "sfd", "is", "pr", "kid", "cfd"]

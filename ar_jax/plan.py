@@ -25,14 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from ar_jax.chips import Chip, chip
 from ar_jax.config import Experiment, Stage, load_config, parse
 from ar_jax.decode.sequential import sample
 from ar_jax.decode.settings import arrange, make_knobs
-from ar_jax.flops import model_flops, with_fields
-from ar_jax.hlo import Program, Work
-from ar_jax.models import untrained
-from ar_jax.sharding import batch_sharding, make_mesh, replicated, shard
+from ar_jax.files.models import untrained
+from ar_jax.machine.chips import Chip, chip
+from ar_jax.machine.flops import model_flops, with_fields
+from ar_jax.machine.hlo import Program, Work
+from ar_jax.machine.sharding import batch_sharding, make_mesh, replicated, shard
 from ar_jax.train.gan import tokenizer_recipe
 from ar_jax.train.recipes import generator_recipe
 
@@ -84,7 +84,7 @@ def plan(experiment: Experiment, options: Options, topology: str) -> bool:
     devices = topology_devices(topology)
     limits = chip(devices[0])
     if limits is None:
-        raise ValueError(f"--topology {topology}: the figures of {devices[0].device_kind} are not in ar_jax/chips.py")
+        raise ValueError(f"--topology {topology}: the figures of {devices[0].device_kind} are not in ar_jax/machine/chips.py")
     mesh = make_mesh(experiment.mesh, devices)
     compiled = compile_for(experiment, options, mesh)
     rows = {

@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ar_jax import codec
 from ar_jax.data import label_ids
 from ar_jax.decode.edit import Edit, free_slots
 from ar_jax.decode.sequential import sample_images
 from ar_jax.decode.settings import Sampling, arrange, make_knobs, read_settings
-from ar_jax.flops import with_fields
-from ar_jax.images import to_float, to_uint8
-from ar_jax.models import Model, open_model
+from ar_jax.files import codec
+from ar_jax.files.images import to_float, to_uint8
+from ar_jax.files.models import Model, open_model
+from ar_jax.machine.flops import with_fields
+from ar_jax.machine.sharding import batch_sharding, put, shard
+from ar_jax.nets.resize import resize
 from ar_jax.orders import in_steps, known_first
-from ar_jax.resize import resize
-from ar_jax.sharding import batch_sharding, put, shard
 from ar_jax.typing import Batch
 
 Draw = Callable[[Batch, np.ndarray], Iterator[tuple[int, np.ndarray]]]

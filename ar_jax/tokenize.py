@@ -29,15 +29,16 @@ import jax
 import numpy as np
 import tyro
 
-from ar_jax import codec, distributed
-from ar_jax.compiled import keep_compiled
 from ar_jax.data import Data, Source, Unreadable, centre_crop, flip, open_records, open_source, ten_crop, write_shards
 from ar_jax.data.packed import tokens
-from ar_jax.distributed import Launch
-from ar_jax.huge_pages import use_huge_pages
-from ar_jax.images import to_float
-from ar_jax.models import Model, open_model
-from ar_jax.sharding import make_mesh, put_batch, replicated
+from ar_jax.files import codec
+from ar_jax.files.images import to_float
+from ar_jax.files.models import Model, open_model
+from ar_jax.machine import distributed
+from ar_jax.machine.compiled import keep_compiled
+from ar_jax.machine.distributed import Launch
+from ar_jax.machine.huge_pages import use_huge_pages
+from ar_jax.machine.sharding import make_mesh, put_batch, replicated
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Params
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ar_jax.data import Data, batches, open_source
-from ar_jax.images import to_float, to_uint8
-from ar_jax.models import open_model
+from ar_jax.files.images import to_float, to_uint8
+from ar_jax.files.models import open_model
 from ar_jax.tokenizers.quantize import count_codes, usage
 
 

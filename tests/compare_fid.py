@@ -14,9 +14,9 @@ import torch
 from evals.weights import crops, random_inception
 from skimage.filters import gaussian
 
-from ar_jax.compiled import keep_compiled
 from ar_jax.evaluate import Generation, Judge, evaluate_generation
-from ar_jax.images import save_png
+from ar_jax.files.images import save_png
+from ar_jax.machine.compiled import keep_compiled
 
 
 def main():

@@ -15,10 +15,10 @@ import numpy as np
 from agreement import flat, judge
 from tqdm import tqdm
 
-from ar_jax import codec
-from ar_jax.decode.flow import annealed
+from ar_jax.files import codec
+from ar_jax.heads.integrate import annealed
+from ar_jax.machine.sharding import MeshShape, make_mesh
 from ar_jax.sampler import Sampler, condition_table, open_drawer
-from ar_jax.sharding import MeshShape, make_mesh
 
 
 def main():

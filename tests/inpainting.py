@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.ndimage import maximum_filter
 
-from ar_jax import codec
 from ar_jax.data import Data, batches, open_source
 from ar_jax.decode.edit import Edit, free_slots
 from ar_jax.decode.sequential import sample_images
 from ar_jax.decode.settings import arrange, make_knobs, read_settings
-from ar_jax.images import save_png, tile, to_float, to_uint8
-from ar_jax.models import open_model
+from ar_jax.files import codec
+from ar_jax.files.images import save_png, tile, to_float, to_uint8
+from ar_jax.files.models import open_model
 from ar_jax.orders import known_first
 
 

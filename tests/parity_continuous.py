@@ -12,15 +12,15 @@ from parity_llamagen import nchw, nhwc
 from ar_jax.convert import mar
 from ar_jax.convert.names import to_params, to_weights
 from ar_jax.data import Info
-from ar_jax.decode.flow import annealed
-from ar_jax.decode.guidance import fold, linear, paired
+from ar_jax.decode.guidance import linear
 from ar_jax.decode.sequential import Knobs
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.masked import Masked
 from ar_jax.generators.maskgit import MaskGIT, lowest, mask_ratio
 from ar_jax.heads.diffusion import Chain, Diffusion, cosine_betas, kept_steps
 from ar_jax.heads.gaussian_mixture import GaussianMixture, Guided
-from ar_jax.nets.conditioning import Label
+from ar_jax.heads.integrate import annealed
+from ar_jax.nets.conditioning import Label, fold, paired
 from ar_jax.nets.mlp import sinusoids
 from ar_jax.nets.vit import GPT, ViT
 from ar_jax.orders import Order, cosine_sizes, raster, rooms, scan_steps, to_ranks, to_slots

@@ -12,16 +12,16 @@ from parity_llamagen import nchw, nhwc
 from ar_jax.convert import flowar, xar
 from ar_jax.convert.names import to_weights
 from ar_jax.data import Info
-from ar_jax.decode.flow import annealed, integrate, schedule
-from ar_jax.decode.guidance import paired, ramp, widen
+from ar_jax.decode.guidance import ramp
 from ar_jax.decode.sequential import Knobs
 from ar_jax.generators.block_flow import BlockFlow
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.inputs import NextLatent
 from ar_jax.heads.flow import uniform
+from ar_jax.heads.integrate import annealed, integrate, schedule
 from ar_jax.heads.joint_flow import JointFlow
 from ar_jax.nets.attention import visible
-from ar_jax.nets.conditioning import Label
+from ar_jax.nets.conditioning import Label, paired, widen
 from ar_jax.nets.gated import EncoderDecoder
 from ar_jax.nets.positions import stretched
 from ar_jax.orders import Cells, scales, scan_steps, to_ranks, to_slots

@@ -9,12 +9,12 @@ import numpy as np
 from ar_jax.convert import llamagen
 from ar_jax.convert.names import to_params
 from ar_jax.data import Info
-from ar_jax.decode.guidance import fold, interval, paired
+from ar_jax.decode.guidance import interval
 from ar_jax.decode.logits import top_k, top_p
 from ar_jax.decode.sequential import Knobs, sample
 from ar_jax.generators.causal import Causal
 from ar_jax.nets.attention import visible
-from ar_jax.nets.conditioning import Caption, Label
+from ar_jax.nets.conditioning import Caption, Label, fold, paired
 from ar_jax.nets.positions import NOWHERE, rotary
 from ar_jax.nets.transformer import Transformer
 from ar_jax.orders import raster

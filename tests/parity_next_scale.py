@@ -9,7 +9,7 @@ from parity_llamagen import nchw, nhwc
 
 from ar_jax.convert import llamagen, var
 from ar_jax.convert.names import to_params
-from ar_jax.resize import resize
+from ar_jax.nets.resize import resize
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.quantize import VectorLoss
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid, smoother_of_level

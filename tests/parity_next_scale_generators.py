@@ -13,7 +13,6 @@ from safetensors.numpy import load_file
 
 from ar_jax.convert import flexvar, next_scale, var
 from ar_jax.convert.names import to_params
-from ar_jax.decode.guidance import fold, paired
 from ar_jax.decode.logits import top_k, top_p
 from ar_jax.decode.sequential import sample
 from ar_jax.decode.settings import Sampling, arrange, make_knobs
@@ -21,6 +20,7 @@ from ar_jax.generators.causal import lognorm
 from ar_jax.generators.hmar import Hmar
 from ar_jax.generators.inputs import Upsampled
 from ar_jax.nets.attention import visible
+from ar_jax.nets.conditioning import fold, paired
 from ar_jax.nets.positions import sine_grid
 from ar_jax.orders import scales as by_scale
 from ar_jax.tokens import TokenSpec, pyramid

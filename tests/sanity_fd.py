@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from ar_jax.compiled import keep_compiled
 from ar_jax.data import Data
 from ar_jax.evals.classifier import train_classifier
 from ar_jax.evals.extract import Extractor
 from ar_jax.evals.generation import Settings, extract, figures
 from ar_jax.evals.images import DataImages, open_images
 from ar_jax.evals.networks import PROTOCOLS, open_network
+from ar_jax.machine.compiled import keep_compiled
 
 
 def main():

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ar_jax import codec
 from ar_jax.config import Sampling
 from ar_jax.data import Info
+from ar_jax.files import codec
 from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Caption, Label
 from ar_jax.nets.transformer import Transformer
@@ -117,7 +117,7 @@ HOSTILE = [
     {"type": "this:that"},
     {"type": "ar_jaxx:Model"},
     {"type": "ar_jax"},
-    {"type": "ar_jax.codec:importlib.import_module"},
+    {"type": "ar_jax.files.codec:importlib.import_module"},
     {"type": 3},
     {},
 ]
@@ -139,10 +139,10 @@ def test_a_refused_module_is_not_even_imported():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"type": "ar_jax.codec:importlib"}, "which is no dataclass"),
-        ({"function": "ar_jax.codec:json"}, "which this version of ar_jax does not have"),
-        ({"type": "ar_jax.models:os"}, "which is no dataclass"),
-        ({"function": "ar_jax.models:os"}, "which is no function"),
+        ({"type": "ar_jax.files.codec:importlib"}, "which is no dataclass"),
+        ({"function": "ar_jax.files.codec:json"}, "which this version of ar_jax does not have"),
+        ({"type": "ar_jax.files.models:os"}, "which is no dataclass"),
+        ({"function": "ar_jax.files.models:os"}, "which is no function"),
         ({"type": "ar_jax.data.base:Unreadable"}, "which is no dataclass"),
         ({"function": "ar_jax.tokenizers.vqgan:VQGAN"}, "which is no function"),
         ({"type": "ar_jax.orders:raster"}, "which is no dataclass"),

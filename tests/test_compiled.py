@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from ar_jax.compiled import keep_compiled
+from ar_jax.machine.compiled import keep_compiled
 
 
 @pytest.fixture

@@ -17,9 +17,10 @@ import pytest
 from kill_training import arrays
 from PIL import Image
 
-from ar_jax import distributed, models
 from ar_jax.data import Data, Info, open_records
-from ar_jax.distributed import Launch, join, surroundings
+from ar_jax.files import models
+from ar_jax.machine import distributed
+from ar_jax.machine.distributed import Launch, join, surroundings
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.train.checkpoint import latest_step, save_params
 

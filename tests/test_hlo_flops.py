@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from cases import CASES
 
-from ar_jax.flops import model_flops, with_fields, without_remat
-from ar_jax.hlo import Program, Shape
-from ar_jax.sharding import MeshShape, make_mesh
+from ar_jax.machine.flops import model_flops, with_fields, without_remat
+from ar_jax.machine.hlo import Program, Shape
+from ar_jax.machine.sharding import MeshShape, make_mesh
 from ar_jax.tokenizers.conv import Encoder
 
 

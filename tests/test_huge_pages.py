@@ -7,7 +7,7 @@ import pytest
 SCRIPT = """
 import os, sys
 print("begin", flush=True)
-from ar_jax.huge_pages import use_huge_pages
+from ar_jax.machine.huge_pages import use_huge_pages
 use_huge_pages()
 print(os.environ["GLIBC_TUNABLES"], sys.argv[1:])
 """

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("ar_jax.data", "ar_jax.convert.sources", "ar_jax.convert.reader", "ar_jax.evaluate", "train", "sample")
+COMMANDS = ("ar_jax.data", "ar_jax.convert.sources", "ar_jax.files.weights", "ar_jax.evaluate", "train", "sample")
 HEAVY = ("torch", "tensorflow", "tensorflow_datasets", "sklearn", "matplotlib")
 
 

@@ -9,11 +9,11 @@ import optax
 import pytest
 from cases import CASES
 
-from ar_jax.decode.guidance import paired, widen
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sequential import Knobs, sample
+from ar_jax.machine.sharding import MeshShape, batch_sharding, make_mesh, shard
+from ar_jax.nets.conditioning import paired, widen
 from ar_jax.orders import to_ranks
-from ar_jax.sharding import MeshShape, batch_sharding, make_mesh, shard
 from ar_jax.train.optim import Optim, make_optimiser
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -14,10 +14,10 @@ import pytest
 from cases_continuous import CASES, MASKED, SPEC
 
 from ar_jax.decode.edit import Source
-from ar_jax.decode.guidance import paired, widen
 from ar_jax.decode.sequential import Knobs, sample
+from ar_jax.machine.sharding import MeshShape, batch_sharding, make_mesh, shard
+from ar_jax.nets.conditioning import paired, widen
 from ar_jax.orders import Order, cosine_sizes, known_first, rooms, to_ranks
-from ar_jax.sharding import MeshShape, batch_sharding, make_mesh, shard
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 every_masked = pytest.mark.parametrize("case", MASKED.values(), ids=MASKED.keys())

@@ -12,19 +12,19 @@ import optax
 import pytest
 from cases_flow import CASES, GRID, PYRAMID
 
-from ar_jax import codec
-from ar_jax.decode.flow import integrate, schedule
-from ar_jax.decode.guidance import fold, paired, widen
 from ar_jax.decode.sequential import Knobs, sample
 from ar_jax.decode.settings import Sampling, arrange
+from ar_jax.files import codec
 from ar_jax.generators.block_flow import Until
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.masked import Masked
 from ar_jax.heads.diffusion import Diffusion
+from ar_jax.heads.integrate import integrate, schedule
 from ar_jax.heads.joint_flow import two_speeds
+from ar_jax.machine.sharding import MeshShape, batch_sharding, make_mesh, shard
+from ar_jax.nets.conditioning import fold, paired, widen
 from ar_jax.nets.gated import Condition
 from ar_jax.orders import Cells, Interleaved, raster, to_ranks
-from ar_jax.sharding import MeshShape, batch_sharding, make_mesh, shard
 from ar_jax.tokenizers.kl_vae import KLVAE
 from ar_jax.tokenizers.latent_pyramid import LatentPyramid
 from ar_jax.tokens import TokenSpec, grid, maps

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from ar_jax import plan
-from ar_jax.chips import CHIPS, Chip, chip, peak_flops
 from ar_jax.config import Experiment, GeneratorStage, Losses, Sampling, TokenizerStage
 from ar_jax.data import Data
 from ar_jax.generators.causal import Causal
+from ar_jax.machine.chips import CHIPS, Chip, chip, peak_flops
+from ar_jax.machine.sharding import MeshShape, make_mesh
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
-from ar_jax.sharding import MeshShape, make_mesh
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.train.optim import Optim
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ar_jax.resize import area_matrix, bicubic_matrix, resize
+from ar_jax.nets.resize import area_matrix, bicubic_matrix, resize
 
 ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[2] / "shared" / "parity"))
 

@@ -15,8 +15,8 @@ from test_train_sample import CONFIG, QUIET, metrics, one_device, quick, refused
 
 import sample
 import train
-from ar_jax.models import describe, open_model
-from ar_jax.sharding import make_mesh, put_batch
+from ar_jax.files.models import describe, open_model
+from ar_jax.machine.sharding import make_mesh, put_batch
 from ar_jax.train import guards, loop
 from ar_jax.train.checkpoint import find_step, latest_step, save_params
 

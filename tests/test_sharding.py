@@ -10,10 +10,10 @@ from jax.sharding import PartitionSpec as P
 from ar_jax.config import GeneratorStage, Losses, TokenizerStage
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
+from ar_jax.machine.sharding import MeshShape, batch_rows, make_mesh, put_batch, replicated, shard
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
 from ar_jax.orders import raster
-from ar_jax.sharding import MeshShape, batch_rows, make_mesh, put_batch, replicated, shard
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.train.gan import tokenizer_recipe

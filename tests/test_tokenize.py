@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ar_jax import models, tokenize
+from ar_jax import tokenize
 from ar_jax.data import Data, Info, batches, centre_crop, flip, open_records, open_source, ten_crop
-from ar_jax.images import to_float
+from ar_jax.files import models
+from ar_jax.files.images import to_float
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
 from ar_jax.tokenizers.vqgan import VQGAN

@@ -1,0 +1,1 @@
+"""Released checkpoints: a table of names for every family, and the command that converts there and back."""

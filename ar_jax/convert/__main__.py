@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from ar_jax.convert import next_scale
 from ar_jax.convert.names import to_params, to_weights
-from ar_jax.convert.reader import read_weights, write_safetensors
 from ar_jax.convert.sources import export, identify
-from ar_jax.models import KINDS, Model, describe, open_model
+from ar_jax.files.models import KINDS, Model, describe, open_model
+from ar_jax.files.weights import read_weights, write_safetensors
 from ar_jax.train.checkpoint import save_params
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from ar_jax import codec
 from ar_jax.convert.mar import count, layers, qkv_bias
 from ar_jax.convert.names import LINEAR, PLAIN, Layout, Rule, qkv_layout
 from ar_jax.data import Info
+from ar_jax.files import codec
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.inputs import NextLatent
 from ar_jax.heads.joint_flow import JointFlow

@@ -6,9 +6,9 @@ from typing import Any
 
 import flax.linen as nn
 
-from ar_jax import codec
 from ar_jax.convert.names import CONV, CONV1, LINEAR, PLAIN, Rule, qkv_layout
 from ar_jax.data import Info
+from ar_jax.files import codec
 from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Caption, Label
 from ar_jax.nets.transformer import Transformer

@@ -6,9 +6,9 @@ from typing import Any
 
 import flax.linen as nn
 
-from ar_jax import codec
 from ar_jax.convert.names import CONV, CONV1, LINEAR, PLAIN, Layout, Rule, qkv_layout
 from ar_jax.data import Info
+from ar_jax.files import codec
 from ar_jax.generators.masked import Masked
 from ar_jax.heads.diffusion import Diffusion
 from ar_jax.nets.conditioning import Label

@@ -7,10 +7,10 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from ar_jax import codec
 from ar_jax.convert import flexvar, var
 from ar_jax.convert.names import LINEAR, PLAIN, Layout, Rule, qkv_layout
 from ar_jax.data import Info
+from ar_jax.files import codec
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.hmar import Hmar
 from ar_jax.generators.inputs import NextScale, Upsampled

@@ -7,11 +7,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from ar_jax import codec
 from ar_jax.convert.flowar import backbone, backbone_rules, frequencies, mask, stacks, words
 from ar_jax.convert.mar import layers
 from ar_jax.convert.names import Rule
 from ar_jax.data import Info
+from ar_jax.files import codec
 from ar_jax.generators.block_flow import BlockFlow
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.positions import rotary

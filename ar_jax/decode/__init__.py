@@ -1,0 +1,1 @@
+"""Decoding: the parts that `Sampling` is made of (guidance, temperature, filters, decoders), and editing."""

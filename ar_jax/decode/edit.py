@@ -6,8 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import struct
 
+from ar_jax.nets.resize import touched
 from ar_jax.orders import Order, to_ranks
-from ar_jax.resize import touched
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Bool, Tokens, typed
 

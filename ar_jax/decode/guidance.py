@@ -1,28 +1,6 @@
-"""Classifier-free guidance. Guided rows are neighbours: [cond0, uncond0, cond1, uncond1, ...]."""
+"""Classifier-free guidance: the weight of the condition in every step."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-
-from ar_jax.nets.conditioning import Cond
-
-
-def paired(cond: Cond, uncond: Cond) -> Cond:
-    """Interleaves two conditions of b images into one of 2b rows."""
-    return jax.tree.map(lambda c, u: jnp.stack([c, u], axis=1).reshape(-1, *c.shape[1:]), cond, uncond)
-
-
-def widen(x, ways: int):
-    """Repeats a per-image array for every guided row of its image."""
-    return x if ways == 1 else jnp.repeat(x, ways, axis=0)
-
-
-def fold(x, ways: int, weight):
-    """Combines guided rows [b*ways ...] to [b ...]: uncond + weight (cond - uncond). Weight 1 gives cond exactly."""
-    if ways == 1:
-        return x
-    cond, uncond = jnp.moveaxis(x.reshape(-1, ways, *x.shape[1:]), 1, 0)
-    return cond + (weight - 1) * (cond - uncond)
 
 
 def interval(scale: float, steps: int, last: int = -1) -> np.ndarray:

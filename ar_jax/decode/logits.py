@@ -2,12 +2,11 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ar_jax.typing import Array, Float, Int, Key, typed
+from ar_jax.typing import Array, Float, typed
 
 
 @typed
@@ -76,24 +75,3 @@ class Filter:
                 raise ValueError(f"banned has code {max(self.banned)}, but there are only {logits.shape[-1]} codes")
             logits = logits.at[..., np.array(self.banned)].set(-jnp.inf)
         return top_p(top_k(logits, self.top_k), self.top_p)
-
-
-@typed
-def draw(logits: Float[Array, "b m v"], keys: Key[Array, "b m"], temperature: Float[Array, ""]) -> Int[Array, "b m"]:
-    """Draws one entry per row with its own key; temperature 0 takes the largest."""
-    drawn = jax.vmap(jax.vmap(jax.random.categorical))(keys, logits)
-    return jnp.where(temperature > 0, drawn, logits.argmax(-1)).astype(jnp.int32)
-
-
-@typed
-def mixture(
-    logits: Float[Array, "b m v"], keys: Key[Array, "b m"], sharpness: Float[Array, ""]
-) -> Float[Array, "b m v"]:
-    """A draw that is blurred: weights of all entries, the less blurred the nearer `sharpness` is to 1.
-
-    softmax((logits (1 + sharpness) + Gumbel noise) / max(0.27 (1 - 0.95 sharpness), 0.005)): VAR's `more_smooth`, where
-    sharpness rises from 0 at the first scale to 1 at the last.
-    """
-    noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:])))(keys)
-    blur = jnp.maximum(0.27 * (1 - 0.95 * sharpness), 0.005)
-    return jax.nn.softmax((logits * (1 + sharpness) + noise) / blur)

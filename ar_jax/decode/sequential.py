@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from ar_jax.decode.edit import Edit, Source, hold, keep
-from ar_jax.decode.guidance import paired
 from ar_jax.decode.logits import Filter
+from ar_jax.nets.conditioning import paired
 from ar_jax.orders import Order, scan_steps, to_slots
 from ar_jax.typing import Array, Batch, Float, Key, Params, Tokens, typed
 

@@ -1,0 +1,1 @@
+"""Evaluation: networks that judge, metrics, and the results that say what was measured."""

@@ -14,13 +14,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ar_jax import distributed
 from ar_jax.bench import matmul_peak
 from ar_jax.evals.images import Images
 from ar_jax.evals.networks import Network
-from ar_jax.flops import model_flops
-from ar_jax.models import write_json
-from ar_jax.sharding import make_mesh, put, put_batch, replicated
+from ar_jax.files.models import write_json
+from ar_jax.machine import distributed
+from ar_jax.machine.flops import model_flops
+from ar_jax.machine.sharding import make_mesh, put, put_batch, replicated
 
 CHUNK = 256  # images in a file: what is done again after an interruption; part of no result
 

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ar_jax.convert.reader import read_weights
 from ar_jax.evals.efficientnet import EfficientNetLite0, efficientnet_params, packaged
 from ar_jax.evals.inception import InceptionV3, inception_params
+from ar_jax.files.weights import read_weights
 from ar_jax.typing import Array, Float, Params, UInt8, typed
 
 VARIABLE = "AR_JAX_INCEPTION"  # environment variable with the path of InceptionV3's weights

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ar_jax import codec
-from ar_jax.images import tile
-from ar_jax.models import versions, write_json
+from ar_jax.files import codec
+from ar_jax.files.images import tile
+from ar_jax.files.models import versions, write_json
 
 FORMAT = 1
 

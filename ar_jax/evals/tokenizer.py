@@ -14,10 +14,10 @@ from ar_jax.evals import metrics
 from ar_jax.evals.extract import Ahead, Extractor, in_chunks, pixels_hash, read_chunks
 from ar_jax.evals.generation import gather
 from ar_jax.evals.images import Images
-from ar_jax.images import to_float, to_uint8
-from ar_jax.models import Model
+from ar_jax.files.images import to_float, to_uint8
+from ar_jax.files.models import Model
+from ar_jax.machine.sharding import put, put_batch, replicated
 from ar_jax.nets.lpips import Lpips, find_lpips
-from ar_jax.sharding import put, put_batch, replicated
 from ar_jax.typing import Array, Int, PRNGKey, UInt8, typed
 
 SHOWN = 32  # pairs for the report

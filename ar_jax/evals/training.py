@@ -9,7 +9,7 @@ from ar_jax.evals.extract import Extractor
 from ar_jax.evals.images import DataImages
 from ar_jax.evals.metrics import Gaussian, Moments, frechet
 from ar_jax.evals.networks import PROTOCOLS, Network, open_network
-from ar_jax.sharding import put, replicated
+from ar_jax.machine.sharding import put, replicated
 from ar_jax.train.recipes import Recipe
 from ar_jax.typing import Params
 

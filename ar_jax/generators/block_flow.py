@@ -11,19 +11,18 @@ import numpy as np
 from jax import lax
 
 from ar_jax.data import Info
-from ar_jax.decode.flow import Anneal, Solver, integrate, normal, schedule, with_steps
-from ar_jax.decode.guidance import fold, widen
 from ar_jax.generators.causal import State
 from ar_jax.generators.inputs import Frozen, some
 from ar_jax.heads.diffusion import TRAINED, continuous
 from ar_jax.heads.flow import draw_times
-from ar_jax.nets.conditioning import Cond
+from ar_jax.heads.integrate import Anneal, Solver, integrate, normal, schedule, with_steps
+from ar_jax.machine.sharding import BATCH, Rules, constrain
+from ar_jax.nets.conditioning import Cond, fold, widen
 from ar_jax.nets.gated import Condition, EncoderDecoder
 from ar_jax.nets.linear import Linear
 from ar_jax.nets.mlp import TimeEmbedding, xavier
 from ar_jax.nets.transformer import Cache
 from ar_jax.orders import Order, to_ranks, whole
-from ar_jax.sharding import BATCH, Rules, constrain
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Batch, Bool, Float, Index, Key, Metrics, Params, PRNGKey, typed
 

@@ -9,13 +9,13 @@ from jax import lax
 from ar_jax.data import Info
 from ar_jax.generators.inputs import Frozen, NextScale, Previous
 from ar_jax.heads.categorical import Categorical
+from ar_jax.machine.sharding import BATCH, Rules, constrain
 from ar_jax.nets.conditioning import Cond
 from ar_jax.nets.gated import EncoderDecoder
 from ar_jax.nets.linear import output_major
 from ar_jax.nets.positions import NOWHERE
 from ar_jax.nets.transformer import Backbone, Cache, unrolled
 from ar_jax.orders import NEVER, Order, to_ranks
-from ar_jax.sharding import BATCH, Rules, constrain
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Key, Metrics, Params, PRNGKey, Tokens, typed
 

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ar_jax.decode.guidance import widen
-from ar_jax.nets.conditioning import Cond
+from ar_jax.nets.conditioning import Cond, widen
 from ar_jax.nets.linear import Linear, look_up
 from ar_jax.nets.positions import NOWHERE, sine_grid
+from ar_jax.nets.resize import area_matrix, bicubic_matrix
 from ar_jax.orders import Order, raster, scales, to_ranks, to_slots
-from ar_jax.resize import area_matrix, bicubic_matrix
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Float, Index, Int, Tokens, typed
 

@@ -10,15 +10,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from ar_jax.data import Info
-from ar_jax.decode.guidance import widen
 from ar_jax.generators.inputs import Frozen
-from ar_jax.nets.conditioning import Cond
+from ar_jax.machine.sharding import BATCH, Rules, constrain
+from ar_jax.nets.conditioning import Cond, widen
 from ar_jax.nets.linear import look_up
 from ar_jax.nets.mlp import norm, xavier
 from ar_jax.nets.transformer import init
 from ar_jax.nets.vit import ViT
 from ar_jax.orders import Order, raster, to_ranks
-from ar_jax.sharding import BATCH, Rules, constrain
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Key, Metrics, Params, PRNGKey, typed
 

@@ -11,14 +11,13 @@ import numpy as np
 from flax import struct
 
 from ar_jax.data import Info
-from ar_jax.decode.guidance import widen
 from ar_jax.generators.inputs import Frozen
-from ar_jax.nets.conditioning import Cond
+from ar_jax.machine.sharding import BATCH, Rules, constrain
+from ar_jax.nets.conditioning import Cond, widen
 from ar_jax.nets.linear import Linear
 from ar_jax.nets.mlp import xavier
 from ar_jax.nets.vit import GPT
 from ar_jax.orders import Order, raster, to_ranks, to_slots
-from ar_jax.sharding import BATCH, Rules, constrain
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Batch, Bool, Float, Index, Key, Metrics, Params, PRNGKey, typed
 

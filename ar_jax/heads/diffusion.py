@@ -11,10 +11,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ar_jax.decode.flow import Anneal, annealed, normal, pure, stacked, with_steps
-from ar_jax.decode.guidance import fold, widen
+from ar_jax.heads.integrate import Anneal, annealed, normal, pure, stacked, with_steps
+from ar_jax.machine.sharding import Rules
+from ar_jax.nets.conditioning import fold, widen
 from ar_jax.nets.mlp import ModulatedMLP
-from ar_jax.sharding import Rules
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Float, Index, Int, Key, PRNGKey, typed
 

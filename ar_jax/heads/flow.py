@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ar_jax.decode.flow import Anneal, Solver, integrate, normal, pure, schedule, with_steps
-from ar_jax.decode.guidance import fold, widen
 from ar_jax.heads.diffusion import RULES, TRAINED, continuous
+from ar_jax.heads.integrate import Anneal, Solver, integrate, normal, pure, schedule, with_steps
+from ar_jax.machine.sharding import Rules
+from ar_jax.nets.conditioning import fold, widen
 from ar_jax.nets.mlp import ModulatedMLP
-from ar_jax.sharding import Rules
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Float, Index, Key, PRNGKey, typed
 

@@ -10,7 +10,7 @@ from flax import struct
 from jax import lax
 
 from ar_jax.heads.diffusion import continuous
-from ar_jax.sharding import Rules
+from ar_jax.machine.sharding import Rules
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Float, Index, Int, Key, PRNGKey, typed
 

@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ar_jax.decode.flow import pure
 from ar_jax.heads.diffusion import TRAINED, continuous
 from ar_jax.heads.flow import Flow, draw_times, uniform
+from ar_jax.heads.integrate import pure
+from ar_jax.machine.sharding import BATCH, Rules, constrain
 from ar_jax.nets.attention import sight
 from ar_jax.nets.gated import Attention, Condition, GatedMLP, gated_rules, modulated, rms
 from ar_jax.nets.linear import Linear
 from ar_jax.nets.mlp import TimeEmbedding, xavier
 from ar_jax.nets.positions import rotary, stretched
 from ar_jax.nets.transformer import Backbone, RMSNorm
-from ar_jax.sharding import BATCH, Rules, constrain
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Float, Index, Int, PRNGKey, typed
 

@@ -1,0 +1,1 @@
+"""Networks and what they are made of: transformers, attention, conditions, positions, discriminators."""

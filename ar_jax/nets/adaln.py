@@ -11,10 +11,10 @@ from flax import struct
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from ar_jax.machine.sharding import BATCH, Rules, constrain
 from ar_jax.nets.attention import sight
 from ar_jax.nets.linear import Linear, product
 from ar_jax.nets.transformer import Backbone, Cache
-from ar_jax.sharding import BATCH, Rules, constrain
 from ar_jax.tokenizers.quantize import normalise
 from ar_jax.typing import Array, Bool, Float, Index, Int, typed
 

@@ -11,7 +11,7 @@ from flax import struct
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ar_jax.sharding import BATCH, platform
+from ar_jax.machine.sharding import BATCH, platform
 from ar_jax.typing import Array, Bool, Float, Index, Int, typed
 
 ATTENTION = "attention"  # name of the results, for policies of what a backward pass keeps

@@ -1,8 +1,12 @@
-"""Conditions (class label, caption) as rows that come before the tokens."""
+"""Conditions (class label, caption) as rows that come before the tokens.
+
+Guided rows are neighbours: [cond0, uncond0, cond1, uncond1, ...].
+"""
 
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -33,6 +37,24 @@ class Cond:
     def step(self) -> np.ndarray:
         """Steps of the rows, int32 [p]: -(p-1)..0."""
         return np.arange(1 - self.rows.shape[1], 1, dtype=np.int32)
+
+
+def paired(cond: Cond, uncond: Cond) -> Cond:
+    """Interleaves two conditions of b images into one of 2b rows."""
+    return jax.tree.map(lambda c, u: jnp.stack([c, u], axis=1).reshape(-1, *c.shape[1:]), cond, uncond)
+
+
+def widen(x, ways: int):
+    """Repeats a per-image array for every guided row of its image."""
+    return x if ways == 1 else jnp.repeat(x, ways, axis=0)
+
+
+def fold(x, ways: int, weight):
+    """Combines guided rows [b*ways ...] to [b ...]: uncond + weight (cond - uncond). Weight 1 gives cond exactly."""
+    if ways == 1:
+        return x
+    cond, uncond = jnp.moveaxis(x.reshape(-1, ways, *x.shape[1:]), 1, 0)
+    return cond + (weight - 1) * (cond - uncond)
 
 
 class Label(nn.Module):

@@ -10,12 +10,12 @@ from flax import struct
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from ar_jax.machine.sharding import BATCH, Rules, constrain
 from ar_jax.nets.attention import Sight, attend, sight, visible
 from ar_jax.nets.linear import Linear, look_up
 from ar_jax.nets.mlp import xavier
 from ar_jax.nets.positions import rotary, rotate, stretched
 from ar_jax.nets.transformer import Backbone, Cache, RMSNorm, init
-from ar_jax.sharding import BATCH, Rules, constrain
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Bool, Float, Index, Int, typed
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from ar_jax.sharding import constrain
+from ar_jax.machine.sharding import constrain
 from ar_jax.typing import Array, Float, Int, Params, typed
 
 PRODUCT = "product"  # name of the results, for policies of what a backward pass keeps

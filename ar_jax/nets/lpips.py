@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ar_jax.convert.reader import read_pickled_arrays, read_weights
+from ar_jax.files.weights import read_pickled_arrays, read_weights
 from ar_jax.typing import Array, Float, Params, typed
 
 SHIFT = (-0.030, -0.088, -0.188)

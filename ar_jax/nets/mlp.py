@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from ar_jax.sharding import BATCH, constrain
+from ar_jax.machine.sharding import BATCH, constrain
 from ar_jax.typing import Array, Float, typed
 
 xavier = nn.initializers.xavier_uniform()

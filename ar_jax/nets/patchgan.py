@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from ar_jax.sharding import Rules
+from ar_jax.machine.sharding import Rules
 from ar_jax.typing import Array, Float, Params, typed
 
 

@@ -10,10 +10,10 @@ from flax import struct
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from ar_jax.machine.sharding import BATCH, Rules, constrain
 from ar_jax.nets.attention import ATTENTION, sight
 from ar_jax.nets.linear import PRODUCT, Linear, output_major
 from ar_jax.nets.positions import rotary, rotate
-from ar_jax.sharding import BATCH, Rules, constrain
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Bool, Float, Index, Int, Params, typed
 

@@ -9,11 +9,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from ar_jax.machine.sharding import BATCH, Rules, constrain
 from ar_jax.nets.attention import Sight, attend, sight, visible
 from ar_jax.nets.linear import Linear
 from ar_jax.nets.mlp import xavier
 from ar_jax.nets.transformer import Backbone, Cache
-from ar_jax.sharding import BATCH, Rules, constrain
 from ar_jax.typing import Array, Bool, Float, Index, Int, typed
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ar_jax.convert.reader import read_weights
+from ar_jax.files.weights import read_weights
 from ar_jax.typing import Array, Bool, Float, Int, Params, typed
 
 BATCH = 64

@@ -1,0 +1,1 @@
+"""Tokenizers: images to tokens and back, one file for each, and their quantisers."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from ar_jax.sharding import Rules
+from ar_jax.machine.sharding import Rules
 from ar_jax.typing import Array, Float, typed
 
 init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # the +-1/sqrt(fan_in) these networks start from

@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ar_jax.sharding import Rules
+from ar_jax.machine.sharding import Rules
 from ar_jax.tokenizers.conv import norm
 from ar_jax.tokenizers.kl_vae import KLVAE
 from ar_jax.typing import Array, Float, PRNGKey, typed

@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ar_jax.sharding import Rules
+from ar_jax.machine.sharding import Rules
 from ar_jax.tokenizers.continuous import Measured, draw, kl_divergence, noise, patchify, unpatchify
 from ar_jax.tokenizers.conv import RULES, Decoder, Encoder, init
 from ar_jax.tokens import TokenSpec, grid

@@ -6,8 +6,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ar_jax.resize import resize
-from ar_jax.sharding import Rules
+from ar_jax.machine.sharding import Rules
+from ar_jax.nets.resize import resize
 from ar_jax.tokenizers.continuous import Measured
 from ar_jax.tokens import Scale, TokenSpec, maps, pyramid, rows, sides
 from ar_jax.typing import Array, Float, Metrics, Params, PRNGKey, typed

@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 
-from ar_jax.sharding import Rules
+from ar_jax.machine.sharding import Rules
 from ar_jax.tokenizers.continuous import Measured, patchify, unpatchify
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.typing import Array, Float, Metrics, Params, PRNGKey, typed

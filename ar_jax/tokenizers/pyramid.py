@@ -4,7 +4,7 @@ import math
 
 import jax.numpy as jnp
 
-from ar_jax.resize import resize
+from ar_jax.nets.resize import resize
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import Scale, TokenSpec, maps, pyramid, rows, sides
 from ar_jax.typing import Array, Float, Int, Metrics, PRNGKey, Tokens, typed

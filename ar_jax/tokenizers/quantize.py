@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ar_jax.resize import resize
+from ar_jax.nets.resize import resize
 from ar_jax.tokens import rows
 from ar_jax.typing import Array, Float, Int, Metrics, typed
 

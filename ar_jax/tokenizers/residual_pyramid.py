@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ar_jax.resize import resize, touched
-from ar_jax.sharding import Rules
+from ar_jax.machine.sharding import Rules
+from ar_jax.nets.resize import resize, touched
 from ar_jax.tokenizers.conv import RULES, Decoder, Encoder, init
 from ar_jax.tokenizers.quantize import VectorLoss, codebook_init, residual_quantise
 from ar_jax.tokens import Scale, TokenSpec, maps, pyramid, rows, sides

@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ar_jax.sharding import Rules
+from ar_jax.machine.sharding import Rules
 from ar_jax.tokenizers.conv import RULES, Decoder, Encoder, init
 from ar_jax.tokenizers.quantize import VectorLoss, codebook_init, normalise, vector_quantise
 from ar_jax.tokens import TokenSpec, grid

@@ -1,0 +1,1 @@
+"""Training: recipes (what a method does in an update), the loop that runs them, checkpoints, optimisers."""

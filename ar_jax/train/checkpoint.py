@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
-from ar_jax.distributed import barrier
+from ar_jax.machine.distributed import barrier
 from ar_jax.train.state import TrainState
 from ar_jax.typing import Params
 

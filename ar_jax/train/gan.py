@@ -10,8 +10,8 @@ import numpy as np
 from jax import lax
 
 from ar_jax.config import Losses, TokenizerStage
-from ar_jax.flops import model_flops, without_remat
-from ar_jax.images import to_float, to_uint8
+from ar_jax.files.images import to_float, to_uint8
+from ar_jax.machine.flops import model_flops, without_remat
 from ar_jax.nets import patchgan
 from ar_jax.nets.lpips import Lpips, find_lpips
 from ar_jax.tokenizers.quantize import count_codes, usage

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ar_jax.chips import peak_flops
-from ar_jax.images import save_png, tile
+from ar_jax.files.images import save_png, tile
+from ar_jax.machine.chips import peak_flops
 
 SHOWN = ("loss", "psnr", "usage", "images_per_second", "mfu", "input_wait", "memory_gib")  # beside the progress bar
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from ar_jax.config import Stage
-from ar_jax.distributed import say
-from ar_jax.sharding import batch_sharding, put, put_batch, replicated, shard
+from ar_jax.machine.distributed import say
+from ar_jax.machine.sharding import batch_sharding, put, put_batch, replicated, shard
 from ar_jax.train.checkpoint import Checkpoints
 from ar_jax.train.guards import Health, Notice, Profile, Stopped, Watchdog
 from ar_jax.train.log import Log

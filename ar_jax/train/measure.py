@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from ar_jax.data import Data, batches, open_source
-from ar_jax.distributed import say
-from ar_jax.images import to_float
-from ar_jax.models import Model, describe
+from ar_jax.files.images import to_float
+from ar_jax.files.models import Model, describe
+from ar_jax.machine.distributed import say
 from ar_jax.typing import Batch, Params
 
 IMAGES = 2048  # that are looked at, drawn as in training

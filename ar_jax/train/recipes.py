@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from ar_jax.config import GeneratorStage
 from ar_jax.decode.sequential import sample_images
 from ar_jax.decode.settings import arrange, make_knobs
-from ar_jax.flops import model_flops, without_remat
-from ar_jax.images import to_float, to_uint8
-from ar_jax.sharding import Rules
+from ar_jax.files.images import to_float, to_uint8
+from ar_jax.machine.flops import model_flops, without_remat
+from ar_jax.machine.sharding import Rules
 from ar_jax.train.optim import Optim, make_optimiser, only_trained, schedule
 from ar_jax.train.state import GradFn, TrainState, create, make_update
 from ar_jax.typing import Array, Batch, Float, Metrics, Params, PRNGKey, UInt8

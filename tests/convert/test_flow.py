@@ -7,9 +7,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_llamagen import ROOT, assert_same, change, manifest, tiny  # noqa: F401
 
-from ar_jax import models
 from ar_jax.convert.__main__ import to_file, to_folder
 from ar_jax.convert.sources import export, identify
+from ar_jax.files import models
 from ar_jax.tokenizers.kl_vae import KLVAE
 from ar_jax.tokenizers.latent_pyramid import LatentPyramid
 

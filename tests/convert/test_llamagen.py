@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_reader import Storage, Tensor, save
 
-from ar_jax import models
 from ar_jax.convert.__main__ import main, to_file, to_folder
 from ar_jax.convert.sources import identify
 from ar_jax.data import Info
+from ar_jax.files import models
 from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer

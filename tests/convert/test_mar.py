@@ -5,9 +5,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_llamagen import ROOT, assert_same, manifest, tiny  # noqa: F401
 
-from ar_jax import codec, models
 from ar_jax.convert.__main__ import main
 from ar_jax.convert.sources import identify
+from ar_jax.files import codec, models
 from ar_jax.orders import Shuffled
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ar_jax import models
 from ar_jax.convert import next_scale
 from ar_jax.convert.__main__ import to_file, to_folder
 from ar_jax.convert.sources import export, identify
+from ar_jax.files import models
 
 ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[3] / "shared" / "parity"))
 RELEASED = ["var_d16", "var_d36", "FlexVARd16-epo179", "hmar-d16", "hmar-d30"]

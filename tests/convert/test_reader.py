@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ar_jax.convert.reader import read_pickled_arrays, read_weights, write_safetensors
+from ar_jax.files.weights import read_pickled_arrays, read_weights, write_safetensors
 
 
 class Storage:

@@ -6,10 +6,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_llamagen import ROOT, assert_same, change, manifest, tiny, torch_file  # noqa: F401
 
-from ar_jax import models
 from ar_jax.convert.__main__ import main, to_file, to_folder
 from ar_jax.convert.names import to_weights
 from ar_jax.convert.sources import export, identify
+from ar_jax.files import models
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
 

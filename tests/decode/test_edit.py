@@ -16,10 +16,10 @@ from ar_jax.generators.masked import Masked
 from ar_jax.heads.flow import Flow
 from ar_jax.nets.adaln import AdaLN
 from ar_jax.nets.conditioning import Label
+from ar_jax.nets.resize import touched
 from ar_jax.nets.transformer import Transformer
 from ar_jax.nets.vit import ViT
 from ar_jax.orders import Shuffled, known_first, raster, scales
-from ar_jax.resize import touched
 from ar_jax.tokenizers.patches import Patches
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid

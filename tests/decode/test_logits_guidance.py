@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ar_jax.decode.guidance import fold, interval, paired, widen
-from ar_jax.decode.logits import Filter, draw, top_k, top_p
-from ar_jax.nets.conditioning import Cond
+from ar_jax.decode.guidance import interval
+from ar_jax.decode.logits import Filter, top_k, top_p
+from ar_jax.heads.categorical import draw
+from ar_jax.nets.conditioning import Cond, fold, paired, widen
 
 NONE = -np.inf
 

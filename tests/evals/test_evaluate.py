@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from evals.tiny import tiny_network
 
-from ar_jax import codec, evaluate, models
+from ar_jax import evaluate
 from ar_jax.data import Data, Info
 from ar_jax.evals import extract
 from ar_jax.evals import tokenizer as judging
 from ar_jax.evals.classifier import train_classifier
 from ar_jax.evals.generation import Features, agreement, within_classes
 from ar_jax.evaluate import Generation, Judge, Sampler, Sweep, Tokenizer, evaluate_generation, evaluate_tokenizer
+from ar_jax.files import codec, models
 from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer

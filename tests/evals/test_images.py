@@ -5,7 +5,7 @@ import pytest
 
 from ar_jax.data import Data
 from ar_jax.evals.images import DataImages, open_images, open_reference
-from ar_jax.images import save_png
+from ar_jax.files.images import save_png
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 from evals.weights import photographs, random_inception
 from PIL import Image
 
-from ar_jax.convert.reader import write_safetensors
 from ar_jax.evals import networks
 from ar_jax.evals.networks import PROTOCOLS, RESIZES, open_network
+from ar_jax.files.weights import write_safetensors
 
 
 def test_tensorflow_ramp():

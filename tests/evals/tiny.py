@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from ar_jax import distributed
 from ar_jax.evals import extract
 from ar_jax.evals.networks import Network
+from ar_jax.machine import distributed
 
 
 class Tiny(nn.Module):

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ar_jax.decode.flow import annealed, integrate
 from ar_jax.decode.guidance import linear
 from ar_jax.decode.sequential import Knobs
 from ar_jax.generators.masked import MaskRatio
 from ar_jax.heads.diffusion import Chain, Diffusion, cosine_betas, kept_steps
 from ar_jax.heads.flow import Flow, uniform
 from ar_jax.heads.gaussian_mixture import GaussianMixture, Guided, Mixture
+from ar_jax.heads.integrate import annealed, integrate
 from ar_jax.tokens import TokenSpec, grid
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

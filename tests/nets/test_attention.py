@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ar_jax.machine.sharding import MeshShape, make_mesh
 from ar_jax.nets.attention import attend, sight, splash, visible
-from ar_jax.sharding import MeshShape, make_mesh
 
 CAUSAL = np.arange(-1, 150, dtype=np.int32)
 SCALES = np.repeat(np.arange(5, dtype=np.int32), [1, 4, 16, 36, 81])  # next-scale prediction: blocks see one another

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ar_jax.convert.reader import write_safetensors
+from ar_jax.files.weights import write_safetensors
 from ar_jax.nets.lpips import Lpips, find_lpips, lpips_params
 
 SMALL = Lpips((3, 4, 4, 5, 5), (1, 2, 1, 1, 1))

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ar_jax.resize import resize
-from ar_jax.sharding import MeshShape, make_mesh, shard
+from ar_jax.machine.sharding import MeshShape, make_mesh, shard
+from ar_jax.nets.resize import resize
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.quantize import VectorLoss, residual_quantise
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid, smoother_of_level

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ar_jax.sharding import MeshShape, make_mesh, shard
+from ar_jax.machine.sharding import MeshShape, make_mesh, shard
 from ar_jax.train import checkpoint
 from ar_jax.train.checkpoint import Checkpoints, damage, find_step, latest_step, load_matching, load_params, save_params
 from ar_jax.train.state import create

@@ -12,7 +12,7 @@ import pytest
 from cases import CASES
 
 from ar_jax.config import Losses, TokenizerStage
-from ar_jax.images import to_float
+from ar_jax.files.images import to_float
 from ar_jax.nets.patchgan import PatchGan
 from ar_jax.tokenizers.quantize import vector_quantise
 from ar_jax.tokenizers.vqgan import VQGAN

@@ -14,9 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ar_jax import __version__, codec
+from ar_jax import __version__
 from ar_jax.config import Experiment
 from ar_jax.data import Info, read_info
+from ar_jax.files import codec
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.train import checkpoint
 from ar_jax.typing import Params

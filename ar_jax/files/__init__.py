@@ -1,0 +1,1 @@
+"""What lies on disk: model folders and the JSON that describes a model, files of weights, pictures."""
