@@ -13,6 +13,7 @@ other name a folder of PNG files. Run the same command again to go on after an i
 seed and its number only, not on the batch size or the number of devices.
 """
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -30,6 +31,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ar_jax.data.images import read_image
+from ar_jax.decode.sampling import read_sampling
+from ar_jax.files import codec
 from ar_jax.files.images import save_png, tile
 from ar_jax.files.models import image_shape, write_json
 from ar_jax.machine import distributed
@@ -37,7 +40,7 @@ from ar_jax.machine.compiled import keep_compiled
 from ar_jax.machine.distributed import Launch
 from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.machine.sharding import MeshShape, make_mesh
-from ar_jax.sampler import Given, Sampler, condition_table, open_drawer
+from ar_jax.sampler import Given, Sampler, condition_table, open_drawer, options_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,8 +74,13 @@ class Options(Sampler):
 def main(arguments: list[str]) -> None:
     if not arguments:
         raise SystemExit(__doc__)
-    options = tyro.cli(Options, args=arguments, prog="sample.py", description=__doc__)
     with distributed.command("sample.py"):
+        own, arguments = options_of(arguments)
+        default = Options(run=tyro.MISSING, sampling=own.sampling, fields=own.fields)
+        options = tyro.cli(
+            Options, args=arguments, default=default, prog="sample.py", description=__doc__,
+            config=(tyro.conf.AvoidSubcommands,),
+        )  # fmt: skip
         distributed.join(options.launch)
         keep_compiled()
         sample(options)
@@ -89,8 +97,8 @@ def sample(options: Options) -> None:
         folder = out.with_name(f".{out.name}.parts")
     identity = {
         "run": str(drawer.model.folder.resolve()), "tokenizer": str(drawer.tokenizer.folder.resolve()), "seed": options.seed,
-        "sampling": json.loads(json.dumps(dataclasses.asdict(drawer.settings))), "conditions": names, "dtype": options.dtype, "average": options.average, "resize": options.resize,
-        "checkpoint": drawer.model.checkpoint, "steps": options.steps,
+        "sampling": codec.encode(drawer.sampling), "conditions": names, "dtype": options.dtype, "average": options.average, "resize": options.resize,
+        "checkpoint": drawer.model.checkpoint,
     }  # fmt: skip
     if given:
         identity["edit"] = {
@@ -102,17 +110,21 @@ def sample(options: Options) -> None:
     if len(todo):
         mesh = make_mesh(options.mesh)
         draw = drawer.compile(mesh, given)
-        done, quiet = options.count - len(todo), jax.process_index() != 0
+        done, quiet, calls = options.count - len(todo), jax.process_index() != 0, collections.Counter()
         with tqdm(total=options.count, initial=done, unit="image", desc=str(out), disable=quiet) as bar:
             for start in range(0, len(todo), options.batch):
                 ids = todo[start : start + options.batch]
                 padded = np.resize(ids, options.batch)  # the last batch too runs the one compiled program
                 batch = {name: table[padded % len(names)] for name, table in conditions.items()}
-                for row, image in draw(batch, padded):
+                for row, image, called, _ in draw(batch, padded):
                     if row < len(ids):
+                        calls += collections.Counter({"images": 1, **called})
                         about = {"condition": names[ids[row] % len(names)], "seed": str(options.seed)}
-                        save_png(_file(folder, ids[row]), image, about)
+                        save_png(_file(folder, ids[row]), image, about | {"calls": json.dumps(called)})
                 bar.update(len(ids))
+        many = calls.pop("images")
+        said = ", ".join(f"{count / many:.4g} of the {name}" for name, count in calls.items())
+        distributed.say(f"calls an image: {said}")
     distributed.barrier("all images are written")
     if jax.process_index() == 0:
         _assemble(folder, out, options, len(names))
@@ -188,7 +200,7 @@ def _missing(folder: Path, count: int, identity: dict) -> np.ndarray:
 def _begin(folder, identity):
     note = folder / "sampling.json"
     if note.exists():
-        if json.loads(note.read_text()) != identity:
+        if _as_now(json.loads(note.read_text())) != identity:
             raise ValueError(
                 f"{folder} holds images of another model or other settings (see {note}); remove it or give another --out"
             )
@@ -196,6 +208,17 @@ def _begin(folder, identity):
         raise ValueError(f"{folder} is not empty and was not begun by sample.py; give another --out")
     else:
         write_json(note, identity)
+
+
+def _as_now(note: dict) -> dict:
+    """The note of an earlier version, which kept a flat list of settings, in the form of this one."""
+    if "type" in note.get("sampling", {}):
+        return note
+    steps = note.pop("steps", 0)
+    sampling = read_sampling(note["sampling"])
+    if steps:
+        sampling = dataclasses.replace(sampling, fields=(*sampling.fields, ("order.steps", steps)))
+    return note | {"sampling": codec.encode(sampling)}
 
 
 def _assemble(folder: Path, out: Path, options: Options, conditions: int) -> None:

@@ -80,7 +80,7 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
             stage = dataclasses.replace(stage, module=stage.module.complete(tokenizer.module.spec, info))
         settings = {
             "tokenizer": "../tokenizer", "order": codec.encode(stage.order),
-            "sampling": dataclasses.asdict(stage.sampling), "data": dataclasses.asdict(data),
+            "sampling": codec.encode(stage.sampling), "data": dataclasses.asdict(data),
         }  # fmt: skip
         generator = prepare(stage, "generator", run / "generator", info, settings)
     if jax.process_index() == 0:

@@ -6,6 +6,7 @@
     python -m ar_jax.bench sample configs/llamagen_b_256.py
     python -m ar_jax.bench train configs/llamagen_b_256.py
     python -m ar_jax.bench sample configs/mar_b_256.py --steps 64
+    python -m ar_jax.bench sample runs/mnist5k_llamagen --sampling configs/sampling/jacobi.py     beside one by one
     python -m ar_jax.bench sample configs/var_d30.py --repeat 0           how long compilation takes
 
 Weights are random, so no checkpoint is needed. The machine's limits are measured in turns with the run itself: the fastest
@@ -21,7 +22,8 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +31,16 @@ import numpy as np
 import tyro
 from flax import traverse_util
 
-from ar_jax.config import Experiment, load_config
-from ar_jax.decode.sequential import sample
-from ar_jax.decode.settings import arrange, make_knobs
+from ar_jax.config import Experiment, GeneratorStage, load_config, parse
+from ar_jax.decode.sampling import Sampling
+from ar_jax.decode.sequential import Sequential
+from ar_jax.files import codec
 from ar_jax.files.images import to_uint8
 from ar_jax.files.models import untrained
 from ar_jax.machine.flops import model_flops, with_fields, without_remat
 from ar_jax.machine.huge_pages import use_huge_pages
-from ar_jax.orders import in_steps
+from ar_jax.orders import OrderFn
+from ar_jax.sampler import SHORT, Sampler, open_drawer, options_of, sampling_file
 from ar_jax.train.optim import make_optimiser
 from ar_jax.train.recipes import generator_loss, gradients
 from ar_jax.train.state import create, make_update
@@ -52,21 +56,14 @@ class Options:
     what: Annotated[Literal["sample", "train"], tyro.conf.Positional]
     """Sampling images, or the training step of the generator."""
     config: Annotated[str, tyro.conf.Positional]
-    """Config file."""
+    """Config file, whose weights are random; for sampling also a run folder."""
     batch: int = 0
     """Images at a time; 0 takes 1 for sampling and 4 for training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products; sampling also keeps the parameters in it."""
-    guidance: float | None = None
-    """Classifier-free guidance scale of the sampler, and the next two: the config's if left out."""
-    top_k: int | None = None
-    """Of the sampler; 0 is off."""
-    top_p: float | None = None
-    """Of the sampler; 1 is off."""
-    steps: int = 0
-    """Decode steps of the sampler, for orders that leave a choice (MAR); 0 takes the config's."""
-    segments: int = 4
-    """Parts in which the sampler's cache grows."""
+    sampling: str = ""
+    """A Python file whose `get_sampling(own)` returns how images are drawn, as for sample.py; of a config, its
+    `generator.sampling` can be changed field by field too."""
     unroll: bool | None = None
     """Lay the layers out one by one in sampling. Left out: if a step reveals one token."""
     repeat: int = 7
@@ -74,65 +71,137 @@ class Options:
 
 
 def main(arguments: list[str]) -> None:
-    options = tyro.cli(Options, args=arguments, prog="python -m ar_jax.bench", description=__doc__)
+    prog = "python -m ar_jax.bench"
     try:
-        experiment = load_config(options.config)
+        if "--help" in arguments or "-h" in arguments or len(arguments) < 2:
+            tyro.cli(Options, args=["--help"], prog=prog, description=__doc__)
+        options, rest = tyro.cli(Options, args=arguments, prog=prog, return_unknown_args=True)
+        if options.what == "sample" and Path(options.config).is_dir():
+            subject = of_run(options, rest)
+        else:
+            subject = of_config(parse(load_config(options.config), _spelt(rest), f"{prog} {options.config}", ""), options)
         measure = {"sample": bench_sample, "train": bench_train}[options.what]
-        for name, value in measure(experiment, options).items():
+        for name, value in measure(subject, options).items():
             print(f"{name:<34}{value}")
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"ar_jax.bench: {error}") from error
 
 
-def bench_sample(experiment: Experiment, options: Options) -> dict[str, str]:
+class Subject(NamedTuple):
+    """What is measured.
+
+    Attributes:
+      generator, tokenizer: the networks.
+      params, frozen: their parameters; without repetitions their shapes.
+      order: of decoding.
+      sampling: how images are drawn.
+      stage: of training; None for a run.
+    """
+
+    generator: Any
+    tokenizer: Any
+    params: Params
+    frozen: Params
+    order: OrderFn
+    sampling: Sampling
+    stage: GeneratorStage | None = None
+
+
+def _spelt(arguments: list[str]) -> list[str]:
+    """Short names of sample.py's options as those of a config's settings."""
+    for short, (long, *_) in SHORT.items():
+        place = "--generator." if long.startswith("order.") else "--generator.sampling."
+        arguments = [place + long if word == f"--{short}" else word for word in arguments]
+    return arguments
+
+
+def of_config(experiment: Experiment, options: Options) -> Subject:
+    """Networks with random parameters."""
+    generator, tokenizer = untrained(experiment)
+    if generator is None:
+        raise ValueError("the config has no generator")
+    stage = experiment.generator
+    generator = with_fields(generator, dtype=jnp.dtype(options.dtype).type)
+    make = (lambda init: jax.jit(init)) if options.repeat else (lambda init: functools.partial(jax.eval_shape, init))
+    params, frozen = (make(net.init_params)(jax.random.key(0)) for net in (generator, tokenizer))
+    sampling = sampling_file(options.sampling, stage.sampling)
+    if sampling.decoder == Sequential():  # for the bandwidth that the whole cache would cost
+        sampling = dataclasses.replace(sampling, decoder=Sequential(4))
+    return Subject(generator, tokenizer, params, frozen, stage.order, sampling, stage)
+
+
+def of_run(options: Options, rest: list[str]) -> Subject:
+    """The networks of a run folder, drawn from as sample.py does; `rest` are the options of its sampling."""
+    own, spelt = options_of([options.config, *rest, *(["--sampling", options.sampling] if options.sampling else [])])
+    own = tyro.cli(
+        Sampler, args=spelt[1:], default=own, prog="python -m ar_jax.bench", config=(tyro.conf.AvoidSubcommands,)
+    )
+    drawer = open_drawer(options.config, dataclasses.replace(own, parts=options.sampling))
+    model, sampling = drawer.model, drawer.sampling
+    return Subject(
+        with_fields(model.module, dtype=jnp.dtype(options.dtype).type), drawer.tokenizer.module, model.params(),
+        drawer.tokenizer.params(), codec.decode(model.settings["order"]), sampling,
+    )  # fmt: skip
+
+
+def bench_sample(subject: Subject, options: Options) -> dict[str, str]:
     """The token loop and the image decoder, against reading the weights once per step."""
-    generator, tokenizer, params, frozen = networks(experiment, options)
+    sampling, params, frozen = subject.sampling, subject.params, subject.frozen
     images, dtype = options.batch or 1, jnp.dtype(options.dtype)
     shapes = jax.eval_shape if not options.repeat else lambda function, *arguments: function(*arguments)
     params = shapes(lambda params: jax.tree.map(lambda x: x.astype(dtype), params), params)
-    settings = experiment.generator.sampling
-    chosen = {name: value for name in ("guidance", "top_k", "top_p") if (value := getattr(options, name)) is not None}
-    settings = dataclasses.replace(settings, **chosen)
-    generator, tokenizer = arrange(settings, generator, tokenizer)
-    order_fn = in_steps(experiment.generator.order, options.steps)
+    generator, tokenizer, order_fn = sampling.adapted(subject.generator, subject.tokenizer, subject.order)
     order = order_fn(generator.spec, jax.random.split(jax.random.key(0), images), images, 0)
     steps = len(order.sizes)
     if set(order.sizes) == {1} if options.unroll is None else options.unroll:
         laid_out = []
         params = shapes(lambda params: laid_out.append(generator.unrolled(params)) or laid_out[0][1], params)
         generator = laid_out[0][0]
-    knobs, guided = make_knobs(settings, order, generator.spec.scales)
+    guided = bool((sampling.knobs(order, generator.spec).guidance != 1).any())
 
-    def tokens(params, frozen, batch, keys):
-        call = functools.partial(tokenizer.apply, {"params": frozen})
-        return sample(
-            generator, params, batch, order, tokenizer=call, knobs=knobs, keys=keys, guided=guided,
-            segments=options.segments,
-        )  # fmt: skip
+    def program(sampling):
+        def tokens(params, frozen, batch, keys):
+            call = functools.partial(tokenizer.apply, {"params": frozen})
+            return sampling.tokens(generator, params, batch, order, tokenizer=call, keys=keys)
 
-    draw = jax.jit(tokens)
+        return tokens
 
     @jax.jit
     def decode(frozen, tokens):
         return to_uint8(tokenizer.apply({"params": frozen}, tokens, method="decode"))
 
     batch, keys = conditions(generator, images), jax.random.split(jax.random.key(1), images)
-    loop = Timer(draw, params, frozen, batch, keys, run=options.repeat > 0)
-    pixels = Timer(decode, frozen, loop.result, run=options.repeat > 0)
-    read = step_bytes(params)
-    rows = images * (2 if guided else 1)
-    operations = model_flops(tokens, params, frozen, batch, keys)
-    of_decoder = model_flops(decode, frozen, jax.eval_shape(draw, params, frozen, batch, keys))
+    arguments, run = (params, frozen, batch, keys), options.repeat > 0
+    loop = Timer(jax.jit(program(sampling)), *arguments, run=run)
+    pixels = Timer(decode, frozen, loop.result[0], run=run)
+    # what stands beside every other decoder: one step after the other
+    plain = (
+        sampling if isinstance(sampling.decoder, Sequential) else dataclasses.replace(sampling, decoder=Sequential(4))
+    )
+    beside = None if plain is sampling else Timer(jax.jit(program(plain)), *arguments, run=run)
+    read, rows = step_bytes(params), images * (2 if guided else 1)
+    operations = model_flops(lambda *arguments: program(plain)(*arguments)[0], *arguments)
+    of_decoder = model_flops(decode, frozen, jax.eval_shape(lambda x: x, loop.result[0]))
     first = {
         "images, rows, steps": f"{images}, {rows}, {steps}",
-        "compile token loop, decoder": f"{loop.compile:.1f} s, {pixels.compile:.1f} s",
+        "decoder": repr(sampling.decoder),
+        "compile token loop, image decoder": f"{loop.compile:.1f} s, {pixels.compile:.1f} s",
         "calls of the host in the loop": f"{len(HOST.findall(loop.text))}",
         "operations of the loop, decoder": f"{operations / 1e9:.0f}, {of_decoder / 1e9:.0f} GFLOP",
         "weights read a step": f"{read / 1e6:.0f} MB",
     }
     if not options.repeat:
         return first
-    bandwidth, peak, of_bandwidth, of_peak, decoder_of_peak = [], [], [], [], []
+    tokens, account = loop.result
+    first["calls an image"] = ", ".join(f"{np.mean(count):.4g} of the {name}" for name, count in account.calls.items())
+    if beside:
+        equal = np.mean(np.asarray(tokens) == np.asarray(beside.result[0]))
+        usual = ", ".join(f"{np.mean(count):.4g}" for count in beside.result[1].calls.values())
+        first["beside Sequential"] = (
+            f"{usual} calls, {equal:.2%} of the tokens equal (it claims {sampling.decoder.claim.value})"
+        )
+        first["tokens accepted a call"] = f"{tokens.shape[1] / np.mean(account.calls['generator']):.2f}"
+    bandwidth, peak, of_bandwidth, of_peak, decoder_of_peak, of_sequential = [], [], [], [], [], []
     for _ in range(options.repeat):
         bandwidth.append(read_bandwidth(read))
         peak.append(matmul_peak(dtype))
@@ -140,9 +209,11 @@ def bench_sample(experiment: Experiment, options: Options) -> dict[str, str]:
         of_bandwidth.append(steps * read / bandwidth[-1] / seconds)
         of_peak.append(operations / peak[-1] / seconds)
         decoder_of_peak.append(of_decoder / peak[-1] / pixels.run())
-    return {
+        if beside:
+            of_sequential.append(seconds / beside.run())
+    found = {
         **first,
-        "token loop": f"{loop.best:.2f} s, {loop.best / steps * 1e3:.2f} ms a step",
+        "token loop": f"{loop.best:.2f} s, {loop.best / steps * 1e3:.2f} ms a token step",
         "image decoder": f"{pixels.best:.2f} s",
         "images/s (both)": f"{images / (loop.best + pixels.best):.3f}",
         "memory bandwidth, measured": f"{max(bandwidth) / 1e9:.1f} GB/s",
@@ -151,13 +222,13 @@ def bench_sample(experiment: Experiment, options: Options) -> dict[str, str]:
         "token loop, share of matmul peak": shares(of_peak),
         "decoder, share of matmul peak": shares(decoder_of_peak),
     }
+    return found | ({"time beside Sequential": shares(of_sequential)} if beside else {})
 
 
-def bench_train(experiment: Experiment, options: Options) -> dict[str, str]:
+def bench_train(subject: Subject, options: Options) -> dict[str, str]:
     """One update of the generator on ready tokens, against the matmul peak."""
-    images = options.batch or 4
-    generator, tokenizer, params, frozen = networks(experiment, options)
-    stage, dtype = experiment.generator, jnp.dtype(options.dtype)
+    images, stage, dtype = options.batch or 4, subject.stage, jnp.dtype(options.dtype)
+    generator, tokenizer, params, frozen = subject[:4]
     order = stage.train_order or stage.order
     tx = make_optimiser(stage.optim, max(stage.steps, stage.optim.warmup + 1))
     loss = generator_loss(generator, tokenizer, order, stage.drop)
@@ -167,7 +238,7 @@ def bench_train(experiment: Experiment, options: Options) -> dict[str, str]:
     spec, shape = generator.spec, generator.spec.zeros(images).shape
     tokens = jax.random.normal(jax.random.key(2), shape)
     if spec.codes:
-        tokens = jax.random.randint(jax.random.key(2), shape, 0, spec.codes[0])
+        tokens = jax.random.randint(jax.random.key(2), shape, 0, np.array(spec.codes))
     batch = conditions(generator, images) | {"tokens": tokens}
     plain = generator_loss(without_remat(generator), tokenizer, order, stage.drop)
     flops = model_flops(jax.grad(plain, has_aux=True), params, frozen, batch, jax.random.key(3), 0)
@@ -220,18 +291,6 @@ class Timer:
 
 def shares(parts: list[float]) -> str:
     return f"{np.median(parts):.0%} ({min(parts):.0%} to {max(parts):.0%})"
-
-
-def networks(experiment: Experiment, options: Options) -> tuple[Any, Any, Params, Params]:
-    """Generator, tokenizer, and random parameters of both; without repetitions their shapes."""
-    generator, tokenizer = untrained(experiment)
-    if generator is None:
-        raise ValueError("the config has no generator")
-    dtype = jnp.dtype(options.dtype).type
-    generator = with_fields(generator, dtype=dtype)
-    make = (lambda init: jax.jit(init)) if options.repeat else (lambda init: functools.partial(jax.eval_shape, init))
-    params, frozen = (make(net.init_params)(jax.random.key(0)) for net in (generator, tokenizer))
-    return generator, tokenizer, params, frozen
 
 
 def conditions(generator: Any, images: int) -> Batch:

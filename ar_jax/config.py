@@ -12,7 +12,7 @@ import flax.linen as nn
 import tyro
 
 from ar_jax.data import Data
-from ar_jax.decode.settings import Sampling
+from ar_jax.decode.sampling import Sampling
 from ar_jax.machine.distributed import Launch
 from ar_jax.machine.sharding import MeshShape
 from ar_jax.orders import raster
@@ -110,7 +110,7 @@ class GeneratorStage(Stage):
     tokens: str = ""
     """Train on this token cache (written by `python -m ar_jax.tokenize`) instead of encoding images in every update."""
     sampling: Sampling = Sampling()
-    """How previews and `sample.py` draw, unless told otherwise."""
+    """How previews and `sample.py` draw, unless told otherwise: parts with fields of their own."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,16 @@ from ar_jax.machine.compiled import keep_compiled
 from ar_jax.machine.distributed import Launch
 from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.machine.sharding import make_mesh
-from ar_jax.sampler import Sampler, condition_table, open_drawer
+from ar_jax.sampler import (
+    SHORT,
+    Sampler,
+    condition_table,
+    open_drawer,
+    open_models,
+    options_of,
+    own_sampling,
+    replaced,
+)
 
 PROG = "python -m ar_jax.evaluate"
 Metric = Literal["fd", "sfd", "is", "pr", "kid", "cfd"]
@@ -173,20 +182,23 @@ def main(arguments: list[str] | None = None) -> None:
 def _options(kind: type, command: str, arguments: list[str]) -> Any:
     """Options of a command; --data is by default that of the run named first."""
     data = _data_of(arguments[0]) if arguments and not arguments[0].startswith("-") else Data()
+    sampler, arguments = options_of(arguments, "sampler.") if kind is not Tokenizer else (Sampler(), arguments)
     return tyro.cli(
         kind,
         args=arguments,
         prog=f"{PROG} {command}",
         description=f"{kind.__doc__}\n\n{__doc__}",
-        default=_with_data(kind, data),
+        default=_defaults(kind, data, sampler),
+        config=(tyro.conf.AvoidSubcommands,),
     )
 
 
-def _with_data(kind, data):
+def _defaults(kind, data, sampler):
     if kind is Sweep:
-        return Sweep(_with_data(Generation, data))
-    missing = {"samples": tyro.MISSING, "reference": tyro.MISSING} if kind is Generation else {"model": tyro.MISSING}
-    return kind(**missing, data=data)
+        return Sweep(_defaults(Generation, data, sampler))
+    if kind is Generation:
+        return Generation(samples=tyro.MISSING, reference=tyro.MISSING, data=data, sampler=sampler)
+    return Tokenizer(model=tyro.MISSING, data=data)
 
 
 def _data_of(folder):
@@ -217,6 +229,7 @@ class RunImages:
         drawer = open_drawer(run, sampler)
         model, tokenizer = drawer.model, drawer.tokenizer.fixed()
         self.names, self._conditions = condition_table(model, sampler)
+        self._taken = {}
         self._draw = drawer._replace(tokenizer=tokenizer).compile(make_mesh(devices=jax.local_devices()))
         self._count, self._batch = count, sampler.batch
         side = sampler.resize
@@ -229,7 +242,7 @@ class RunImages:
             digest.update(name.encode() + np.asarray(table).tobytes())
         self.facts = {
             "format": "run", "checkpoint": model.checkpoint, "tokenizer": str(tokenizer.folder.resolve()),
-            "tokenizer_checkpoint": tokenizer.checkpoint, "seed": sampler.seed, "sampling": dataclasses.asdict(drawer.settings),
+            "tokenizer_checkpoint": tokenizer.checkpoint, "seed": sampler.seed, "sampling": codec.encode(drawer.sampling),
             "dtype": sampler.dtype, "average": sampler.average, "resize": sampler.resize,
             "conditions": f"{len(next(iter(self._conditions.values())))} in turn",
             "conditions_sha256": digest.hexdigest(),
@@ -245,10 +258,19 @@ class RunImages:
             ids = np.asarray(rows[first : first + self._batch])
             padded = np.resize(ids, self._batch)
             batch = {name: table[padded % turn] for name, table in self._conditions.items()}
-            for row, image in self._draw(batch, padded):
+            for row, image, calls, accepted in self._draw(batch, padded):
                 if row < len(ids):
                     images[first + row] = image
+                    self._taken[int(ids[row])] = calls | {"accepted": int(accepted.sum())}
         return images
+
+    def taken(self) -> dict[str, float]:
+        """Calls of every network an image, and tokens accepted at each call of the generator, over those drawn here."""
+        drawn = list(self._taken.values())
+        totals = {name: sum(one[name] for one in drawn) for name in (drawn[0] if drawn else ())}
+        accepted = totals.pop("accepted", 0)
+        found = {f"calls of the {name}": total / len(drawn) for name, total in totals.items()}
+        return found | ({"tokens a call": accepted / totals["generator"]} if totals.get("generator") else {})
 
 
 def open_samples(options: Generation) -> Images:
@@ -322,6 +344,8 @@ def evaluate_generation(options: Generation, network: Network | None = None) -> 
         "reference": {"from": reference.where if reference else options.reference},
         "speed": _speed(extractor),
     }  # fmt: skip
+    if isinstance(images, RunImages):
+        rest["drawing"] = images.taken()
     result = results.save(out, "generation", found, facts, **rest)
     if options.report:
         results.page(out.with_suffix(".png"), images.where, result, ours.shown, "samples picked at random")
@@ -371,6 +395,8 @@ def announce(result: dict[str, Any], out: Path) -> None:
     print(results.table(result["figures"]))
     for remark in result.get("remarks", []):
         print(f"note: {remark}")
+    if drawing := result.get("drawing"):
+        print("an image takes " + ", ".join(f"{value:.4g} {name}" for name, value in drawing.items()))
     speed = result.get("speed", {})
     if "images_per_second" in speed:
         print(
@@ -458,10 +484,15 @@ def sweep(options: Sweep, network: Network | None = None) -> list[dict[str, Any]
     folder = Path(base.out).with_suffix("")
     network, points = network or base.judge.open(), []
     base = dataclasses.replace(base, cache=base.cache or str(folder / ".reference"))
+    sampler = base.sampler
+    own = sampler.sampling or own_sampling(open_models(base.samples, sampler)[0], sampler.parts)
     for guidance, temperature, top_k in itertools.product(options.guidance, options.temperature, options.top_k):
         settings = {"guidance": guidance, "temperature": temperature, "top_k": top_k}
         out = folder / ("_".join(f"{name}{value:g}" for name, value in settings.items()) + ".json")
-        point = dataclasses.replace(base, out=str(out), sampler=dataclasses.replace(base.sampler, **settings))
+        drawn = own
+        for name, value in settings.items():
+            drawn = replaced(drawn, SHORT[name.replace("_", "-")][0].replace("-", "_"), value)
+        point = dataclasses.replace(base, out=str(out), sampler=dataclasses.replace(sampler, sampling=drawn))
         done = distributed.agreed(out.exists())
         result = results.load(str(out)) if done else evaluate_generation(point, network)
         if points:

@@ -199,6 +199,8 @@ class Shuffled:
     steps: int = 64
     scans: int = 4
 
+    adjustable = ("steps", "scans")
+
     def __call__(self, spec: TokenSpec, keys: Key[Array, "b"], images: int = 1, train_step: Index = 0) -> Order:
         slot = jax.vmap(lambda key: jax.random.permutation(key, spec.n))(keys).astype(jnp.int32)
         sizes = cosine_sizes(spec.n, min(self.steps, spec.n))
@@ -216,24 +218,13 @@ class Confident:
 
     steps: int = 16
 
+    adjustable = ("steps",)
+
     def __call__(
         self, spec: TokenSpec, keys: Key[Array, "b"] | None = None, images: int = 1, train_step: Index = 0
     ) -> Order:
         sizes = cosine_sizes(spec.n, min(self.steps, spec.n))
         return Order(raster(spec).slot, sizes, (max(sizes),) * len(sizes))
-
-
-def in_steps(order_fn: OrderFn, steps: int) -> OrderFn:
-    """The same order with another number of decode steps; 0 keeps its own.
-
-    Raises:
-      ValueError: such orders leave no choice.
-    """
-    if not steps:
-        return order_fn
-    if not hasattr(order_fn, "steps"):
-        raise ValueError(f"--steps is {steps}, but the order of this model leaves no choice")
-    return dataclasses.replace(order_fn, steps=steps)
 
 
 def known_first(order_fn: OrderFn, spec: TokenSpec, known: np.ndarray, keys: Key[Array, "b"]) -> Order:

@@ -26,8 +26,7 @@ import numpy as np
 import tyro
 
 from ar_jax.config import Experiment, Stage, load_config, parse
-from ar_jax.decode.sequential import sample
-from ar_jax.decode.settings import arrange, make_knobs
+from ar_jax.decode.sequential import Sequential
 from ar_jax.files.models import untrained
 from ar_jax.machine.chips import Chip, chip
 from ar_jax.machine.flops import model_flops, with_fields
@@ -53,8 +52,8 @@ class Options:
     """Images a chip draws at a time (--sample)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the sampler's parameters."""
-    segments: int = 1
-    """Parts in which the sampler's cache grows."""
+    segments: int = 0
+    """Parts in which the sampler's cache grows; 0 leaves the config's decoder as it is."""
     operations: int = 0
     """List so many of the longest operations."""
     hlo: str = ""
@@ -292,8 +291,10 @@ def sampler(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
     generator, tokenizer = untrained(experiment)
     if generator is None:
         raise ValueError("--sample: the config has no generator")
-    settings = experiment.generator.sampling
-    generator, tokenizer = arrange(settings, generator, tokenizer)
+    sampling = experiment.generator.sampling
+    if options.segments:
+        sampling = dataclasses.replace(sampling, decoder=Sequential(options.segments))
+    generator, tokenizer, order_fn = sampling.adapted(generator, tokenizer, experiment.generator.order)
     dtype, images = jnp.dtype(options.dtype).type, options.images * mesh.size
     generator = with_fields(generator, dtype=dtype)
     stacked = jax.eval_shape(generator.init_params, jax.random.key(0))
@@ -301,15 +302,12 @@ def sampler(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
     laid_out = []
     params = jax.eval_shape(lambda params: laid_out.append(generator.unrolled(params)) or laid_out[0][1], stacked)
     generator = laid_out[0][0]
-    order = experiment.generator.order(generator.spec, jax.random.split(jax.random.key(0), images), images, 0)
-    knobs, guided = make_knobs(settings, order, generator.spec.scales)
+    order = order_fn(generator.spec, jax.random.split(jax.random.key(0), images), images, 0)
+    guided = bool((sampling.knobs(order, generator.spec).guidance != 1).any())
 
     def draw(params, frozen, batch, keys):
         call = functools.partial(tokenizer.apply, {"params": frozen})
-        return sample(
-            generator, params, batch, order, tokenizer=call, knobs=knobs, keys=keys, guided=guided,
-            segments=options.segments,
-        )  # fmt: skip
+        return sampling.tokens(generator, params, batch, order, tokenizer=call, keys=keys)[0]
 
     example = jax.eval_shape(generator.conditioning.example)
     batch = {name: jax.ShapeDtypeStruct((images, *x.shape[1:]), x.dtype) for name, x in example.items()}
@@ -327,7 +325,7 @@ def sampler(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
     per_replica = images * (2 if guided else 1) // (mesh.shape["data"] * mesh.shape["fsdp"])
     rest = {
         "model": model_flops(draw, params, frozen, batch, keys), "images": images, "steps": len(order.sizes),
-        "step": step_bytes(generator, params, per_replica, order.sizes, options.segments) / mesh.shape["tp"],
+        "step": step_bytes(generator, params, per_replica, order.sizes, options.segments or 1) / mesh.shape["tp"],
     }  # fmt: skip
     return facts, jax.jit(draw), arguments, rest
 

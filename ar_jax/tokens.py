@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -80,3 +81,15 @@ def maps(x: Array, scales: tuple[Scale, ...]) -> list[Array]:
 def rows(maps: list[Array]) -> Array:
     """Joins maps [b h w ...] of scales one after the other to [b m ...]; the inverse of `maps`."""
     return jnp.concatenate([x.reshape(len(x), -1, *x.shape[3:]) for x in maps], axis=1)
+
+
+def by_side(order: Any, spec: TokenSpec) -> np.ndarray:
+    """Longer side of the scale that each step of an order draws, int [steps].
+
+    Raises:
+      ValueError: its steps are not the scales.
+    """
+    sizes = tuple(height * width for height, width in spec.scales)
+    if order.sizes != sizes:
+        raise ValueError(f"largest and known speak of scales, but {len(order.sizes)} steps draw {len(sizes)} scales")
+    return np.max(spec.scales, axis=1)

@@ -1,5 +1,6 @@
-"""Array aliases for annotations, and the decorator that checks them while tracing."""
+"""Array aliases for annotations, the decorator that checks them while tracing, and the check of a setting's range."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ __all__ = [
     "Params",
     "Tokens",
     "UInt8",
+    "finite",
     "typed",
 ]
 
@@ -33,3 +35,10 @@ Index = int | Int[Array, ""]
 Tokens = Int[Array, "b n k"] | Float[Array, "b n c"]
 
 typed = jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))  # an int is a float
+
+
+def finite(field: str, value: float, least: float = -math.inf) -> None:
+    """Raises a ValueError that names the field if its value is no finite number of at least `least`."""
+    if not math.isfinite(value) or value < least:
+        limit = "" if least == -math.inf else f" of {least:g} or more"
+        raise ValueError(f"{field} is {value}; it must be a finite number{limit}")

@@ -6,7 +6,8 @@ from ar_jax.config import Experiment, GeneratorStage, TokenizerStage
 from ar_jax.convert.flowar import EVALUATED, SCALES, SPAN
 from ar_jax.convert.mar import SCALE
 from ar_jax.data import Data
-from ar_jax.decode.settings import Sampling
+from ar_jax.decode.guidance import Ramp
+from ar_jax.decode.sampling import Sampling
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.inputs import NextLatent
 from ar_jax.heads.joint_flow import JointFlow
@@ -53,6 +54,6 @@ def flowar(size: str) -> Experiment:
                 clip=3.0 * 256 / 341,
                 warmup=100 * updates, schedule="cosine", end_lr=1e-5, ema=0.9999,
             ),
-            sampling=Sampling(guidance=guidance, guidance_rule="ramp"), preview_every=5000, save_every=5000,
+            sampling=Sampling(Ramp(guidance)), preview_every=5000, save_every=5000,
         ),
     )  # fmt: skip

@@ -4,6 +4,8 @@ import jax.numpy as jnp
 
 from ar_jax.config import Experiment, GeneratorStage, Losses, Sampling, TokenizerStage
 from ar_jax.data import Data
+from ar_jax.decode.guidance import Interval
+from ar_jax.decode.temperature import Constant
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.maskgit import MaskGIT
 from ar_jax.heads.gaussian_mixture import GaussianMixture
@@ -52,7 +54,7 @@ def class_conditional(kind: str) -> Experiment:
                 lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0 if masked else 1e-4, clip=1.0, warmup=STEPS // 10,
                 schedule="cosine",
             ),
-            sampling=Sampling(guidance=1.1) if masked else Sampling(guidance=1.4, temperature=0.95),
+            sampling=Sampling(Interval(1.1)) if masked else Sampling(Interval(1.4), Constant(0.95)),
             preview_every=5000, save_every=5000,
         ),
     )  # fmt: skip

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 from ar_jax.config import Experiment, GeneratorStage, Losses, Sampling, TokenizerStage
 from ar_jax.data import Data
+from ar_jax.decode.guidance import Interval
+from ar_jax.decode.logits import Filter
 from ar_jax.generators.causal import Causal
 from ar_jax.heads.categorical import Categorical
 from ar_jax.nets.conditioning import Caption, Label
@@ -66,7 +68,7 @@ def class_conditional(model: str, size: int, guidance: float) -> Experiment:
         tokenizer=TokenizerStage(path="checkpoints/vq_ds16_c2i" + ("" if size == 256 else f"_{size}")),
         generator=generator(
             network(model, Label), steps=300 * (IMAGENET // 256), tokens=f"cache/imagenet_{size}",
-            sampling=Sampling(guidance=guidance),
+            sampling=Sampling(Interval(guidance)),
         ),
     )  # fmt: skip
 
@@ -80,6 +82,6 @@ def text_conditional(size: int, data: str, steps: int) -> Experiment:
         generator=generator(
             network("xl", Caption),
             steps,
-            sampling=Sampling(guidance=7.5, top_k=1000),
+            sampling=Sampling(Interval(7.5), filter=Filter(1000)),
         ),
     )

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from ar_jax.config import Experiment, GeneratorStage, Losses, Sampling, TokenizerStage
 from ar_jax.data import Data
+from ar_jax.decode.guidance import Linear
 from ar_jax.generators.masked import Masked
 from ar_jax.heads.diffusion import Diffusion
 from ar_jax.nets.conditioning import Label
@@ -59,7 +60,7 @@ def class_conditional(model: str) -> Experiment:
                 lr=8e-4, betas=(0.9, 0.95), weight_decay=0.02, clip=3.0, warmup=100 * EPOCH, ema=0.9999,
                 no_decay=("/head/",),
             ),
-            sampling=Sampling(guidance=SIZES[model][-1], guidance_rule="linear"),
+            sampling=Sampling(Linear(SIZES[model][-1])),
             preview_every=5000, save_every=5000,
         ),
     )  # fmt: skip

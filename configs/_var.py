@@ -1,5 +1,7 @@
 """What the configs of next-scale models share: VAR (arXiv:2404.02905), FlexVAR (2502.20313), HMAR (2506.04421)."""
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from ar_jax.config import Experiment, GeneratorStage, TokenizerStage
@@ -7,7 +9,6 @@ from ar_jax.convert.flexvar import SCALES as FLEXVAR_SCALES
 from ar_jax.convert.next_scale import FLEXVAR_SAMPLING, GATES, HMAR_SAMPLING, REFINE, VAR_SAMPLING
 from ar_jax.convert.var import SCALES
 from ar_jax.data import Data
-from ar_jax.decode.settings import Sampling
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.hmar import Hmar
 from ar_jax.generators.inputs import NextScale, Upsampled
@@ -68,7 +69,7 @@ def var(depth: int, size: int = 256, batch: int = 768) -> Experiment:
             module=ResidualPyramid((size, size), sides), path="checkpoints/vae_ch160v4096z32" + ("" if size == 256 else "_512")
         ),
         generator=GeneratorStage(
-            module=module, order=scales, sampling=Sampling(**VAR_SAMPLING), **optimiser(depth, EPOCHS[depth], batch)
+            module=module, order=scales, sampling=VAR_SAMPLING, **optimiser(depth, EPOCHS[depth], batch)
         ),
     )  # fmt: skip
 
@@ -81,7 +82,7 @@ def flexvar(depth: int) -> Experiment:
         tokenizer=TokenizerStage(module=Pyramid(scales=tuple(range(1, 17))), path="checkpoints/flexvae_1to16"),
         generator=GeneratorStage(
             module=Causal(network(depth), *ends(depth), Upsampled()), order=scales, train_order=DrawnScales(),
-            sampling=Sampling(**FLEXVAR_SAMPLING, scales=FLEXVAR_SCALES[16]), **optimiser(depth, epochs, 768),
+            sampling=dataclasses.replace(FLEXVAR_SAMPLING, fields=(("tokenizer.scales", FLEXVAR_SCALES[16]),)), **optimiser(depth, epochs, 768),
         ),
     )  # fmt: skip
 
@@ -105,6 +106,6 @@ def hmar(depth: int, masks: bool = False) -> Experiment:
         data=data(256, 1 / 1.125),
         tokenizer=TokenizerStage(module=ResidualPyramid(), path="checkpoints/vae_ch160v4096z32"),
         generator=GeneratorStage(
-            module=module, order=scales, sampling=Sampling(**HMAR_SAMPLING[depth]), **settings
+            module=module, order=scales, sampling=HMAR_SAMPLING[depth], **settings
         ),
     )  # fmt: skip

@@ -6,7 +6,8 @@ from ar_jax.config import Experiment, GeneratorStage, TokenizerStage
 from ar_jax.convert.mar import SCALE
 from ar_jax.convert.xar import EVALUATED
 from ar_jax.data import Data
-from ar_jax.decode.settings import Sampling
+from ar_jax.decode.guidance import Ramp
+from ar_jax.decode.sampling import Sampling
 from ar_jax.generators.block_flow import BlockFlow
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.gated import EncoderDecoder
@@ -37,6 +38,6 @@ def xar(size: str) -> Experiment:
             optim=Optim(
                 lr=4e-4, betas=(0.9, 0.96), weight_decay=0.02, clip=1.0, warmup=100 * updates, ema=0.9999
             ),
-            sampling=Sampling(guidance=guidance, guidance_rule="ramp"), preview_every=5000, save_every=5000,
+            sampling=Sampling(Ramp(guidance)), preview_every=5000, save_every=5000,
         ),
     )  # fmt: skip

@@ -8,6 +8,8 @@ python sample.py runs/mnist5k_causal_flow
 
 from ar_jax.config import Experiment, GeneratorStage, Sampling, TokenizerStage
 from ar_jax.data import Data
+from ar_jax.decode.guidance import Interval
+from ar_jax.decode.temperature import Constant
 from ar_jax.generators.causal import Causal
 from ar_jax.heads.flow import Flow
 from ar_jax.nets.conditioning import Label
@@ -26,7 +28,7 @@ def get_config() -> Experiment:
                 Transformer(layers=4, width=128, heads=4, hidden=384), Label(128), Flow(width=128, depth=3, steps=16)
             ),
             steps=700, batch=64, optim=Optim(lr=1e-3, clip=3.0, warmup=50, schedule="cosine", ema=0.99),
-            sampling=Sampling(guidance=3.0, temperature=0.9),
+            sampling=Sampling(Interval(3.0), Constant(0.9)),
             log_every=50, preview_every=350, save_every=350,
         ),
     )  # fmt: skip

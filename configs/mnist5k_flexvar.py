@@ -15,6 +15,8 @@ show digits enlarged to 48x48 with 22.9 dB, and two digits side by side, 32x64, 
 
 from ar_jax.config import Experiment, GeneratorStage, Losses, Sampling, TokenizerStage
 from ar_jax.data import Data
+from ar_jax.decode.guidance import Ramp
+from ar_jax.decode.logits import Filter
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.inputs import Upsampled
 from ar_jax.heads.categorical import Categorical
@@ -46,7 +48,7 @@ def get_config() -> Experiment:
             ),
             order=scales, train_order=DrawnScales(usual=(1, 2, 3, 4, 6, 8), often=0.2, keep=(1, 2), some=((2, 3, 6),), last=8),
             steps=500, batch=64, optim=Optim(lr=2e-3, warmup=50, schedule="cosine", clip=2.0, ema=0.99),
-            sampling=Sampling(guidance=2.0, guidance_rule="ramp", top_k=100, top_p=0.95, scales=(1, 2, 3, 4, 6, 8)),
+            sampling=Sampling(Ramp(2.0), filter=Filter(100, top_p=0.95), fields=(("tokenizer.scales", (1, 2, 3, 4, 6, 8)),)),
             log_every=50, preview_every=250, save_every=250,
         ),
     )  # fmt: skip

@@ -12,6 +12,7 @@ import dataclasses
 from mnist5k_mar import get_config as mar
 
 from ar_jax.config import Experiment, GeneratorStage, Sampling
+from ar_jax.decode.guidance import Ramp
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.inputs import NextLatent
 from ar_jax.heads.joint_flow import JointFlow
@@ -37,7 +38,7 @@ def get_config() -> Experiment:
             ),
             order=scales, steps=1000, batch=64,
             optim=Optim(lr=1e-3, weight_decay=0.02, clip=3.0, warmup=100, schedule="cosine", ema=0.99),
-            sampling=Sampling(guidance=2.0, guidance_rule="ramp"),
+            sampling=Sampling(Ramp(2.0)),
             log_every=50, preview_every=500, save_every=500,
         ),
     )  # fmt: skip

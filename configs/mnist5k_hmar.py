@@ -10,6 +10,8 @@ The tokenizer is that of mnist5k_var.py. Both branches are trained at once. Redr
 
 from ar_jax.config import Experiment, GeneratorStage, Losses, Sampling, TokenizerStage
 from ar_jax.data import Data
+from ar_jax.decode.guidance import Ramp
+from ar_jax.decode.logits import Filter
 from ar_jax.generators.hmar import Hmar
 from ar_jax.generators.inputs import NextScale
 from ar_jax.heads.categorical import Categorical
@@ -44,7 +46,7 @@ def get_config() -> Experiment:
                 masks=net(2), mask_head=head, refine=((1,), (1, 3), (1, 1, 2, 5), (4, 4, 8)),
             ),
             order=scales, steps=500, batch=64, optim=Optim(lr=2e-3, warmup=50, schedule="cosine", clip=2.0, ema=0.99),
-            sampling=Sampling(guidance=1.5, guidance_rule="ramp", top_k=100, top_p=0.96),
+            sampling=Sampling(Ramp(1.5), filter=Filter(100, top_p=0.96)),
             log_every=50, preview_every=250, save_every=250,
         ),
     )  # fmt: skip

@@ -6,6 +6,8 @@ python sample.py runs/mnist5k_llamagen
 
 from ar_jax.config import Experiment, GeneratorStage, Losses, Sampling, TokenizerStage
 from ar_jax.data import Data
+from ar_jax.decode.guidance import Interval
+from ar_jax.decode.temperature import Constant
 from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
@@ -30,7 +32,7 @@ def get_config() -> Experiment:
         generator=GeneratorStage(
             module=Causal(Transformer(layers=4, width=128, heads=4, hidden=384), Label(128)),
             steps=500, batch=64, optim=Optim(lr=2e-3, warmup=50, schedule="cosine", ema=0.99),
-            sampling=Sampling(guidance=2.5, temperature=0.9),
+            sampling=Sampling(Interval(2.5), Constant(0.9)),
             log_every=50, preview_every=250, save_every=250,
         ),
     )  # fmt: skip

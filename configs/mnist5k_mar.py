@@ -8,6 +8,7 @@ python sample.py runs/mnist5k_mar
 
 from ar_jax.config import Experiment, GeneratorStage, Losses, Sampling, TokenizerStage
 from ar_jax.data import Data
+from ar_jax.decode.guidance import Linear
 from ar_jax.generators.masked import Masked
 from ar_jax.heads.diffusion import Diffusion
 from ar_jax.nets.conditioning import Label
@@ -34,7 +35,7 @@ def get_config() -> Experiment:
             ),
             order=Shuffled(steps=16),
             steps=700, batch=64, optim=Optim(lr=1e-3, weight_decay=0.02, clip=3.0, warmup=50, schedule="cosine", ema=0.99),
-            sampling=Sampling(guidance=3.0, guidance_rule="linear"),
+            sampling=Sampling(Linear(3.0)),
             log_every=50, preview_every=350, save_every=350,
         ),
     )  # fmt: skip

@@ -12,6 +12,8 @@ scale 4x4, 65% on 6x6, 100% on 8x8, 4 to 23% on the three scales of up to nine t
 
 from ar_jax.config import Experiment, GeneratorStage, Losses, Sampling, TokenizerStage
 from ar_jax.data import Data
+from ar_jax.decode.guidance import Ramp
+from ar_jax.decode.logits import Filter
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.inputs import NextScale
 from ar_jax.heads.categorical import Categorical
@@ -41,7 +43,7 @@ def get_config() -> Experiment:
                 Categorical(bias=True, std=0.001), NextScale(channels=8),
             ),
             order=scales, steps=500, batch=64, optim=Optim(lr=2e-3, warmup=50, schedule="cosine", clip=2.0, ema=0.99),
-            sampling=Sampling(guidance=1.5, guidance_rule="ramp", top_k=100, top_p=0.96),
+            sampling=Sampling(Ramp(1.5), filter=Filter(100, top_p=0.96)),
             log_every=50, preview_every=250, save_every=250,
         ),
     )  # fmt: skip

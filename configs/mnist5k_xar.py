@@ -9,6 +9,7 @@ the same cores.
 
 from ar_jax.config import Experiment, GeneratorStage, Sampling, TokenizerStage
 from ar_jax.data import Data
+from ar_jax.decode.guidance import Interval
 from ar_jax.generators.block_flow import BlockFlow
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.gated import EncoderDecoder
@@ -26,7 +27,7 @@ def get_config() -> Experiment:
             module=BlockFlow(EncoderDecoder(layers=2, width=128, heads=4), Label(128, std=1.0), steps=25),
             order=Cells(4), steps=1200, batch=64,
             optim=Optim(lr=1e-3, betas=(0.9, 0.96), weight_decay=0.02, warmup=100, schedule="cosine", ema=0.995),
-            sampling=Sampling(guidance=3.0),
+            sampling=Sampling(Interval(3.0)),
             log_every=50, preview_every=600, save_every=600,
         ),
     )  # fmt: skip

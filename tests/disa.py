@@ -8,6 +8,7 @@ needs a trained run.
 """
 
 import argparse
+import dataclasses
 import time
 
 import jax
@@ -15,7 +16,6 @@ import numpy as np
 from agreement import flat, judge
 from tqdm import tqdm
 
-from ar_jax.files import codec
 from ar_jax.heads.integrate import annealed
 from ar_jax.machine.sharding import MeshShape, make_mesh
 from ar_jax.sampler import Sampler, condition_table, open_drawer
@@ -34,24 +34,25 @@ def main():
     arguments = parser.parse_args()
     classifier, _ = judge(arguments.data, check=False)
     plain = open_drawer(arguments.run, Sampler(batch=arguments.batch))
-    parts = [plain.generator, getattr(plain.generator, "head", None)]
-    own = next(int(part.steps) for part in parts if hasattr(part, "with_steps"))
+    owner = "generator" if hasattr(plain.generator, "anneal") else "generator.head"
+    steps = (plain.generator if owner == "generator" else plain.generator.head).steps  # a text of diffusion heads
+    own = int(steps)
     first, last = arguments.first or own, arguments.last
     rules = [("constant", own, own), ("constant", last, last)]
     rules[1:1] = [(rule, first, last) for rule in ("two_stage", "linear", "cosine")]
     mean = {round(annealed(*rule, 64).mean()) for rule in rules[1:4]}
     rules[4:4] = [("constant", count, count) for count in sorted(mean)]
     key = jax.random.split(jax.random.key(0), 1)
-    decode_steps = len(codec.decode(plain.model.settings["order"])(plain.generator.spec, key, 1, 0).sizes)
+    decode_steps = len(plain.order(plain.generator.spec, key, 1, 0).sizes)
     mesh, classes, seconds, right, draws, calls = (
         make_mesh(MeshShape()), len(classifier.classes_), {}, {}, {}, {}
     )  # fmt: skip
     for rule in tqdm(rules, desc="compile"):
-        drawer = open_drawer(
-            arguments.run,
-            Sampler(batch=arguments.batch, anneal=rule[0], inner_steps=rule[1], last_inner_steps=rule[2]),
-        )
-        calls[rule] = _calls(drawer.generator, rule, decode_steps)
+        values = {"anneal": rule[0], "steps": type(steps)(rule[1]), "last_steps": rule[2]}
+        fields = tuple((f"{owner}.{name}", value) for name, value in values.items())
+        sampling = dataclasses.replace(plain.sampling, fields=(*plain.sampling.fields, *fields))
+        drawer = open_drawer(arguments.run, Sampler(batch=arguments.batch, sampling=sampling))
+        calls[rule] = drawer.generator.calls(drawer.order(drawer.generator.spec, key, 1, 0))
         draws[rule], table = drawer.compile(mesh), condition_table(drawer.model, drawer.options)[1]
         _images(draws[rule], table, np.arange(arguments.batch))
     for start in tqdm(range(0, arguments.count, arguments.batch), desc="draw"):
@@ -68,21 +69,12 @@ def main():
         name = f"{rule[1]}, fixed" if rule[0] == "constant" else f"{rule[1]} to {rule[2]}, {rule[0]}"
         taken = np.median(seconds[rule])
         speed = taken / np.median(seconds[rules[0]])
-        print(f"| {name} | {calls[rule]} | {np.mean(right[rule]):.1%} | {taken:.2f} s | {speed:.2f} |")
-
-
-def _calls(generator, rule, decode_steps):
-    """Calls of the head or the flow for an image; a diffusion chain leaves out the noisiest of its steps."""
-    head = getattr(generator, "head", None)
-    if hasattr(head, "chains"):
-        _, which, lengths = head.chains(decode_steps)
-        return lengths[which].sum()
-    return annealed(*rule, decode_steps).sum()
+        print(f"| {name} | {', '.join(f"{count.sum()} of the {network}" for network, count in calls[rule].items())} | {np.mean(right[rule]):.1%} | {taken:.2f} s | {speed:.2f} |")
 
 
 def _images(draw, table, ids):
     batch = {name: x[ids % len(x)] for name, x in table.items()}
-    rows = dict(draw(batch, ids))
+    rows = {one.row: one.image for one in draw(batch, ids)}
     return np.stack([rows[i] for i in range(len(ids))])
 
 

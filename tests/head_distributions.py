@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ar_jax.decode.sequential import Knobs
+from ar_jax.generators.base import Knobs
 from ar_jax.heads.diffusion import Diffusion
 from ar_jax.heads.flow import Flow, Times
 from ar_jax.heads.gaussian_mixture import GaussianMixture

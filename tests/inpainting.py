@@ -17,8 +17,7 @@ from scipy.ndimage import maximum_filter
 
 from ar_jax.data import Data, batches, open_source
 from ar_jax.decode.edit import Edit, free_slots
-from ar_jax.decode.sequential import sample_images
-from ar_jax.decode.settings import arrange, make_knobs, read_settings
+from ar_jax.decode.sampling import read_sampling
 from ar_jax.files import codec
 from ar_jax.files.images import save_png, tile, to_float, to_uint8
 from ar_jax.files.models import open_model
@@ -33,8 +32,10 @@ def main():
     parser.add_argument("--out", default="inpainting.png")
     arguments = parser.parse_args()
     model, coder = (open_model(arguments.run, kind) for kind in ("generator", "tokenizer"))
-    settings = read_settings(model.settings.get("sampling", {}))
-    generator, tokenizer = arrange(settings, model.module, coder.module)
+    sampling = read_sampling(model.settings.get("sampling", {}), model.module)
+    generator, tokenizer, order_fn = sampling.adapted(
+        model.module, coder.module, codec.decode(model.settings["order"])
+    )
     params, frozen = model.params(), coder.params()
     data = Data(name=arguments.data, split="test", size=32)
     given = next(iter(batches(open_source(data), data, batch=arguments.count, seed=0, train=False)))
@@ -42,7 +43,6 @@ def main():
     free = np.zeros(image.shape[:3], bool)
     height, width = image.shape[1:3]
     free[:, height // 2 :, width // 4 : width - width // 4] = True
-    order_fn = codec.decode(model.settings["order"])
     known = np.asarray(~free_slots(tokenizer.spec, free[:1]))[0]
 
     @jax.jit
@@ -52,13 +52,9 @@ def main():
             order, ranks = known_first(order_fn, tokenizer.spec, known, keys), int(known.sum())
         else:
             order, ranks = order_fn(tokenizer.spec, keys, len(image), 0), 0
-        knobs, guided = make_knobs(settings, order, tokenizer.spec.scales)
         edit = Edit(to_float(image), jnp.asarray(free), 0, ranks)
-        return to_uint8(
-            sample_images(
-                generator, tokenizer, params, frozen, batch, order, knobs=knobs, keys=keys, guided=guided, edit=edit
-            )
-        )
+        images, _ = sampling.images(generator, tokenizer, params, frozen, batch, order, keys=keys, edit=edit)
+        return to_uint8(images)
 
     @jax.jit
     def reconstruct(frozen):

@@ -10,7 +10,8 @@ import pytest
 from cases import CASES
 
 from ar_jax.decode.logits import Filter
-from ar_jax.decode.sequential import Knobs, sample
+from ar_jax.decode.sequential import Sequential
+from ar_jax.generators.base import Knobs
 from ar_jax.machine.sharding import MeshShape, batch_sharding, make_mesh, shard
 from ar_jax.nets.conditioning import paired, widen
 from ar_jax.orders import to_ranks
@@ -37,10 +38,10 @@ def sampler(case, unroll=True, segments=1):
     @jax.jit
     def run(params, batch, slot, keys):
         order = case.order(generator.spec, None, case.images).replace(slot=slot)
-        return sample(
+        return Sequential(segments)(
             generator, params, batch, order, tokenizer=case.tokenizer, knobs=knobs(len(order.sizes)), keys=keys,
-            guided=True, segments=segments,
-        )  # fmt: skip
+            guided=True,
+        )[0]  # fmt: skip
 
     return run
 

@@ -14,7 +14,8 @@ import pytest
 from cases_continuous import CASES, MASKED, SPEC
 
 from ar_jax.decode.edit import Source
-from ar_jax.decode.sequential import Knobs, sample
+from ar_jax.decode.sequential import Sequential, settle
+from ar_jax.generators.base import Knobs, Step
 from ar_jax.machine.sharding import MeshShape, batch_sharding, make_mesh, shard
 from ar_jax.nets.conditioning import paired, widen
 from ar_jax.orders import Order, cosine_sizes, known_first, rooms, to_ranks
@@ -41,9 +42,8 @@ def sampler(case, sizes, rooms, unroll, segments):
     @jax.jit
     def run(params, batch, slot, keys):
         order = Order(slot, sizes, rooms)
-        return sample(
-            generator, params, batch, order, knobs=knobs(len(sizes)), keys=keys, guided=True, segments=segments
-        )
+        decoder = Sequential(segments)
+        return decoder(generator, params, batch, order, knobs=knobs(len(sizes)), keys=keys, guided=True)[0]
 
     return run
 
@@ -242,23 +242,18 @@ def test_cosine_sizes_by_hand():
 
 def test_tokens_that_a_maskgit_keeps_stay_and_each_step_keeps_as_many_as_the_order_says():
     case, order = CASES["givt_masked"], CASES["givt_masked"].ordered()
-    call = functools.partial(case.generator.apply, {"params": case.params})
-    drop, keys = jnp.zeros(case.images, bool), image_keys(case.images)
-    cond = paired(*(call(case.batch, drop ^ without, method="condition") for without in (False, True)))
-    step = jax.jit(
-        lambda state, i, first: call(
-            state,
-            i,
-            first,
-            SPEC.n,
-            cond=cond,
-            order=order,
-            knobs=knobs(len(order.sizes)),
-            keys=jax.vmap(lambda key: jax.random.fold_in(key, first)[None])(keys),
-            method="step",
-        )
-    )
-    state, first, places = call(cond, order, case.images, method="begin"), 0, []
+    call, keys = functools.partial(case.generator.apply, {"params": case.params}), image_keys(case.images)
+    setting = settle(
+        case.generator, case.params, case.batch, order, tokenizer=None, knobs=knobs(len(order.sizes)),
+        images=case.images, guided=True,
+    )  # fmt: skip
+
+    @jax.jit
+    def step(state, i, first):
+        now = Step(i, first, jax.vmap(lambda key: jax.random.fold_in(key, first)[None])(keys))
+        return call(state, now, setting, method="step")
+
+    state, first, places = call(setting, case.images, method="begin"), 0, []
     for i, size in enumerate(order.sizes):
         before = state
         state = step(state, jnp.int32(i), jnp.int32(first))
@@ -284,10 +279,10 @@ def test_a_maskgit_does_not_see_hidden_tokens_and_begins_with_those_known_before
     order = known_first(case.order, SPEC, known, image_keys(case.images))
     source = Source(jnp.asarray(case.tokens), jnp.broadcast_to(known, hidden.shape), int(known.sum()))
     run = jax.jit(
-        lambda keys: sample(
+        lambda keys: Sequential()(
             case.generator, case.params, case.batch, order, knobs=knobs(len(order.sizes)), keys=keys, guided=True,
             source=source,
-        )
+        )[0]
     )  # fmt: skip
     got = run(image_keys(case.images))
     np.testing.assert_array_equal(got[:, known], case.tokens[:, known])

@@ -12,9 +12,10 @@ import optax
 import pytest
 from cases_flow import CASES, GRID, PYRAMID
 
-from ar_jax.decode.sequential import Knobs, sample
-from ar_jax.decode.settings import Sampling, arrange
+from ar_jax.decode.sampling import Sampling
+from ar_jax.decode.sequential import Sequential
 from ar_jax.files import codec
+from ar_jax.generators.base import Knobs
 from ar_jax.generators.block_flow import Until
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.masked import Masked
@@ -55,10 +56,10 @@ def sampler(case, segments):
 
     @jax.jit
     def run(params, batch, keys):
-        return sample(
+        return Sequential(segments)(
             case.generator, params, batch, order, tokenizer=case.tokenizer, knobs=knobs(len(order.sizes)), keys=keys,
-            guided=True, segments=segments,
-        )  # fmt: skip
+            guided=True,
+        )[0]  # fmt: skip
 
     return run
 
@@ -328,20 +329,37 @@ def test_a_latent_pyramid_averages_its_base_and_decodes_the_last_scale():
     )
 
 
-def test_annealing_is_a_setting_of_the_sampler():
-    settings = Sampling(anneal="linear", inner_steps=50, last_inner_steps=15)
-    for name, part in (("flowar", lambda g: g.head), ("xar_cells", lambda g: g)):
+def test_annealing_is_a_field_of_the_model_that_sampling_may_change():
+    def annealed(owner):
+        values = {"anneal": "linear", "steps": 50, "last_steps": 15}
+        return Sampling(fields=tuple((f"{owner}.{name}", value) for name, value in values.items()))
+
+    for name, owner, part in (("flowar", "generator.head", lambda g: g.head), ("xar_cells", "generator", lambda g: g)):
         case = CASES[name]
-        changed = part(arrange(settings, case.generator, case.pyramid)[0])
+        changed = part(annealed(owner).adapted(case.generator, case.pyramid, case.order)[0])
         assert (changed.anneal, changed.steps, changed.last_steps) == ("linear", 50, 15)
-        assert arrange(Sampling(), case.generator, case.pyramid)[0] == case.generator
+        assert Sampling().adapted(case.generator, case.pyramid, case.order)[0] == case.generator
     for steps, want in (("100", ("50", 950)), ("ddim100", ("ddim50", 980))):
         mar = Masked(None, None, None, Diffusion(steps=steps))
-        head = arrange(settings, mar, None)[0].head
+        head = annealed("generator.head").adapted(mar, None, raster)[0].head
         assert (head.anneal, head.steps, head.latest, head.last_steps) == ("linear", *want, 15)
-    assert arrange(Sampling(inner_steps=20), mar, None)[0].head.latest == 1000
-    with pytest.raises(ValueError, match=r"this Causal draws without inner steps"):
-        arrange(settings, Causal(None, None), None)
+    few = Sampling(fields=(("generator.head.steps", "20"),))
+    assert few.adapted(mar, None, raster)[0].head.latest == 1000
+    with pytest.raises(ValueError, match=r"generator.head.anneal cannot be changed in sampling; of this model these can"):
+        annealed("generator.head").adapted(Causal(None, None), None, raster)
+
+
+@each("flowar_cross", "xar_tokens")
+def test_calls_are_counted_as_the_loops_make_them(case):
+    order = case.ordered()
+    calls = case.generator.calls(order)
+    counts = [schedule(p.grid, p.anneal, p.steps, p.last_steps, len(order.sizes), i)[1]
+              for p in [getattr(case.generator, "head", case.generator)] for i in range(len(order.sizes))]  # fmt: skip
+    if "head" in calls:
+        assert calls["head"].tolist() == counts
+        assert calls["generator"].tolist() == [1] * len(order.sizes)
+    else:  # the clean group goes through the network once more, but for the last
+        assert calls["generator"].tolist() == [count + 1 for count in counts[:-1]] + [counts[-1]]
 
 
 def test_a_latent_pyramid_has_the_parameters_of_its_base():

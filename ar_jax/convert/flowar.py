@@ -9,6 +9,8 @@ import numpy as np
 from ar_jax.convert.mar import count, layers, qkv_bias
 from ar_jax.convert.names import LINEAR, PLAIN, Layout, Rule, qkv_layout
 from ar_jax.data import Info
+from ar_jax.decode.guidance import Ramp
+from ar_jax.decode.sampling import Sampling
 from ar_jax.files import codec
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.inputs import NextLatent
@@ -197,5 +199,5 @@ def describe(module: Causal) -> tuple[str, Info, dict[str, Any]]:
         f"{head.channels} numbers, {module.conditioning.classes} classes"
     )
     guidance = EVALUATED.get(module.backbone.width, (0.0,))[0]
-    sampling = {"guidance": guidance, "guidance_rule": "ramp"}
+    sampling = codec.encode(Sampling(Ramp(guidance)))
     return text, Info(classes=module.conditioning.classes), {"order": codec.encode(scale_order), "sampling": sampling}

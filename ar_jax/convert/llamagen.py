@@ -8,6 +8,9 @@ import flax.linen as nn
 
 from ar_jax.convert.names import CONV, CONV1, LINEAR, PLAIN, Rule, qkv_layout
 from ar_jax.data import Info
+from ar_jax.decode.guidance import Interval
+from ar_jax.decode.logits import Filter
+from ar_jax.decode.sampling import Sampling
 from ar_jax.files import codec
 from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Caption, Label
@@ -158,17 +161,17 @@ def describe(module: nn.Module) -> tuple[str, Info, dict[str, Any]]:
     if isinstance(conditioning, Caption):
         encoder = "flan-t5-xl" if conditioning.features == 2048 else ""
         info = Info(captions=True, text=encoder, text_rows=conditioning.rows, text_width=conditioning.features)
-        condition, sampling = f"{info.text_rows} caption rows of {info.text_width}", {"guidance": 7.5, "top_k": 1000}
+        condition = f"{info.text_rows} caption rows of {info.text_width}"
+        sampling = Sampling(Interval(7.5), filter=Filter(1000))
     else:
         info = Info(classes=conditioning.classes)
-        scale = GUIDANCE.get(backbone.width)
-        condition, sampling = f"{info.classes} classes", {"guidance": scale} if scale else {}
+        condition, sampling = f"{info.classes} classes", Sampling(Interval(GUIDANCE.get(backbone.width, 1.0)))
     _, rows, columns = module.spec.coords.max(0) + 1
     words = (
         f"{backbone.layers} layers of width {backbone.width} with {backbone.heads} heads, {rows}x{columns} tokens with "
         f"{module.spec.codes[0]} codes, {condition}"
     )
-    return words, info, {"order": codec.encode(raster), "sampling": sampling}
+    return words, info, {"order": codec.encode(raster), "sampling": codec.encode(sampling)}
 
 
 def buffers(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,8 @@ import flax.linen as nn
 
 from ar_jax.convert.names import CONV, CONV1, LINEAR, PLAIN, Layout, Rule, qkv_layout
 from ar_jax.data import Info
+from ar_jax.decode.guidance import Linear
+from ar_jax.decode.sampling import Sampling
 from ar_jax.files import codec
 from ar_jax.generators.masked import Masked
 from ar_jax.heads.diffusion import Diffusion
@@ -212,7 +214,7 @@ def describe(module: nn.Module) -> tuple[str, Info, dict[str, Any]]:
         f"{encoder.layers}+{decoder.layers} layers of width {encoder.width} with {encoder.heads} heads, diffusion head of "
         f"{head.depth} layers of width {head.width}, {rows}x{columns} tokens of {head.channels} numbers, {classes} classes"
     )
-    sampling = {"guidance_rule": "linear", "guidance": GUIDANCE.get(encoder.width, 1.0)}
+    sampling = codec.encode(Sampling(Linear(GUIDANCE.get(encoder.width, 1.0))))
     return words, Info(classes=classes), {"order": codec.encode(Shuffled(min(64, module.spec.n))), "sampling": sampling}
 
 

@@ -10,6 +10,10 @@ import numpy as np
 from ar_jax.convert import flexvar, var
 from ar_jax.convert.names import LINEAR, PLAIN, Layout, Rule, qkv_layout
 from ar_jax.data import Info
+from ar_jax.decode.guidance import Ramp
+from ar_jax.decode.logits import Filter
+from ar_jax.decode.sampling import Sampling
+from ar_jax.decode.temperature import KnownScales
 from ar_jax.files import codec
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.hmar import Hmar
@@ -31,13 +35,14 @@ GRID = Layout(lambda x: x.transpose(2, 0, 1)[None], lambda x: x[0].transpose(1, 
 ONE = Layout(lambda x: LINEAR.to_torch(x[0]), lambda x: LINEAR.from_torch(x)[None])
 
 # as evaluated: VAR and FlexVAR alike for all sizes, HMAR by depth
-VAR_SAMPLING = {"guidance": 1.5, "guidance_rule": "ramp", "top_k": 900, "top_p": 0.96}
-FLEXVAR_SAMPLING = {
-    "guidance": 2.5, "guidance_rule": "ramp", "guidance_reach": 9, "top_k": 900, "top_p": 0.95, "largest": 16,
-    "known": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32),
-}  # fmt: skip
+VAR_SAMPLING = Sampling(Ramp(1.5), filter=Filter(900, 0.96))
+FLEXVAR_SAMPLING = Sampling(
+    Ramp(2.5, reach=9, largest=16),
+    KnownScales(largest=16, known=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32)),
+    Filter(900, 0.95),
+)
 HMAR_SAMPLING = {
-    depth: {"guidance": scale, "guidance_rule": "ramp", "top_k": k, "top_p": 0.99}
+    depth: Sampling(Ramp(scale), filter=Filter(k, 0.99))
     for depth, (scale, k) in {16: (1.7, 1000), 20: (1.9, 950), 24: (2.1, 900), 30: (1.6, 650)}.items()
 }
 REFINE = ((1,), (1, 3), (1, 1, 2, 5), (16,), (25,), (36,), (64,), (100,), (169,), (256,))
@@ -226,7 +231,7 @@ def describe(module: Causal) -> tuple[str, Info, dict[str, Any]]:
         f"{layers} layers of width {net.width} with {net.heads} heads, scales {scales} of {module.spec.codes[0]} codes, "
         f"{module.conditioning.classes} classes"
     )
-    return words, Info(classes=module.conditioning.classes), {"order": codec.encode(scale_order), "sampling": sampling}
+    return words, Info(classes=module.conditioning.classes), {"order": codec.encode(scale_order), "sampling": codec.encode(sampling)}
 
 
 def merge(scales: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray], last: int = 8) -> dict[str, np.ndarray]:

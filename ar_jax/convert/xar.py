@@ -11,6 +11,8 @@ from ar_jax.convert.flowar import backbone, backbone_rules, frequencies, mask, s
 from ar_jax.convert.mar import layers
 from ar_jax.convert.names import Rule
 from ar_jax.data import Info
+from ar_jax.decode.guidance import Ramp
+from ar_jax.decode.sampling import Sampling
 from ar_jax.files import codec
 from ar_jax.generators.block_flow import BlockFlow
 from ar_jax.nets.conditioning import Label
@@ -106,5 +108,5 @@ def describe(module: BlockFlow) -> tuple[str, Info, dict[str, Any]]:
         f"{words(module.backbone)}, {rows}x{columns} tokens of {module.spec.channels} numbers in cells of "
         f"{order.side}x{order.side}, {module.conditioning.classes} classes"
     )
-    sampling = {"guidance": EVALUATED.get(module.backbone.width, (0.0,))[0], "guidance_rule": "ramp"}
+    sampling = codec.encode(Sampling(Ramp(EVALUATED.get(module.backbone.width, (0.0,))[0])))
     return text, Info(classes=module.conditioning.classes), {"order": codec.encode(order), "sampling": sampling}

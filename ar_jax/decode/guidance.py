@@ -1,34 +1,80 @@
-"""Classifier-free guidance: the weight of the condition in every step."""
+"""Classifier-free guidance: rules that give the weight of the condition in every step.
+
+A rule is called with an order and the tokens and returns float32 [steps]; 1 is unguided. What the weight does is up to the
+head (`nets.conditioning.fold`).
+"""
+
+import dataclasses
 
 import numpy as np
 
+from ar_jax.orders import Order
+from ar_jax.tokens import TokenSpec, by_side
+from ar_jax.typing import finite
 
-def interval(scale: float, steps: int, last: int = -1) -> np.ndarray:
-    """Guidance weight of every step, float32 [steps]: `scale` up to decode step `last`, 1 afterwards.
 
-    Decode steps are counted as LlamaGen does: 0 is the step after the first token, and the first token is always
-    guided. -1 guides every step.
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """One weight for all steps, or for the first of them.
+
+    Source: LlamaGen (arXiv:2406.06525).
     """
-    weight = np.full(steps, scale, np.float32)
-    if last > -1:
-        weight[last + 2 :] = 1
-    return weight
+
+    weight: float = 1.0
+    """Of the condition; 1 is unguided."""
+    last: int = -1
+    """Last guided decode step, counted from the step after the first token, which is always guided; -1 guides all."""
+
+    def __post_init__(self):
+        finite("guidance.weight", self.weight)
+
+    def __call__(self, order: Order, spec: TokenSpec) -> np.ndarray:
+        weight = np.full(len(order.sizes), self.weight, np.float32)
+        if self.last > -1:
+            weight[self.last + 2 :] = 1
+        return weight
 
 
-def ramp(scale: float, steps: int, reach: int = 0) -> np.ndarray:
-    """Guidance weight of every step, float32 [steps], as VAR counts: 1 + t with (1 + t) cond - t uncond.
+@dataclasses.dataclass(frozen=True)
+class Ramp:
+    """1 + t, for (1 + t) cond - t uncond: t rises over the steps.
 
-    t rises from 0 at step 0 to `scale` at step `reach` and on beyond it; steps-1 if that comes first, or `reach` is 0.
+    Source: VAR (arXiv:2404.02905), FlexVAR (arXiv:2502.20313).
     """
-    full = max(min(reach or steps, steps - 1), 1)
-    return (1 + scale * np.arange(steps) / full).astype(np.float32)
+
+    weight: float = 0.0
+    """Where t rises to, from 0 in the first step; 0 is unguided."""
+    reach: int = 0
+    """Step at which it gets there; later ones get more. 0 is the last step, or that if it is less."""
+    largest: int = 0
+    """Scales with a longer side than this get t = `weight`; 0 is none."""
+
+    def __post_init__(self):
+        finite("guidance.weight", self.weight)
+
+    def __call__(self, order: Order, spec: TokenSpec) -> np.ndarray:
+        steps = len(order.sizes)
+        full = max(min(self.reach or steps, steps - 1), 1)
+        weight = (1 + self.weight * np.arange(steps) / full).astype(np.float32)
+        if self.largest:
+            weight = np.where(by_side(order, spec) > self.largest, np.float32(1 + self.weight), weight)
+        return weight
 
 
-def linear(scale: float, sizes: tuple[int, ...]) -> np.ndarray:
-    """Guidance weight of every step, float32 [steps]: rises from 1 to `scale` with the part of tokens known after it.
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """Rises from 1 to `weight` with the part of the tokens that is known after a step; the last counts one as unknown.
 
-    The last step counts one token as unknown, as in MAR (arXiv:2406.11838).
+    Source: MAR (arXiv:2406.11838).
     """
-    known = np.cumsum(sizes)
-    known[-1] -= 1
-    return (1 + (scale - 1) * known / (known[-1] + 1)).astype(np.float32)
+
+    weight: float = 1.0
+    """Of the condition in the end; 1 is unguided."""
+
+    def __post_init__(self):
+        finite("guidance.weight", self.weight)
+
+    def __call__(self, order: Order, spec: TokenSpec) -> np.ndarray:
+        known = np.cumsum(order.sizes)
+        known[-1] -= 1
+        return (1 + (self.weight - 1) * known / (known[-1] + 1)).astype(np.float32)

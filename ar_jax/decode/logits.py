@@ -1,4 +1,4 @@
-"""Filters of logits before the draw, and the draw itself."""
+"""Filters of logits before the draw."""
 
 import dataclasses
 
@@ -46,20 +46,18 @@ def _keep(logits, enough):
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
-    """Top-k, then top-p; as static knob of a sampler.
+    """Logits to logits: top-k, then top-p. Any function of this form can stand in its place in `Sampling`.
 
     Entries stay whose likelier ones have less than `top_p` together, which is both LlamaGen's rule (from the largest
     down) and VAR's (from the smallest up), but for what rounding does to the sums.
-
-    Attributes:
-      banned: entries that are never drawn.
-      top_k: number of entries kept, 0 keeps all.
-      top_p: probability mass kept, in (0, 1]; 1 keeps all.
     """
 
     top_k: int = 0
+    """Draw from the k most likely codes; 0 is off."""
     top_p: float = 1.0
+    """Draw from the most likely codes of this probability mass, in (0, 1]; 1 is off."""
     banned: tuple[int, ...] = ()
+    """Codes that are never drawn."""
 
     def __post_init__(self):
         if self.top_k < 0:

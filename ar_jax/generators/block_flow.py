@@ -11,20 +11,20 @@ import numpy as np
 from jax import lax
 
 from ar_jax.data import Info
-from ar_jax.generators.causal import State
-from ar_jax.generators.inputs import Frozen, some
+from ar_jax.generators.base import Frozen, Generator, Setting, State, Step, image_weight
+from ar_jax.generators.inputs import some
 from ar_jax.heads.diffusion import TRAINED, continuous
 from ar_jax.heads.flow import draw_times
-from ar_jax.heads.integrate import Anneal, Solver, integrate, normal, schedule, with_steps
-from ar_jax.machine.sharding import BATCH, Rules, constrain
+from ar_jax.heads.integrate import Anneal, Solver, calls, integrate, normal, schedule
+from ar_jax.machine.sharding import BATCH, constrain
 from ar_jax.nets.conditioning import Cond, fold, widen
 from ar_jax.nets.gated import Condition, EncoderDecoder
 from ar_jax.nets.linear import Linear
 from ar_jax.nets.mlp import TimeEmbedding, xavier
 from ar_jax.nets.transformer import Cache
-from ar_jax.orders import Order, to_ranks, whole
+from ar_jax.orders import Order, to_ranks
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Index, Key, Metrics, Params, PRNGKey, typed
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Key, Metrics, PRNGKey, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Until:
         return np.append(np.linspace(1, self.last, steps), 0.0)
 
 
-class BlockFlow(nn.Module):
+class BlockFlow(Generator):
     """Rectified flow of groups of tokens, one group after the other; the order says what a group is.
 
     `orders.Cells` makes squares of neighbours, `Cells(1)` single tokens, `Interleaved` tokens at equal distances, `scales`
@@ -71,51 +71,18 @@ class BlockFlow(nn.Module):
     dtype: Any = jnp.float32
     spec: TokenSpec | None = None
 
-    any_order = False  # see `Causal`
+    adjustable = ("steps", "grid", "solver", "guided_until", "anneal", "last_steps")
 
     def complete(self, spec: TokenSpec, info: Info) -> "BlockFlow":
-        """Fills in what only the tokenizer and the data know.
-
-        Raises:
-          ValueError: the tokens are discrete, or the data lacks what the condition needs.
-        """
         if self.times not in ("uniform", "logit_normal"):
             raise ValueError(f"generator.times is {self.times!r}; it must be uniform or logit_normal")
         continuous(spec, "BlockFlow")
-        return self.clone(
-            spec=spec, conditioning=self.conditioning.complete(info), backbone=self.backbone.complete(spec)
-        )
-
-    def unrolled(self, params: Params) -> tuple["BlockFlow", Params]:
-        """Itself: so many rows are computed in a step that the layout of the layers does not matter."""
-        return self, params
-
-    def with_steps(self, anneal: str, steps: int, last: int) -> "BlockFlow":
-        """The same with another schedule, as `Sampling` has it."""
-        return with_steps(self, anneal, steps, last)
-
-    def init_params(self, key: PRNGKey) -> Params:
-        drop, batch = jnp.zeros(1, bool), self.conditioning.example()
-        return self.init(key, self.spec.zeros(1), batch, whole(self.spec), drop=drop, key=key, method="loss")["params"]
+        return super().complete(spec, info)
 
     def setup(self):
         self.input = Linear(self.backbone.width, self.dtype, kernel_init=xavier, bias=True)
         self.time = TimeEmbedding(self.backbone.width, self.dtype, xavier)
         self.output = Linear(self.spec.channels, self.dtype, jnp.float32, xavier, bias=True)
-
-    @property
-    def rules(self) -> Rules:
-        """What tensor parallelism divides (see `sharding.shard`)."""
-        return self.backbone.rules
-
-    def condition(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
-        """The condition's vector; `drop` marks images that go without.
-
-        Raises:
-          ValueError: the conditioning makes none.
-        """
-        cond = self.conditioning(batch, drop)
-        return cond.replace(mod=self.backbone.modulate(cond.mod))
 
     @typed
     def loss(
@@ -145,8 +112,7 @@ class BlockFlow(nn.Module):
         t = draw_times(t_key, (len(tokens), len(order.sizes)), self.times)
         x0 = to_ranks(tokens, order).astype(jnp.float32)
         loss = self.errors(x0, self.condition(batch, drop), order, t, jax.random.normal(noise_key, x0.shape))
-        valid = jnp.asarray(batch.get("valid", jnp.ones(len(tokens))), jnp.float32)
-        return loss, jnp.broadcast_to(valid[:, None], loss.shape), {}
+        return loss, jnp.broadcast_to(image_weight(batch, len(tokens))[:, None], loss.shape), {}
 
     def errors(
         self, x0: Float[Array, "b n c"], cond: Cond, order: Order, t: Float[Array, "b s"], noise: Float[Array, "b n c"]
@@ -188,43 +154,30 @@ class BlockFlow(nn.Module):
         )  # fmt: skip
         return self.output(h), cache
 
-    def begin(self, cond: Cond, order: Order, images: int, vectors: int = 0) -> State:
-        """Nothing is known; `vectors` is unused."""
-        return State(jnp.zeros((images, order.n, self.spec.channels)), self.backbone.empty_cache(len(cond.rows)))
+    def begin(self, setting: Setting, images: int) -> State:
+        return State(self.spec.zeros(images), self.backbone.empty_cache(len(setting.cond.rows)))
 
-    def grow(self, state: State, ranks: int, cond: Cond) -> State:
-        """Makes room in the cache for the first `ranks` ranks."""
+    def grow(self, state: State, ranks: int, setting: Setting) -> State:
         return state.replace(cache=state.cache.grow(ranks))
 
-    def step(
-        self,
-        state: State,
-        i: Index,
-        first: Index,
-        size: int,
-        *,
-        cond: Cond,
-        order: Order,
-        knobs: Any,
-        keys: Key[Array, "b m"],
-        tokenizer: Frozen | None = None,
-    ) -> State:
-        """Moves ranks first..first+size from noise to data, then writes them into the cache, clean.
+    def step(self, state: State, now: Step, setting: Setting) -> State:
+        """Moves the ranks of a step from noise to data, then writes them into the cache, clean.
 
         Guided rows share a token and are folded in every call; the temperature multiplies all noise.
         """
-        guidance, temperature = jnp.asarray(knobs.guidance)[i], jnp.asarray(knobs.temperature)[i]
+        guidance, temperature = (jnp.asarray(x)[now.i] for x in (setting.knobs.guidance, setting.knobs.temperature))
+        cond, order, keys = setting.cond, setting.order, now.keys
         ways, steps = len(cond.rows) // len(keys), len(order.sizes)
         module, variables = self.unbind()  # loops of JAX take pure functions
 
         def network(x, t):
             t = jnp.full((1, 1), t, jnp.float32)
-            return module.apply(variables, widen(x, ways), t, cond, order, first, state.cache, method="velocity")
+            return module.apply(variables, widen(x, ways), t, cond, order, now.first, state.cache, method="velocity")
 
         def velocity(x, t):
             return fold(network(x, t)[0], ways, jnp.where(t <= self.guided_until, guidance, 1.0))
 
-        times, count = schedule(self.grid, self.anneal, self.steps, self.last_steps, steps, i)
+        times, count = schedule(self.grid, self.anneal, self.steps, self.last_steps, steps, now.i)
         x = integrate(
             velocity,
             temperature * self.noise(keys, 0),
@@ -233,10 +186,16 @@ class BlockFlow(nn.Module):
             noise=lambda s: temperature * self.noise(keys, s + 1),
             steps=count,
         )
-        tokens = lax.dynamic_update_slice_in_dim(state.tokens, x, first, axis=1)
+        tokens = lax.dynamic_update_slice_in_dim(state.tokens, x, now.first, axis=1)
         # nobody looks back at the last group
-        cache = lax.cond(i < steps - 1, lambda: network(x, 0.0)[1], lambda: state.cache)
+        cache = lax.cond(now.i < steps - 1, lambda: network(x, 0.0)[1], lambda: state.cache)
         return State(tokens, cache)
+
+    @nn.nowrap
+    def calls(self, order: Order) -> dict[str, np.ndarray]:
+        count = calls(self.grid, self.anneal, self.steps, self.last_steps, len(order.sizes), self.solver)
+        count[:-1] += 1  # of the clean group, into the cache
+        return {"generator": count}
 
     def noise(self, keys: Key[Array, "b m"], s: Index) -> Float[Array, "b m c"]:
         """Where tokens start (s = 0), and the noise of step s-1 of the stochastic solver."""

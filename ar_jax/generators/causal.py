@@ -1,15 +1,16 @@
 """Causal generators: each token is predicted from those of earlier steps, rows are fed once into a cache."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import lax
 
 from ar_jax.data import Info
-from ar_jax.generators.inputs import Frozen, NextScale, Previous
+from ar_jax.generators.base import Frozen, Generator, Setting, State, Step, image_weight
+from ar_jax.generators.inputs import NextScale, Previous, some
 from ar_jax.heads.categorical import Categorical
-from ar_jax.machine.sharding import BATCH, Rules, constrain
+from ar_jax.machine.sharding import BATCH, constrain
 from ar_jax.nets.conditioning import Cond
 from ar_jax.nets.gated import EncoderDecoder
 from ar_jax.nets.linear import output_major
@@ -17,23 +18,10 @@ from ar_jax.nets.positions import NOWHERE
 from ar_jax.nets.transformer import Backbone, Cache, unrolled
 from ar_jax.orders import NEVER, Order, to_ranks
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Key, Metrics, Params, PRNGKey, Tokens, typed
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Metrics, Params, PRNGKey, Tokens, typed
 
 
-@struct.dataclass
-class State:
-    """The sampling loop's carry.
-
-    Attributes:
-      tokens: in rank order, zeros where unknown: codes int32 [b n k], or vectors in their place (see `Knobs.soften`).
-      cache: of the network, or None if it needs none.
-    """
-
-    tokens: Array
-    cache: Cache | None
-
-
-class Causal(nn.Module):
+class Causal(Generator):
     """Prediction of tokens step by step, one token or many at a time.
 
     Each rank has a row, which the network turns into a prediction of its token. What the row carries is up to `inputs`:
@@ -58,24 +46,13 @@ class Causal(nn.Module):
     emphasis: str = "equal"
     spec: TokenSpec | None = None
 
-    any_order = False  # whether ranks may be put in another order, and those known beforehand first
-
     def complete(self, spec: TokenSpec, info: Info) -> "Causal":
-        """Fills in what only the tokenizer and the data know.
-
-        Raises:
-          ValueError: the head cannot predict such tokens, or the data lacks what the condition needs.
-        """
         if self.emphasis not in ("equal", "lognorm"):
             raise ValueError(f"generator.emphasis is {self.emphasis!r}; it must be equal or lognorm")
-        return self.on(spec).clone(conditioning=self.conditioning.complete(info))
+        return super().complete(spec, info)
 
     def on(self, spec: TokenSpec) -> "Causal":
-        """The same generator for other tokens of the same codebook, if its parameters do not depend on their layout."""
-        inputs = self.inputs.complete(spec, self.backbone.width)
-        return self.clone(
-            spec=spec, inputs=inputs, head=self.head.complete(spec), backbone=self.backbone.complete(spec)
-        )
+        return Generator.on(self.clone(inputs=self.inputs.clone(width=self.backbone.width)), spec)
 
     def unrolled(self, params: Params) -> tuple["Causal", Params]:
         """The same generator laid out for decoding (see `transformer.unrolled`)."""
@@ -90,31 +67,11 @@ class Causal(nn.Module):
         )
         return module, changed
 
-    @nn.nowrap
-    def parts(self, kind: type[nn.Module]) -> dict[str, nn.Module]:
-        """Fields that are modules of a kind."""
-        return {name: part for name in self.__dataclass_fields__ if isinstance(part := getattr(self, name), kind)}
-
-    def init_params(self, key: PRNGKey) -> Params:
-        drop = jnp.zeros(1, bool)
-        tokens = self.spec.zeros(1)
-        order, tokenizer = self.inputs.example()
-        batch = self.conditioning.example()
-        return self.init(key, tokens, batch, order, drop=drop, key=key, tokenizer=tokenizer, method="loss")["params"]
+    def example(self) -> tuple[Order, Frozen | None]:
+        return self.inputs.example()
 
     def setup(self):
         self.drop = nn.Dropout(self.dropout)
-
-    @property
-    def rules(self) -> Rules:
-        """What tensor parallelism divides (see `sharding.shard`)."""
-        parts = [part for part in self.parts(nn.Module).values() if hasattr(part, "rules")]
-        return tuple(dict.fromkeys(rule for part in parts for rule in part.rules))
-
-    def condition(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
-        """All that depends on the condition only; `drop` marks images that go without."""
-        cond = self.conditioning(batch, drop)
-        return cond.replace(mod=self.backbone.modulate(cond.mod))
 
     @typed
     def loss(
@@ -150,10 +107,9 @@ class Causal(nn.Module):
     @nn.nowrap
     def weight(self, batch: Batch, order: Order, images: int) -> Float[Array, "b n"]:
         """Weight of every rank in training."""
-        valid = jnp.asarray(batch.get("valid", jnp.ones(images)), jnp.float32)
         by_slot = lognorm(self.spec) if self.emphasis == "lognorm" else np.ones(self.spec.n, np.float32)
         by_rank = jnp.asarray(by_slot)[order.slot] * jnp.asarray(order.step != NEVER, jnp.float32)
-        return valid[:, None] * by_rank
+        return image_weight(batch, images)[:, None] * by_rank
 
     def hidden(
         self, tokens: Tokens, cond: Cond, order: Order, tokenizer: Frozen | None = None
@@ -171,12 +127,9 @@ class Causal(nn.Module):
         """Rows through the network, see `Transformer`."""
         return self.backbone(x, step, coords, mod=cond.mod, **cached)
 
-    def begin(self, cond: Cond, order: Order, images: int, vectors: int = 0) -> State:
-        """Feeds all condition rows but the last into an empty cache.
-
-        Args:
-          vectors: width of the vectors that stand for codes, or 0 for codes.
-        """
+    def begin(self, setting: Setting, images: int) -> State:
+        """Feeds all condition rows but the last into an empty cache."""
+        cond, order = setting.cond, setting.order
         self.inputs.check(order)
         rows, p, _ = cond.rows.shape
         cache = self.backbone.empty_cache(rows)
@@ -186,43 +139,30 @@ class Causal(nn.Module):
                 cond.rows[:, :-1], step, jnp.full((1, p - 1, 3), NOWHERE), cond, cache=cache.grow(p - 1), keys=step,
                 valid=_valid(cond, p - 1),
             )  # fmt: skip
-        vectors = vectors or self.spec.channels
-        dtype = jnp.float32 if vectors else jnp.int32
-        return State(jnp.zeros((images, order.n, vectors or 1), dtype), cache)
+        if setting.knobs.soften is None:
+            return State(self.spec.zeros(images), cache)
+        vector = jax.eval_shape(lambda: setting.tokenizer(self.spec.zeros(1), method="embed"))
+        return State(jnp.zeros((images, order.n, vector.shape[-1])), cache)
 
-    def grow(self, state: State, ranks: int, cond: Cond) -> State:
-        """Makes room in the cache for the first `ranks` ranks."""
-        return state if state.cache is None else state.replace(cache=state.cache.grow(cond.rows.shape[1] - 1 + ranks))
+    def grow(self, state: State, ranks: int, setting: Setting) -> State:
+        rows = setting.cond.rows.shape[1] - 1 + ranks
+        return state if state.cache is None else state.replace(cache=state.cache.grow(rows))
 
-    def step(
-        self,
-        state: State,
-        i: Index,
-        first: Index,
-        size: int,
-        *,
-        cond: Cond,
-        order: Order,
-        knobs,
-        keys: Key[Array, "b m"],
-        tokenizer: Frozen | None = None,
-    ) -> State:
-        """Reveals ranks first..first+size."""
-        h, cache = self.rows(state, first, size, cond, order, tokenizer)
-        token = self.head.sample(h, keys, knobs, i, tokenizer)
-        return State(lax.dynamic_update_slice_in_dim(state.tokens, token, first, axis=1), cache)
+    def step(self, state: State, now: Step, setting: Setting) -> State:
+        """Reveals the ranks of a step."""
+        h, cache = self.rows(state, now.first, now.size, setting)
+        token = self.head.sample(h, now.keys, setting.knobs, now.i, setting.tokenizer)
+        return State(lax.dynamic_update_slice_in_dim(state.tokens, token, now.first, axis=1), cache)
 
     def rows(
-        self, state: State, first: Index, size: int, cond: Cond, order: Order, tokenizer: Frozen | None = None
+        self, state: State, first: Index, size: int, setting: Setting
     ) -> tuple[Float[Array, "B m d"], Cache | None]:
         """Hidden rows of ranks first..first+size, given a state in which all earlier steps are known and cached."""
+        cond, order = setting.cond, setting.order
         p = cond.rows.shape[1]
-        x, coords = self.inputs(state.tokens, cond, order, tokenizer, first, size)
+        x, coords = self.inputs(state.tokens, cond, order, setting.tokenizer, first, size)
         steps = _steps(p, order)
-        if isinstance(first, int):
-            step = steps[p - 1 + first : p - 1 + first + size]
-        else:
-            step = lax.dynamic_slice_in_dim(jnp.asarray(steps), p - 1 + first, size)
+        step = some(steps, p - 1 + first, size, 0)
         if state.cache is None:
             return self.network(x, step, coords, cond)
         filled = state.cache.rows

@@ -1,19 +1,23 @@
 """HMAR: next-scale prediction that sees its own scale only, and redraws parts of a scale by masked prediction."""
 
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from ar_jax.data import Info
-from ar_jax.generators.causal import Causal, State
-from ar_jax.generators.inputs import Frozen, some
+from ar_jax.generators.base import Frozen, Setting, State, Step, image_weight
+from ar_jax.generators.causal import Causal
+from ar_jax.generators.inputs import some
 from ar_jax.heads.categorical import Categorical
 from ar_jax.nets.adaln import AdaLN
 from ar_jax.nets.conditioning import Cond
 from ar_jax.orders import Order, to_ranks, to_slots
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Key, Metrics, PRNGKey, typed
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Metrics, PRNGKey, typed
 
 BRANCHES = ("scales", "masks")
 
@@ -41,6 +45,8 @@ class Hmar(Causal):
     refine: tuple[tuple[int, ...], ...] = ()
     branches: tuple[str, ...] = BRANCHES
 
+    adjustable = ("refine",)
+
     def complete(self, spec: TokenSpec, info: Info) -> "Hmar":
         for name in ("backbone", "tail", "masks"):
             net = getattr(self, name)
@@ -52,18 +58,14 @@ class Hmar(Causal):
             raise ValueError(f"generator.branches is {self.branches}; give one or both of {BRANCHES}")
         return super().complete(spec, info)
 
-    def on(self, spec: TokenSpec) -> "Hmar":
-        return super().on(spec).clone(mask_head=self.mask_head.complete(spec))
-
     def setup(self):
         super().setup()
         width = self.backbone.width
         self.mask_embed = self.param("mask_embed", jax.nn.initializers.normal((3 * width) ** -0.5), (width,))
 
-    def condition(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
-        cond = self.conditioning(batch, drop)
+    def modulate(self, vector: Array) -> dict[str, Any]:
         nets = {"trunk": self.backbone, "tail": self.tail, "masks": self.masks}
-        return cond.replace(mod={name: net.modulate(cond.mod) for name, net in nets.items()})
+        return {name: net.modulate(vector) for name, net in nets.items()}
 
     def network(self, x, step, coords, cond, end="tail", **rest):
         x, _ = self.backbone(x, step, coords, mod=cond.mod["trunk"], **rest)
@@ -94,8 +96,7 @@ class Hmar(Causal):
             target = to_ranks(tokens, order)
             h = self.masked_hidden(target, masked, self.condition(batch, drop), order, tokenizer)
             loss = self.mask_head.loss(h, target)
-            valid = jnp.asarray(batch.get("valid", jnp.ones(len(tokens))), jnp.float32)
-            weight = valid[:, None] * masked
+            weight = image_weight(batch, len(tokens))[:, None] * masked
             found.append((loss, weight))
             metrics["masked_perplexity"] = jnp.exp((loss * weight).sum() / jnp.maximum(weight.sum(), 1))
         loss = jnp.concatenate([loss for loss, _ in found], axis=1)
@@ -117,50 +118,41 @@ class Hmar(Causal):
         h, _ = self.network(x, order.step[first : first + size], coords, cond, end="masks")
         return h
 
-    def step(
-        self,
-        state: State,
-        i: Index,
-        first: Index,
-        size: int,
-        *,
-        cond: Cond,
-        order: Order,
-        knobs,
-        keys: Key[Array, "b m"],
-        tokenizer: Frozen,
-    ) -> State:
+    def step(self, state: State, now: Step, setting: Setting) -> State:
         """Reveals a scale, then draws its least certain tokens anew in the steps that `refine` says.
 
         Redrawing is unguided: the published model guides it by a millionth, which changes no more than rounding does.
         """
-        counts = self._counts(i, size)
+        counts, knobs, keys = self._counts(now.i, now.size), setting.knobs, now.keys
         if not counts:
-            return super().step(
-                state, i, first, size, cond=cond, order=order, knobs=knobs, keys=keys, tokenizer=tokenizer
-            )
+            return super().step(state, now, setting)
         if knobs.soften is not None:
             raise ValueError("soft draws mixtures of codes, but refine masks codes; give one of them")
         images = len(keys)
-        ways = len(cond.rows) // images
-        h, cache = self.rows(state, first, size, cond, order, tokenizer)
-        logits = self.head.filtered(h, images, knobs, i)
-        token = self.head.draw(logits, keys, knobs, i)
+        ways = len(setting.cond.rows) // images
+        h, cache = self.rows(state, now.first, now.size, setting)
+        logits = self.head.filtered(h, images, knobs, now.i)
+        token = self.head.draw(logits, keys, knobs, now.i)
         certain = _probability(logits, token)
         masked = _least(certain, sum(counts))
         unguided = knobs.replace(guidance=jnp.ones_like(jnp.asarray(knobs.guidance)))
-        one = jax.tree.map(lambda x: x[::ways], cond)
-        tokens = lax.dynamic_update_slice_in_dim(state.tokens, token, first, axis=1)
+        one = setting.replace(cond=jax.tree.map(lambda x: x[::ways], setting.cond))
+        tokens = lax.dynamic_update_slice_in_dim(state.tokens, token, now.first, axis=1)
         for j in range(len(counts)):
-            h = self.masked_rows(tokens, masked, one, order, tokenizer, first, size)
-            logits = self.mask_head.filtered(h, images, unguided, i)
+            h = self.masked_rows(tokens, masked, one.cond, one.order, one.tokenizer, now.first, now.size)
+            logits = self.mask_head.filtered(h, images, unguided, now.i)
             again = jax.vmap(jax.vmap(lambda key, j=j: jax.random.fold_in(key, j)))(keys)
-            drawn = self.mask_head.draw(logits, again, unguided, i)
+            drawn = self.mask_head.draw(logits, again, unguided, now.i)
             token = jnp.where(masked[..., None], drawn, token)
-            tokens = lax.dynamic_update_slice_in_dim(tokens, token, first, axis=1)
+            tokens = lax.dynamic_update_slice_in_dim(tokens, token, now.first, axis=1)
             masked = _least(jnp.where(masked, _probability(logits, token), jnp.inf), sum(counts[j + 1 :]))
         return State(tokens, cache)
 
+    @nn.nowrap
+    def calls(self, order: Order) -> dict[str, np.ndarray]:
+        return {"generator": np.array([1 + len(self._counts(i, size)) for i, size in enumerate(order.sizes)])}
+
+    @nn.nowrap
     def _counts(self, i: Index, size: int) -> tuple[int, ...]:
         """How many tokens of step `i` each further step draws anew."""
         if not self.refine:

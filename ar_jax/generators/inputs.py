@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ar_jax.generators.base import Frozen
 from ar_jax.nets.conditioning import Cond, widen
 from ar_jax.nets.linear import Linear, look_up
 from ar_jax.nets.positions import NOWHERE, sine_grid
@@ -17,14 +18,12 @@ from ar_jax.orders import Order, raster, scales, to_ranks, to_slots
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Float, Index, Int, Tokens, typed
 
-Frozen = Callable  # (*arguments, method=name) -> what that method of the frozen tokenizer returns
-
 
 def some(x: Array, first: Index, size: int, axis: int = 1) -> Array:
-    """The entries of ranks first..first+size."""
+    """The entries of ranks first..first+size; of a numpy array at a known place, one again."""
     if isinstance(first, int):
         return x[(slice(None),) * axis + (slice(first, first + size),)]
-    return lax.dynamic_slice_in_dim(x, first, size, axis)
+    return lax.dynamic_slice_in_dim(jnp.asarray(x), first, size, axis)
 
 
 class Previous(nn.Module):
@@ -33,16 +32,16 @@ class Previous(nn.Module):
     Of a code it carries a learned embedding, of a continuous token a projection.
 
     Attributes:
-      width: of the rows; 0 until the network is known (`complete`).
-      spec: the tokens; None until the tokenizer is known.
+      width: of the rows; 0 until the network is known (`Causal.on`).
+      spec: the tokens; None until the tokenizer is known (`complete`).
     Source: LlamaGen (arXiv:2406.06525).
     """
 
     width: int = 0
     spec: TokenSpec | None = None
 
-    def complete(self, spec: TokenSpec, width: int) -> "Previous":
-        return self.clone(spec=spec, width=width)
+    def complete(self, spec: TokenSpec) -> "Previous":
+        return self.clone(spec=spec)
 
     def example(self) -> tuple[Order, None]:
         """An order and a tokenizer for initialisation."""
@@ -97,8 +96,8 @@ class NextScale(nn.Module):
     Attributes:
       channels: of the tokenizer's codes.
       levels: whether scales have learned vectors.
-      width: of the rows; 0 until the network is known (`complete`).
-      spec: the tokens; None until the tokenizer is known.
+      width: of the rows; 0 until the network is known (`Causal.on`).
+      spec: the tokens; None until the tokenizer is known (`complete`).
     Source: VAR (arXiv:2404.02905).
     """
 
@@ -107,8 +106,8 @@ class NextScale(nn.Module):
     width: int = 0
     spec: TokenSpec | None = None
 
-    def complete(self, spec: TokenSpec, width: int) -> "NextScale":
-        return self.clone(spec=spec, width=width)
+    def complete(self, spec: TokenSpec) -> "NextScale":
+        return self.clone(spec=spec)
 
     def example(self) -> tuple[Order, Frozen]:
         """An order and a stand-in for the tokenizer, for initialisation."""

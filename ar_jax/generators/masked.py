@@ -2,35 +2,21 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from ar_jax.data import Info
-from ar_jax.generators.inputs import Frozen
-from ar_jax.machine.sharding import BATCH, Rules, constrain
+from ar_jax.generators.base import Frozen, Generator, Setting, State, Step, image_weight
+from ar_jax.machine.sharding import BATCH, constrain
 from ar_jax.nets.conditioning import Cond, widen
 from ar_jax.nets.linear import look_up
 from ar_jax.nets.mlp import norm, xavier
 from ar_jax.nets.transformer import init
 from ar_jax.nets.vit import ViT
-from ar_jax.orders import Order, raster, to_ranks
+from ar_jax.orders import Order, to_ranks
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Key, Metrics, Params, PRNGKey, typed
-
-
-@struct.dataclass
-class State:
-    """The sampling loop's carry.
-
-    Attributes:
-      tokens: float32 [b r c], the first r ranks; r grows. What lies at ranks not yet revealed is never read.
-    """
-
-    tokens: Array
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Metrics, PRNGKey, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +37,8 @@ class MaskRatio:
         return self.mean + self.std * jax.random.truncated_normal(key, low, high)
 
 
-class Masked(nn.Module):
-    """An encoder of the known tokens and a decoder of all places, for continuous tokens and any order.
+class Masked(Generator):
+    """An encoder of the known tokens and a decoder of all places, for any order.
 
     Inside, tokens are in rank order: the known ones come first, so the encoder is run over no more rows than can be known,
     and rows not yet known are seen by nobody.
@@ -75,29 +61,14 @@ class Masked(nn.Module):
     mask: MaskRatio = MaskRatio()
     spec: TokenSpec | None = None
 
-    any_order = True  # whether ranks may be put in another order, and those known beforehand first
-
-    def complete(self, spec: TokenSpec, info: Info) -> "Masked":
-        """Fills in what only the tokenizer and the data know.
-
-        Raises:
-          ValueError: the head cannot predict such tokens, or the data lacks what the condition needs.
-        """
-        return self.clone(spec=spec, conditioning=self.conditioning.complete(info), head=self.head.complete(spec))
-
-    def unrolled(self, params: Params) -> tuple["Masked", Params]:
-        """Itself: so many rows are computed in a step that the layout of the layers does not matter."""
-        return self, params
-
-    def init_params(self, key: PRNGKey) -> Params:
-        tokens = jnp.zeros((1, self.spec.n, self.spec.channels))
-        return self.init(
-            key, tokens, self.conditioning.example(), raster(self.spec), drop=jnp.zeros(1, bool), key=key, method="loss"
-        )["params"]
+    any_order = True
 
     def setup(self):
         rows, wide, width = self.buffer + self.spec.n, self.encoder.width, self.decoder.width
-        self.input = nn.Dense(wide, kernel_init=xavier, dtype=self.encoder.dtype)
+        if self.spec.codes:
+            self.input = nn.Embed(self.spec.codes[0], wide, embedding_init=init, dtype=self.encoder.dtype)
+        else:
+            self.input = nn.Dense(wide, kernel_init=xavier, dtype=self.encoder.dtype)
         self.input_norm = norm(None, self.encoder.dtype)
         self.decoder_input = nn.Dense(width, kernel_init=xavier, dtype=self.decoder.dtype)
         self.encoder_positions = self.param("encoder_positions", init, (rows, wide))
@@ -105,19 +76,10 @@ class Masked(nn.Module):
         self.head_positions = self.param("head_positions", init, (self.spec.n, width))
         self.mask_token = self.param("mask_token", init, (width,))
 
-    @property
-    def rules(self) -> Rules:
-        """What tensor parallelism divides (see `sharding.shard`)."""
-        return (*self.head.rules, *self.encoder.rules)  # the head's first; encoder and decoder have the same names
-
-    def condition(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
-        """The condition's row; `drop` marks images that go without."""
-        return self.conditioning(batch, drop)
-
     @typed
     def loss(
         self,
-        tokens: Float[Array, "b n c"],
+        tokens: Int[Array, "b n k"] | Float[Array, "b n k"],
         batch: Batch,
         order: Order,
         *,
@@ -145,13 +107,12 @@ class Masked(nn.Module):
         most = n - math.ceil(n * self.mask.least)
         h = self.hidden(target[:, :most], known, self.condition(batch, drop), order)
         loss = self.head.loss(h, target, key=head_key)
-        valid = batch.get("valid", jnp.ones(len(tokens)))
-        weight = valid[:, None].astype(jnp.float32) * (jnp.arange(n) >= known)
+        weight = image_weight(batch, len(tokens))[:, None] * (jnp.arange(n) >= known)
         return loss, weight, {"masked": 1 - known / n}
 
     @typed
     def hidden(
-        self, tokens: Float[Array, "b r c"], known: Int[Array, ""], cond: Cond, order: Order
+        self, tokens: Int[Array, "b r k"] | Float[Array, "b r k"], known: Int[Array, ""], cond: Cond, order: Order
     ) -> Float[Array, "B n d"]:
         """Hidden row of every rank.
 
@@ -176,38 +137,25 @@ class Masked(nn.Module):
     def encode(self, tokens: Array, known: Index, cond: Cond, order: Order) -> Float[Array, "B p d"]:
         """The encoder's rows: the buffer, then the first ranks; those not yet known mean nothing."""
         ways = len(cond.rows) // len(tokens)
-        embedded = widen(self.input(tokens), ways)
+        embedded = widen(self.input(tokens[..., 0] if self.spec.codes else tokens), ways)
         buffer = jnp.broadcast_to(cond.rows, (len(cond.rows), self.buffer, cond.rows.shape[-1]))
         x = jnp.concatenate([buffer.astype(embedded.dtype), embedded], axis=1)
         x = x + self._positions(self.encoder_positions, order, len(x))[:, : x.shape[1]].astype(x.dtype)
         valid = jnp.arange(x.shape[1])[None] < self.buffer + known
         return self.encoder(constrain(self.input_norm(x), BATCH), valid=valid)
 
-    def begin(self, cond: Cond, order: Order, images: int, vectors: int = 0) -> State:
-        """Nothing is known; `vectors` is unused."""
-        return State(jnp.zeros((images, 0, self.spec.channels)))
+    def begin(self, setting: Setting, images: int) -> State:
+        """Without room for any rank; what lies at ranks not yet revealed is never read."""
+        return State(self.spec.zeros(images)[:, :0])
 
-    def grow(self, state: State, ranks: int, cond: Cond) -> State:
-        """Makes room for the first `ranks` ranks."""
+    def grow(self, state: State, ranks: int, setting: Setting) -> State:
         return State(jnp.pad(state.tokens, ((0, 0), (0, ranks - state.tokens.shape[1]), (0, 0))))
 
-    def step(
-        self,
-        state: State,
-        i: Index,
-        first: Index,
-        size: int,
-        *,
-        cond: Cond,
-        order: Order,
-        knobs: Any,
-        keys: Key[Array, "b m"],
-        tokenizer: Frozen | None = None,
-    ) -> State:
-        """Draws ranks `first..first+size` from the ranks before; there may be more than the step reveals."""
-        h = self.hidden(state.tokens, jnp.asarray(first, jnp.int32), cond, order)
-        ranks = first + jnp.arange(size)
-        drawn = self.head.sample(jnp.take(h, ranks, axis=1, mode="clip"), keys, knobs, i)
+    def step(self, state: State, now: Step, setting: Setting) -> State:
+        """Draws the ranks of a step from those before; there may be more than the step reveals."""
+        h = self.hidden(state.tokens, jnp.asarray(now.first, jnp.int32), setting.cond, setting.order)
+        ranks = now.first + jnp.arange(now.size)
+        drawn = self.head.sample(jnp.take(h, ranks, axis=1, mode="clip"), now.keys, setting.knobs, now.i)
         return State(state.tokens.at[:, ranks].set(drawn, mode="drop"))
 
     def _positions(self, table, order, rows):

@@ -98,6 +98,14 @@ class Categorical(nn.Module):
             return mixture(logits, keys, jnp.asarray(knobs.soften)[i]) @ everything
         return self.draw(logits, keys, knobs, i)
 
+    def decide(
+        self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs, i: Index
+    ) -> tuple[Int[Array, "b m 1"], Float[Array, "b m"]]:
+        """Draws a code per row of step `i`, and its log-probability among those that the filter leaves."""
+        logits = self.filtered(h, len(keys), knobs, i)
+        token = self.draw(logits, keys, knobs, i)
+        return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token, axis=-1)[..., 0]
+
     def draw(self, logits: Float[Array, "b m v"], keys: Key[Array, "b m"], knobs, i: Index) -> Int[Array, "b m 1"]:
         """Draws a code per row of step `i` from `filtered` logits."""
         return draw(logits, keys, jnp.asarray(knobs.temperature)[i])[..., None]
@@ -106,7 +114,7 @@ class Categorical(nn.Module):
         """Logits of step `i` that a draw is made from: guided, divided by the temperature (unless it is 0), filtered."""
         guidance, temperature = jnp.asarray(knobs.guidance)[i], jnp.asarray(knobs.temperature)[i]
         logits = fold(self(h), h.shape[0] // images, guidance)
-        return knobs.logits_fn(logits / jnp.where(temperature > 0, temperature, 1))
+        return knobs.filter(logits / jnp.where(temperature > 0, temperature, 1))
 
 
 @typed

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ar_jax.heads.integrate import Anneal, annealed, normal, pure, stacked, with_steps
+from ar_jax.heads.integrate import Anneal, annealed, normal, pure, stacked
 from ar_jax.machine.sharding import Rules
 from ar_jax.nets.conditioning import fold, widen
 from ar_jax.nets.mlp import ModulatedMLP
@@ -59,16 +59,25 @@ class Diffusion(nn.Module):
     dtype: Any = jnp.float32
     remat: Literal["none", "full"] = "none"
 
+    adjustable = ("steps", "anneal", "last_steps", "latest", "sampler")
+
     def complete(self, spec: TokenSpec) -> "Diffusion":
         return self.clone(channels=continuous(spec, "Diffusion"))
 
-    def with_steps(self, anneal: str, steps: int, last: int) -> "Diffusion":
-        """The same with another schedule, as `Sampling` has it; an annealed one leaves out the noisiest levels, as DiSA."""
+    def adjusted(self, **fields: Any) -> "Diffusion":
+        """The same with other fields; a chain that is annealed now leaves out the noisiest levels, as DiSA."""
         stride = "ddim" if self.steps.startswith("ddim") else ""
-        changed = with_steps(self, anneal, f"{stride}{steps}" if steps else "", last)
-        if anneal in ("", "constant") or self.latest != TRAINED:
-            return changed
-        return changed.clone(latest=980 if stride else 950)
+        if str(fields.get("steps", "")).isdigit():
+            fields["steps"] = f"{stride}{fields['steps']}"
+        if fields.get("anneal", "constant") != "constant" and self.latest == TRAINED:
+            fields = {"latest": 980 if stride else 950} | fields
+        return self.clone(**fields)
+
+    @nn.nowrap
+    def calls(self, decode_steps: int) -> np.ndarray:
+        """Calls of the network in every decode step, int [steps]."""
+        _, which, lengths = self.chains(decode_steps)
+        return lengths[which]
 
     def setup(self):
         if self.sampler not in ("ancestral", "ddim"):
@@ -142,6 +151,7 @@ class Diffusion(nn.Module):
         """Where denoising starts (s = 0), and what step s-1 adds."""
         return normal(keys, s, self.channels)
 
+    @nn.nowrap
     def chains(self, decode_steps: int) -> tuple["Chain", np.ndarray, np.ndarray]:
         """The different chains as tables [g s], which of them each decode step takes, and the lengths [g]."""
         if self.anneal == "constant":

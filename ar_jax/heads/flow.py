@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ar_jax.heads.diffusion import RULES, TRAINED, continuous
-from ar_jax.heads.integrate import Anneal, Solver, integrate, normal, pure, schedule, with_steps
+from ar_jax.heads.integrate import Anneal, Solver, calls, integrate, normal, pure, schedule
 from ar_jax.machine.sharding import Rules
 from ar_jax.nets.conditioning import fold, widen
 from ar_jax.nets.mlp import ModulatedMLP
@@ -73,12 +73,15 @@ class Flow(nn.Module):
     dtype: Any = jnp.float32
     remat: Literal["none", "full"] = "none"
 
+    adjustable = ("steps", "grid", "solver", "guided_until", "anneal", "last_steps")
+
     def complete(self, spec: TokenSpec) -> "Flow":
         return self.clone(channels=continuous(spec, "Flow"))
 
-    def with_steps(self, anneal: str, steps: int, last: int) -> "Flow":
-        """The same with another schedule, as `Sampling` has it."""
-        return with_steps(self, anneal, steps, last)
+    @nn.nowrap
+    def calls(self, decode_steps: int) -> np.ndarray:
+        """Calls of the network in every decode step, int [steps]."""
+        return calls(self.grid, self.anneal, self.steps, self.last_steps, decode_steps, self.solver)
 
     def setup(self):
         if self.times not in ("uniform", "logit_normal"):

@@ -97,11 +97,11 @@ class GaussianMixture(nn.Module):
     def sample(
         self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs: Any, i: Index, tokenizer: Any = None
     ) -> Float[Array, "b m c"]:
-        """Draws a token per row; see `draw`."""
-        return self.draw(h, keys, knobs, i)[0]
+        """Draws a token per row; see `decide`."""
+        return self.decide(h, keys, knobs, i)[0]
 
     @typed
-    def draw(
+    def decide(
         self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs: Any, i: Index
     ) -> tuple[Float[Array, "b m c"], Float[Array, "b m"]]:
         """Draws a token per row; of guided rows (B = b * ways), one by rejection (see `Guided`). Also its log-density.

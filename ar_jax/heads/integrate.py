@@ -99,12 +99,6 @@ def annealed(rule: Anneal, first: int, last: int, steps: int) -> np.ndarray:
     return last + (part * (first - last)).astype(int)
 
 
-def with_steps(module: nn.Module, anneal: str, steps: int | str, last: int) -> nn.Module:
-    """A module with `anneal`, `steps` and `last_steps`, for other ones; empty and 0 keep its own."""
-    given = {"anneal": anneal, "steps": steps, "last_steps": last}
-    return module.clone(**{name: value for name, value in given.items() if value})
-
-
 def stacked(tables: Sequence[np.ndarray]) -> np.ndarray:
     """Arrays [s ...] of different lengths as one [g s ...], padded by repeating the last entry."""
     longest = max(map(len, tables))
@@ -128,3 +122,11 @@ def schedule(
         return np.asarray(times, np.float32), len(times) - 1
     group = jnp.asarray(which)[i]
     return jnp.asarray(stacked(grids), jnp.float32)[group], jnp.asarray([len(grid) - 1 for grid in grids])[group]
+
+
+def calls(
+    grid: Callable[[int], np.ndarray], anneal: Anneal, first: int, last: int, decode_steps: int, solver: Solver = "euler"
+) -> np.ndarray:
+    """Calls of the velocity in every decode step, int [steps]; arguments as of `schedule` and `integrate`."""
+    each = 2 if solver in ("heun", "midpoint") else 1
+    return np.array([each * schedule(grid, anneal, first, last, decode_steps, i)[1] for i in range(decode_steps)])

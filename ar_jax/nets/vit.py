@@ -14,6 +14,7 @@ from ar_jax.nets.attention import Sight, attend, sight, visible
 from ar_jax.nets.linear import Linear
 from ar_jax.nets.mlp import xavier
 from ar_jax.nets.transformer import Backbone, Cache
+from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Bool, Float, Index, Int, typed
 
 
@@ -126,12 +127,15 @@ class GPT(Plain):
     """Rows see those of no later step; learned positions of the sequence are added to them. Has no biases in attention.
 
     Attributes:
-      rows: of the longest sequence; 0 until the generator knows (`MaskGIT`).
+      rows: of the longest sequence; 0 is one for the condition and one for each token, once they are known (`complete`).
       others: see `Plain`.
     Source: GIVT (arXiv:2312.02116).
     """
 
     rows: int = 256
+
+    def complete(self, spec: TokenSpec) -> "GPT":
+        return self if self.rows else self.clone(rows=spec.n + 1)
 
     def setup(self):
         self.blocks, self.norm = self.blocks_with(bias=False), _norm(self.dtype)

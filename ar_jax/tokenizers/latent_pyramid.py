@@ -32,6 +32,8 @@ class LatentPyramid(Measured, nn.Module):
     shift: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
 
+    adjustable = ("via",)
+
     patch = 1  # what `train.measure` looks at are whole tokens
 
     @property

@@ -29,6 +29,8 @@ class Pyramid(VQGAN):
     code_features: int = 32
     coarse: float = 1.0
 
+    adjustable = ("scales",)
+
     @property
     def spec(self) -> TokenSpec:
         return TokenSpec(pyramid(self.scales), codes=(self.codes,))

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from ar_jax.config import GeneratorStage
-from ar_jax.decode.sequential import sample_images
-from ar_jax.decode.settings import arrange, make_knobs
 from ar_jax.files.images import to_float, to_uint8
 from ar_jax.machine.flops import model_flops, without_remat
 from ar_jax.machine.sharding import Rules
@@ -99,11 +97,10 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
 
     def preview(params, frozen, batch, key):
         count = len(next(iter(batch.values())))
-        drawer, decoder = arrange(stage.sampling, generator, tokenizer)
+        drawer, decoder, order_fn = stage.sampling.adapted(generator, tokenizer, stage.order)
         keys = jax.random.split(key, count)
-        order = stage.order(drawer.spec, keys, count, stage.steps)
-        knobs, guided = make_knobs(stage.sampling, order, drawer.spec.scales)
-        images = sample_images(drawer, decoder, params, frozen, batch, order, knobs=knobs, keys=keys, guided=guided)
+        order = order_fn(drawer.spec, keys, count, stage.steps)
+        images, _ = stage.sampling.images(drawer, decoder, params, frozen, batch, order, keys=keys)
         # the same order at every preview, or losses could not be compared
         loss, _ = held_out_loss(params, frozen, batch, jax.random.key(0), stage.steps)
         return to_uint8(images), {"loss": loss}

@@ -9,7 +9,8 @@ import pytest
 
 from ar_jax.data import Info
 from ar_jax.decode.edit import Edit, free_slots, hold
-from ar_jax.decode.sequential import Knobs, sample
+from ar_jax.decode.sequential import Sequential
+from ar_jax.generators.base import Knobs
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.inputs import NextScale, Upsampled
 from ar_jax.generators.masked import Masked
@@ -80,7 +81,7 @@ def program(method, edited, keep_scales=0):
         frozen, source = functools.partial(tokenizer.apply, {"params": frozen_params}), None
         if edited:
             source, frozen = hold(tokenizer, frozen, Edit(jnp.asarray(IMAGE), free, keep_scales, ranks))
-        tokens = sample(
+        tokens, _ = Sequential()(
             generator, params, batch, order, tokenizer=frozen, knobs=knobs, keys=keys, guided=False, source=source
         )
         return tokens, frozen(tokens, method="decode")

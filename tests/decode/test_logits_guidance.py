@@ -3,10 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ar_jax.decode.guidance import interval
+from ar_jax.decode.guidance import Interval, Linear, Ramp
 from ar_jax.decode.logits import Filter, top_k, top_p
+from ar_jax.decode.temperature import Constant
 from ar_jax.heads.categorical import draw
 from ar_jax.nets.conditioning import Cond, fold, paired, widen
+from ar_jax.orders import Order
 
 NONE = -np.inf
 
@@ -149,9 +151,33 @@ def test_weight_one_gives_the_conditional_logits_exactly():
     np.testing.assert_array_equal(fold(guided, 2, np.float32(1)), guided[::2])
 
 
+def weights(rule, sizes):
+    return rule(Order(np.arange(sum(sizes), dtype=np.int32)[None], tuple(sizes)), None)
+
+
 def test_guidance_lasts_from_the_first_token_to_the_last_guided_decode_step():
-    np.testing.assert_array_equal(interval(2.5, 6), [2.5] * 6)
-    np.testing.assert_array_equal(interval(2.5, 6, 0), [2.5, 2.5, 1, 1, 1, 1])
-    np.testing.assert_array_equal(interval(2.5, 6, 2), [2.5, 2.5, 2.5, 2.5, 1, 1])
-    np.testing.assert_array_equal(interval(2.5, 6, 100), [2.5] * 6)
-    assert interval(2.5, 6).dtype == np.float32
+    np.testing.assert_array_equal(weights(Interval(2.5), [1] * 6), [2.5] * 6)
+    np.testing.assert_array_equal(weights(Interval(2.5, 0), [1] * 6), [2.5, 2.5, 1, 1, 1, 1])
+    np.testing.assert_array_equal(weights(Interval(2.5, 2), [1] * 6), [2.5, 2.5, 2.5, 2.5, 1, 1])
+    np.testing.assert_array_equal(weights(Interval(2.5, 100), [1] * 6), [2.5] * 6)
+    assert weights(Interval(2.5), [1] * 6).dtype == np.float32
+
+
+def test_ramps_by_hand():
+    np.testing.assert_allclose(weights(Ramp(2.0), [1, 4, 9]), [1, 2, 3])
+    np.testing.assert_allclose(weights(Ramp(2.0, reach=1), [1, 4, 9]), [1, 3, 5])
+    np.testing.assert_allclose(weights(Linear(3.0), [2, 3, 5]), [1 + 2 * 2 / 10, 1 + 2 * 5 / 10, 1 + 2 * 9 / 10])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Interval(float("nan")), "guidance.weight is nan; it must be a finite number"),
+        (lambda: Ramp(float("inf")), "guidance.weight is inf; it must be a finite number"),
+        (lambda: Constant(-1.0), "temperature.value is -1.0; it must be a finite number of 0 or more"),
+        (lambda: Constant(float("nan")), "temperature.value is nan; it must be a finite number of 0 or more"),
+    ],
+)
+def test_numbers_outside_their_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

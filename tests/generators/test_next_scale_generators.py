@@ -1,5 +1,6 @@
 """What next-scale models do beside the laws: drawn lists of scales, redrawing, soft codes, settings."""
 
+import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cases import CASES, INDEPENDENT, RESIDUAL
 
-from ar_jax.decode.sequential import sample
-from ar_jax.decode.settings import Sampling, arrange, make_knobs
+from ar_jax.decode.guidance import Ramp
+from ar_jax.decode.logits import Filter
+from ar_jax.decode.sampling import Sampling, read_sampling
+from ar_jax.decode.temperature import KnownScales
 from ar_jax.generators.hmar import draw_masked
 from ar_jax.generators.inputs import upsampling
 from ar_jax.nets.attention import attend, splash, visible
@@ -83,19 +86,16 @@ def test_training_on_a_part_of_the_scales_equals_training_on_that_list():
     np.testing.assert_allclose(loss(order), loss(scales(small.spec)), rtol=1e-5)
 
 
-def draw(case, generator, settings, seed=0):
-    order = scales(generator.spec)
-    knobs, guided = make_knobs(settings, order, generator.spec.scales)
+def draw(case, generator, sampling, seed=0):
     keys = jax.random.split(jax.random.key(seed), case.images)
+    order = scales(generator.spec)
     return jax.jit(
-        lambda params: sample(
-            generator, params, case.batch, order, tokenizer=case.tokenizer, knobs=knobs, keys=keys, guided=guided
-        )
+        lambda params: sampling.tokens(generator, params, case.batch, order, tokenizer=case.tokenizer, keys=keys)[0]
     )(case.params)
 
 
 def test_refining_redraws_so_many_tokens_of_a_scale_and_no_others():
-    case, settings = CASES["hmar"], Sampling(guidance=1.5, guidance_rule="ramp")
+    case, settings = CASES["hmar"], Sampling(Ramp(1.5))
     plain = np.asarray(draw(case, case.generator, settings))
     refined = np.asarray(draw(case, case.generator.clone(refine=((1,), (1, 3), (7, 1, 1))), settings))
     changed = (plain != refined)[..., 0]
@@ -104,8 +104,11 @@ def test_refining_redraws_so_many_tokens_of_a_scale_and_no_others():
     assert (changed[:, 1:5].sum(1) <= 3).all()
     with pytest.raises(ValueError, match=r"refine has \(1, 2\) for scale 1, which must sum to its 4 tokens"):
         draw(case, case.generator.clone(refine=((1,), (1, 2))), settings)
-    with pytest.raises(ValueError, match="draws every token once"):
-        arrange(Sampling(refine=((1,),)), CASES["var"].generator, RESIDUAL)
+    again = Sampling(fields=(("generator.refine", ((1,),)),))
+    assert again.adapted(case.generator, RESIDUAL, scales)[0].refine == ((1,),)
+    assert case.generator.clone(refine=((1,), (1, 3))).calls(scales(RESIDUAL.spec))["generator"].tolist() == [1, 2, 1]
+    with pytest.raises(ValueError, match=r"generator.refine cannot be changed in sampling; of this model these can: none"):
+        again.adapted(CASES["var"].generator, RESIDUAL, scales)
 
 
 def test_every_scale_but_the_first_is_masked_by_the_same_part():
@@ -120,7 +123,7 @@ def test_every_scale_but_the_first_is_masked_by_the_same_part():
 
 def test_soft_codes_are_vectors_that_end_near_codes_and_decode():
     case = CASES["var"]
-    vectors = np.asarray(draw(case, case.generator, Sampling(guidance=1.5, guidance_rule="ramp", soft=True)))
+    vectors = np.asarray(draw(case, case.generator, Sampling(Ramp(1.5), soft=True)))
     assert vectors.shape == (case.images, case.generator.spec.n, 4)
     everything = case.tokenizer(jnp.arange(12)[None, :, None], method="embed")[0]
     distance = np.sqrt(np.square(vectors[:, :, None] - np.asarray(everything)).sum(-1)).min(-1)
@@ -128,21 +131,31 @@ def test_soft_codes_are_vectors_that_end_near_codes_and_decode():
     assert case.tokenizer(jnp.asarray(vectors), method="decode").shape == (case.images, 6, 6, 3)
 
 
-def test_settings_speak_of_scales():
+def test_parts_of_sampling_speak_of_scales():
     spec = TokenSpec(pyramid((1, 2, 3, 5, 8)), codes=(8,))
-    settings = Sampling(
-        guidance=2.0, guidance_rule="ramp", guidance_reach=2, largest=5, known=(1, 2, 5, 8), banned=(3,)
+    sampling = Sampling(
+        Ramp(2.0, reach=2, largest=5), KnownScales(largest=5, known=(1, 2, 5, 8)), Filter(banned=(3,))
     )
-    knobs, guided = make_knobs(settings, scales(spec), spec.scales)
+    knobs = sampling.knobs(scales(spec), spec)
     np.testing.assert_allclose(knobs.guidance, [1, 2, 3, 4, 3])
     np.testing.assert_array_equal(knobs.temperature, [1, 1, 0, 1, 0])
-    assert guided
-    assert np.isneginf(knobs.logits_fn(jnp.zeros(8))[3])
-    assert not make_knobs(Sampling(), scales(spec), spec.scales)[1]
+    assert np.isneginf(knobs.filter(jnp.zeros(8))[3])
+    assert (Sampling().knobs(scales(spec), spec).guidance == 1).all()
     with pytest.raises(ValueError, match="speak of scales"):
-        make_knobs(settings, raster(spec), spec.scales)
-    with pytest.raises(ValueError, match="the tokenizer Sampling has none"):
-        arrange(Sampling(scales=(1, 2)), None, Sampling.__new__(type("Sampling", (), {})))
+        sampling.knobs(raster(spec), spec)
+    flat = {
+        "guidance": 2.0, "guidance_rule": "ramp", "guidance_reach": 2, "largest": 5, "known": [1, 2, 5, 8], "banned": [3],
+        "scales": [1, [2, 4]],
+    }  # fmt: skip
+    old = read_sampling(flat)
+    assert old == dataclasses.replace(sampling, fields=(("tokenizer.scales", (1, (2, 4))),))
+    decoder = INDEPENDENT.clone(scales=(1, 2, 3))
+    generator, tokenizer, _ = old.adapted(CASES["flexvar"].generator, decoder, scales)
+    assert tokenizer.spec.scales == generator.spec.scales == ((1, 1), (2, 4))
+    with pytest.raises(ValueError, match=r"tokenizer\.scales cannot be changed in sampling"):
+        old.adapted(CASES["var"].generator, RESIDUAL, scales)
+    with pytest.raises(ValueError, match=r"\['guidnce'\], which this version does not know"):
+        read_sampling({"guidnce": 1.0})
 
 
 def test_an_order_of_another_kind_is_refused():
@@ -150,7 +163,7 @@ def test_an_order_of_another_kind_is_refused():
     with pytest.raises(ValueError, match="reveals one scale per step"):
         case.generator.inputs.check(raster(case.generator.spec))
     with pytest.raises(ValueError, match="one of 14 slots"):
-        CASES["llamagen_label"].generator.inputs.complete(case.generator.spec, 16).check(scales(case.generator.spec))
+        CASES["llamagen_label"].generator.inputs.complete(case.generator.spec).check(scales(case.generator.spec))
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ar_jax.decode.guidance import linear
-from ar_jax.decode.sequential import Knobs
+from ar_jax.generators.base import Knobs
 from ar_jax.generators.masked import MaskRatio
 from ar_jax.heads.diffusion import Chain, Diffusion, cosine_betas, kept_steps
 from ar_jax.heads.flow import Flow, uniform
@@ -89,10 +88,6 @@ def test_a_chain_over_fewer_levels_keeps_their_noise():
     np.testing.assert_allclose(np.cumprod(1 - np.exp(chain.log_beta)), kept[some], rtol=1e-5, atol=1e-8)
     assert (some[0], some[-1], len(some)) == (0, 999, 10)
     np.testing.assert_array_equal(kept_steps("10", latest=900)[-1], 900)
-
-
-def test_guidance_rises_with_the_part_that_is_known():
-    np.testing.assert_allclose(linear(3.0, (2, 3, 5)), [1 + 2 * 0.2, 1 + 2 * 0.5, 1 + 2 * 0.9])
 
 
 def test_mask_ratios_follow_the_truncated_normal():

@@ -1,0 +1,174 @@
+"""How images are drawn, as one value made of parts: what a config says, a model folder keeps and a command changes."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ar_jax.decode.edit import Edit, Source, hold
+from ar_jax.decode.guidance import Interval, Linear, Ramp
+from ar_jax.decode.logits import Filter
+from ar_jax.decode.sequential import Account, Sequential
+from ar_jax.decode.temperature import Constant, KnownScales
+from ar_jax.files import codec
+from ar_jax.generators.base import Frozen, Knobs
+from ar_jax.orders import Order, OrderFn
+from ar_jax.tokens import TokenSpec
+from ar_jax.typing import Array, Batch, Float, Key, Params, Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How images are drawn. Every part is a frozen dataclass in the file of its idea; other ones fit as well."""
+
+    guidance: Callable = Interval()
+    """Weight of the condition in every step (`decode.guidance`)."""
+    temperature: Callable = Constant()
+    """How freely every step draws (`decode.temperature`)."""
+    filter: Callable = Filter()
+    """Which codes may be drawn (`decode.logits`)."""
+    decoder: Callable = Sequential()
+    """The loop that draws them (`decode.sequential`, `decode.jacobi`)."""
+    soft: bool = False
+    """Mixtures of codes instead of codes, as VAR's more_smooth: smoother pictures, no better figures."""
+    fields: tuple[tuple[str, Any], ...] = ()
+    """Fields of the model that are changed while sampling, such as (("order.steps", 64), ("tokenizer.scales", (1, 2, 4))):
+    those that its tokenizer, generator and order call `adjustable`."""
+
+    def adapted(self, generator: Any, tokenizer: Any, order: OrderFn) -> tuple[Any, Any, OrderFn]:
+        """Generator, tokenizer and order with the changed fields.
+
+        Raises:
+          ValueError: a field that this model does not have, or that cannot be changed without training.
+        """
+        model = {"generator": generator, "tokenizer": tokenizer, "order": order}
+        found = adjustable(**model)
+        if unknown := [name for name, _ in self.fields if name not in found]:
+            raise ValueError(
+                f"{unknown[0]} cannot be changed in sampling; of this model these can: {', '.join(found) or 'none'}"
+            )
+        by_owner: dict[str, dict[str, Any]] = {}
+        for name, value in self.fields:
+            owner, _, field = name.rpartition(".")
+            by_owner.setdefault(owner, {})[field] = value
+        for owner, values in by_owner.items():
+            name, *inside = owner.split(".")
+            model[name] = _adjusted(model[name], inside, values)
+        if "tokenizer" in by_owner:
+            model["generator"] = model["generator"].on(model["tokenizer"].spec)
+        return model["generator"], model["tokenizer"], model["order"]
+
+    def knobs(self, order: Order, spec: TokenSpec) -> Knobs:
+        """What each step of an order is drawn with."""
+        steps = len(order.sizes)
+        progress = np.arange(steps, dtype=np.float32) / max(steps - 1, 1)
+        return Knobs(
+            self.guidance(order, spec), self.temperature(order, spec), self.filter, progress if self.soft else None
+        )
+
+    def tokens(
+        self,
+        generator: Any,
+        params: Params,
+        batch: Batch,
+        order: Order,
+        *,
+        tokenizer: Frozen | None = None,
+        keys: Key[Array, "b"],
+        source: Source | None = None,
+    ) -> tuple[Tokens, Account]:
+        """Draws tokens in slot order; see `Sequential`."""
+        knobs = self.knobs(order, generator.spec)
+        guided = bool((np.asarray(knobs.guidance) != 1).any())
+        return self.decoder(
+            generator, params, batch, order, tokenizer=tokenizer, knobs=knobs, keys=keys, guided=guided, source=source
+        )
+
+    def images(
+        self,
+        generator: Any,
+        tokenizer: Any,
+        params: Params,
+        tokenizer_params: Params,
+        batch: Batch,
+        order: Order,
+        *,
+        keys: Key[Array, "b"],
+        edit: Edit | None = None,
+    ) -> tuple[Float[Array, "b h w c"], Account]:
+        """Draws tokens with a generator, all or those that an edit leaves free, and decodes them."""
+        frozen, source = functools.partial(tokenizer.apply, {"params": tokenizer_params}), None
+        if edit is not None:
+            source, frozen = hold(tokenizer, frozen, edit)
+        tokens, account = self.tokens(generator, params, batch, order, tokenizer=frozen, keys=keys, source=source)
+        return frozen(tokens, method="decode"), account
+
+
+def adjustable(**model: Any) -> dict[str, Any]:
+    """What can be changed without training: values by name, such as "generator.head.steps".
+
+    A module, an order or a tokenizer names these fields in its class attribute `adjustable`; those of parts inside it
+    belong to it.
+    """
+    found = {}
+    for name, part in model.items():
+        if not dataclasses.is_dataclass(part) or isinstance(part, type):
+            continue
+        found |= {f"{name}.{field}": getattr(part, field) for field in getattr(part, "adjustable", ())}
+        inside = [
+            field.name for field in dataclasses.fields(part) if field.init and field.name not in ("parent", "name")
+        ]
+        found |= adjustable(**{f"{name}.{field}": getattr(part, field) for field in inside})
+    return found
+
+
+def _adjusted(part: Any, inside: list[str], values: dict[str, Any]) -> Any:
+    if inside:
+        values = {inside[0]: _adjusted(getattr(part, inside[0]), inside[1:], values)}
+    elif hasattr(part, "adjusted"):
+        return part.adjusted(**values)
+    return dataclasses.replace(part, **values)
+
+
+def read_sampling(written: Mapping[str, Any], generator: Any = None) -> Sampling:
+    """The value that a model folder keeps; folders of earlier versions keep a flat list of settings.
+
+    Args:
+      written: from `codec.encode`, or of an earlier version.
+      generator: whose settings they are.
+    Raises:
+      ValueError: settings that this version does not know.
+    """
+    if "type" in written:
+        sampling = codec.decode(dict(written))
+        if not isinstance(sampling, Sampling):
+            raise ValueError(f"sampling is {written['type']!r}, which is no Sampling")
+        return sampling
+    given = {name: _tuples(value) for name, value in written.items()}
+    weight, rule = given.pop("guidance", 1.0), given.pop("guidance_rule", "interval")
+    last, reach = given.pop("guidance_last", -1), given.pop("guidance_reach", 0)
+    largest, known = given.pop("largest", 0), given.pop("known", ())
+    rules = {
+        "interval": lambda: Interval(weight, last), "ramp": lambda: Ramp(weight, reach, largest), "linear": lambda: Linear(weight)
+    }  # fmt: skip
+    if rule not in rules:
+        raise ValueError(f"sampling.guidance_rule is {rule!r}; it must be interval, ramp or linear")
+    value = given.pop("temperature", 1.0)
+    temperature = KnownScales(value, largest, known) if largest or known else Constant(value)
+    kept = Filter(given.pop("top_k", 0), given.pop("top_p", 1.0), given.pop("banned", ()))
+    soft = given.pop("soft", False)
+    inner = "generator" if hasattr(generator, "anneal") else "generator.head"
+    names = {
+        "scales": "tokenizer.scales", "refine": "generator.refine", "anneal": f"{inner}.anneal",
+        "inner_steps": f"{inner}.steps", "last_inner_steps": f"{inner}.last_steps",
+    }  # fmt: skip
+    fields = tuple((field, value) for name, field in names.items() if (value := given.pop(name, None)))
+    if given:
+        raise ValueError(f"the model's sampling settings have {sorted(given)}, which this version does not know")
+    return Sampling(rules[rule](), temperature, kept, soft=soft, fields=fields)
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

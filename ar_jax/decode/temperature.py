@@ -1,0 +1,47 @@
+"""Temperatures: rules that say how freely every step draws.
+
+A rule is called with an order and the tokens and returns float32 [steps]. It divides the logits, 0 is greedy; of
+continuous tokens it multiplies the noise or the standard deviations.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from ar_jax.orders import Order
+from ar_jax.tokens import TokenSpec, by_side
+from ar_jax.typing import finite
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """The same in all steps."""
+
+    value: float = 1.0
+    """Divides the logits, 0 is greedy; of continuous tokens, multiplies the noise or the standard deviations."""
+
+    def __post_init__(self):
+        finite("temperature.value", self.value, least=0)
+
+    def __call__(self, order: Order, spec: TokenSpec) -> np.ndarray:
+        return np.full(len(order.sizes), self.value, np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownScales(Constant):
+    """The same in all steps that draw scales the model was trained on; others are greedy.
+
+    Source: FlexVAR (arXiv:2502.20313).
+    """
+
+    largest: int = 0
+    """Scales with a longer side than this are drawn greedily; 0 is none."""
+    known: tuple[int, ...] = ()
+    """Scales whose longer side is not among these are drawn greedily; () is none."""
+
+    def __call__(self, order: Order, spec: TokenSpec) -> np.ndarray:
+        sides, value = by_side(order, spec), super().__call__(order, spec)
+        greedy = sides > (self.largest or sides.max())
+        if self.known:
+            greedy |= ~np.isin(sides, self.known)
+        return np.where(greedy, np.float32(0), value)

@@ -1,0 +1,166 @@
+"""What generators share: how they are completed, begun and seen by a decoder."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from ar_jax.data import Info
+from ar_jax.machine.sharding import Rules
+from ar_jax.nets.conditioning import Cond
+from ar_jax.orders import Order, whole
+from ar_jax.tokens import TokenSpec
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Params, PRNGKey
+
+Frozen = Callable  # (*arguments, method=name) -> what that method of the frozen tokenizer returns
+
+
+@struct.dataclass
+class Knobs:
+    """What a user turns while sampling.
+
+    Attributes:
+      guidance: float32 [steps], weight of the condition; 1 is unguided.
+      temperature: float32 [steps]; 0 is greedy.
+      filter: applied to the guided logits divided by the temperature.
+      soften: float32 [steps], or None for codes: mixtures of all codes are drawn (see `heads.categorical.mixture`).
+    """
+
+    guidance: Array
+    temperature: Array
+    filter: Callable = struct.field(pytree_node=False, default=lambda logits: logits)
+    soften: Array | None = None
+
+
+@struct.dataclass
+class Setting:
+    """What stays the same in all steps of a decoding loop.
+
+    Attributes:
+      cond: of the B = b * ways guided rows (see `nets.conditioning`).
+      order: what each step reveals.
+      knobs: guidance, temperature, filter.
+      tokenizer: calls a method of the frozen tokenizer, `tokenizer(tokens, method="embed")`; LlamaGen needs none.
+    """
+
+    cond: Cond
+    order: Order
+    knobs: Knobs
+    tokenizer: Frozen | None = struct.field(pytree_node=False, default=None)
+
+
+@struct.dataclass
+class Step:
+    """One step of a decoding loop.
+
+    Attributes:
+      i: its number.
+      first: its first rank.
+      keys: [b m], one for each of the ranks `first..first+m`.
+    """
+
+    i: Index
+    first: Index
+    keys: Array
+
+    @property
+    def size(self) -> int:
+        return self.keys.shape[1]
+
+
+@struct.dataclass
+class State:
+    """What a decoding loop hands from step to step.
+
+    Attributes:
+      tokens: in rank order, zeros where unknown: codes int32 [b n k], or vectors float32 [b n c].
+      cache: of the network, or None if it needs none.
+    """
+
+    tokens: Array
+    cache: Any = None
+
+
+class Generator(nn.Module):
+    """The common ground of generators, which are modules with these fields and methods:
+
+        conditioning   makes a condition from a batch (`Label`, `Caption`)
+        spec           the tokens; None until the tokenizer is known
+        loss(tokens, batch, order, *, drop, key, tokenizer) -> loss and weight of every token, metrics
+        begin(setting, images) -> state        nothing is known
+        step(state, now, setting) -> state     reveals the ranks of a step
+
+    Other fields that are modules are its parts: heads, networks, inputs. Those with `complete(spec)` are told the tokens.
+    """
+
+    any_order = False  # whether ranks may be put in another order, and those known beforehand first
+
+    def complete(self, spec: TokenSpec, info: Info) -> "Generator":
+        """Fills in what only the tokenizer and the data know.
+
+        Raises:
+          ValueError: a part cannot serve such tokens, or the data lacks what the condition needs.
+        """
+        return self.on(spec).clone(conditioning=self.conditioning.complete(info))
+
+    def on(self, spec: TokenSpec) -> "Generator":
+        """The same generator for other tokens, if its parameters do not depend on their layout."""
+        parts = {name: part.complete(spec) for name, part in self.parts().items() if hasattr(part, "complete")}
+        return self.clone(spec=spec, **parts)
+
+    @nn.nowrap
+    def parts(self, kind: type[nn.Module] = nn.Module) -> dict[str, nn.Module]:
+        """Fields that are modules of a kind, without the conditioning."""
+        fields = {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("parent", "conditioning")
+        }
+        return {name: part for name, part in fields.items() if isinstance(part, kind)}
+
+    def unrolled(self, params: Params) -> tuple["Generator", Params]:
+        """The same generator laid out for decoding one token a step; itself, if a step computes too many rows to gain."""
+        return self, params
+
+    def init_params(self, key: PRNGKey) -> Params:
+        order, tokenizer = self.example()
+        return self.init(
+            key, self.spec.zeros(1), self.conditioning.example(), order, drop=jnp.zeros(1, bool), key=key,
+            tokenizer=tokenizer, method="loss",
+        )["params"]  # fmt: skip
+
+    def example(self) -> tuple[Order, Frozen | None]:
+        """An order and a stand-in for the tokenizer, for initialisation."""
+        return whole(self.spec), None
+
+    @property
+    def rules(self) -> Rules:
+        """What tensor parallelism divides (see `sharding.shard`): heads first, whose names others may match."""
+        parts = sorted(self.parts().items(), key=lambda part: "head" not in part[0])
+        return tuple(dict.fromkeys(rule for _, part in parts for rule in getattr(part, "rules", ())))
+
+    def condition(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
+        """All that depends on the condition only; `drop` marks images that go without."""
+        cond = self.conditioning(batch, drop)
+        return cond.replace(mod=self.modulate(cond.mod))
+
+    def modulate(self, vector: Array | None) -> Any:
+        """What the condition's vector does to the network, once for all layers and steps."""
+        return self.backbone.modulate(vector) if hasattr(self, "backbone") else None
+
+    def grow(self, state: State, ranks: int, setting: Setting) -> State:
+        """Makes room for the first `ranks` ranks."""
+        return state
+
+    @nn.nowrap
+    def calls(self, order: Order) -> dict[str, np.ndarray]:
+        """Calls of each of its networks in every step, int [steps]: "generator", and "head" where that has steps itself."""
+        steps = len(order.sizes)
+        head = getattr(getattr(self, "head", None), "calls", None)
+        return {"generator": np.ones(steps, int)} | ({"head": head(steps)} if head else {})
+
+
+def image_weight(batch: Batch, images: int) -> Float[Array, "b"]:
+    """Weight of every image in training, float32: `batch["valid"]`, 1 where there is none."""
+    return jnp.asarray(batch.get("valid", jnp.ones(images)), jnp.float32)
