@@ -69,7 +69,8 @@ def main():
         name = f"{rule[1]}, fixed" if rule[0] == "constant" else f"{rule[1]} to {rule[2]}, {rule[0]}"
         taken = np.median(seconds[rule])
         speed = taken / np.median(seconds[rules[0]])
-        print(f"| {name} | {', '.join(f"{count.sum()} of the {network}" for network, count in calls[rule].items())} | {np.mean(right[rule]):.1%} | {taken:.2f} s | {speed:.2f} |")
+        called = ", ".join(f"{count.sum()} of the {network}" for network, count in calls[rule].items())
+        print(f"| {name} | {called} | {np.mean(right[rule]):.1%} | {taken:.2f} s | {speed:.2f} |")
 
 
 def _images(draw, table, ids):

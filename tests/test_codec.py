@@ -11,6 +11,7 @@ import pytest
 
 from ar_jax.config import Sampling
 from ar_jax.data import Info
+from ar_jax.decode.logits import Filter
 from ar_jax.files import codec
 from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Caption, Label
@@ -59,7 +60,7 @@ def test_a_tokenizer_comes_back_with_its_nested_settings():
 
 @pytest.mark.parametrize(
     "value",
-    [None, True, 3, 2.5, "text", (), (1, ("a", None)), VectorLoss(commit=0.5), Sampling(top_k=3), raster],
+    [None, True, 3, 2.5, "text", (), (1, ("a", None)), VectorLoss(commit=0.5), Sampling(filter=Filter(3)), raster],
 )
 def test_plain_values_dataclasses_and_functions_come_back_equal(value):
     back = there_and_back(value)

@@ -26,6 +26,7 @@ from ar_jax.train.checkpoint import latest_step, save_params
 
 IMAGES, BATCH = 24, 4  # an epoch is six updates
 CONFIG = """
+from ar_jax.decode.guidance import Interval
 from ar_jax.config import Experiment, GeneratorStage, Sampling
 from ar_jax.data import Data
 from ar_jax.generators.causal import Causal
@@ -41,7 +42,7 @@ def get_config():
         generator=GeneratorStage(
             module=Causal(Transformer(2, 16, 2, hidden=24, dropout=0.1), Label(16), dropout=0.1),
             steps=6, batch=4, optim=Optim(lr=1e-2, ema=0.5), drop=0.3, log_every=1, save_every=3,
-            preview_every=3, preview_images=3, sampling=Sampling(guidance=2.0),
+            preview_every=3, preview_images=3, sampling=Sampling(Interval(2.0)),
         ),
     )
 """

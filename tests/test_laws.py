@@ -1,5 +1,6 @@
 """What holds for every method (DESIGN, section 9)."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,8 +10,13 @@ import optax
 import pytest
 from cases import CASES
 
+from ar_jax.decode.edit import Source
+from ar_jax.decode.guidance import Interval
+from ar_jax.decode.jacobi import Jacobi
 from ar_jax.decode.logits import Filter
+from ar_jax.decode.sampling import Sampling
 from ar_jax.decode.sequential import Sequential
+from ar_jax.decode.temperature import Constant
 from ar_jax.generators.base import Knobs
 from ar_jax.machine.sharding import MeshShape, batch_sharding, make_mesh, shard
 from ar_jax.nets.conditioning import paired, widen
@@ -171,3 +177,29 @@ def test_loss_falls_and_every_parameter_moves(case):
             still = {jax.tree_util.keystr(p) for p, m in jax.tree_util.tree_leaves_with_path(moved) if not m}
             assert all("uncond" in name for name in still), f"never moved: {still}"
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["llamagen_caption", "causal_order_per_image"])
+def test_jacobi_draws_the_tokens_of_one_after_the_other_in_fewer_calls(name):
+    """With guidance that changes from step to step, a temperature and filters; windows of several sizes."""
+    case = CASES[name]
+    generator, params = case.generator.unrolled(case.params)
+    order, keys = case.order(generator.spec, None, case.images), image_keys(case.images)
+    sampling = Sampling(Interval(GUIDANCE, last=4), Constant(TEMPERATURE), FILTER)
+
+    def drawn(decoder, source=None):
+        value = dataclasses.replace(sampling, decoder=decoder)
+        return jax.jit(lambda params: value.tokens(generator, params, case.batch, order, keys=keys, source=source))(params)
+
+    want, plain = drawn(Sequential())
+    known = np.zeros((case.images, order.n), bool)
+    known[:, [2, 3, 7]] = True
+    source = Source(jnp.asarray(case.tokens), jnp.asarray(known))
+    for decoder in (Jacobi(5), Jacobi(64)):
+        tokens, account = drawn(decoder)
+        np.testing.assert_array_equal(tokens, want)
+        calls, accepted = np.asarray(account.calls["generator"]), np.asarray(account.accepted)
+        assert (calls < plain.calls["generator"]).all()
+        np.testing.assert_array_equal(accepted.sum(1), order.n)
+        np.testing.assert_array_equal((accepted > 0).sum(1), calls)
+    np.testing.assert_array_equal(drawn(Jacobi(5), source)[0], drawn(Sequential(), source)[0])

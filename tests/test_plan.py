@@ -11,6 +11,7 @@ import pytest
 from ar_jax import plan
 from ar_jax.config import Experiment, GeneratorStage, Losses, Sampling, TokenizerStage
 from ar_jax.data import Data
+from ar_jax.decode.guidance import Interval
 from ar_jax.generators.causal import Causal
 from ar_jax.machine.chips import CHIPS, Chip, chip, peak_flops
 from ar_jax.machine.sharding import MeshShape, make_mesh
@@ -31,7 +32,7 @@ TINY = Experiment(
     ),
     generator=GeneratorStage(
         module=Causal(Transformer(layers=2, width=32, heads=2, hidden=64), Label(32)), steps=1, batch=16,
-        tokens="cache", sampling=Sampling(guidance=2.0), optim=Optim(),
+        tokens="cache", sampling=Sampling(Interval(2.0)), optim=Optim(),
     ),
 )  # fmt: skip
 LIMITS = Chip(1e12, 1e9, 1e11, 1e10, "invented")

@@ -17,6 +17,8 @@ from PIL import Image
 import sample
 import train
 from ar_jax.data import Data, Info, batches, open_source
+from ar_jax.decode.guidance import Interval
+from ar_jax.decode.sampling import Sampling, read_sampling
 from ar_jax.files.models import open_model, write_json
 from ar_jax.machine.sharding import make_mesh
 from ar_jax.train.checkpoint import save_params
@@ -26,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIG = """
 from ar_jax.config import Experiment, GeneratorStage, Losses, Sampling, TokenizerStage
 from ar_jax.data import Data
+from ar_jax.decode.guidance import Interval
 from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
@@ -45,7 +48,7 @@ def get_config():
         generator=GeneratorStage(
             module=Causal(Transformer(2, 16, 2, hidden=24, dropout=0.1), Label(16), dropout=0.1),
             steps=6, batch=8, optim=Optim(lr=1e-2, ema=0.5), log_every=3, preview_every=6, preview_images=4,
-            save_every=3, sampling=Sampling(guidance=2.0),
+            save_every=3, sampling=Sampling(Interval(2.0)),
         ),
     )
 """
@@ -138,7 +141,7 @@ def test_a_run_folder_holds_both_stages_and_how_they_came_about(run, place):
     model = open_model(run, "generator")
     assert model.info.classes == model.module.conditioning.classes == 10
     assert model.module.spec.n == 64
-    assert model.settings["sampling"]["guidance"] == 2.0
+    assert read_sampling(model.settings["sampling"]) == Sampling(Interval(2.0))
 
 
 def test_metrics_tell_loss_gradient_pace_and_quality(run):

@@ -37,6 +37,12 @@ class Sampling:
     """Fields of the model that are changed while sampling, such as (("order.steps", 64), ("tokenizer.scales", (1, 2, 4))):
     those that its tokenizer, generator and order call `adjustable`."""
 
+    def __post_init__(self):
+        for name in ("guidance", "temperature", "filter", "decoder"):
+            if not callable(part := getattr(self, name)):
+                own = type(self).__dataclass_fields__[name].default
+                raise ValueError(f"sampling.{name} is {part!r}, which is no part of sampling; give one such as {own!r}")
+
     def adapted(self, generator: Any, tokenizer: Any, order: OrderFn) -> tuple[Any, Any, OrderFn]:
         """Generator, tokenizer and order with the changed fields.
 

@@ -227,7 +227,7 @@ def test_sweep_over_a_run(run, tmp_path):
         judge=Judge(batch=8), data=Data(), sampler=Sampler(batch=24, unroll=False),
     )  # fmt: skip
     results = evaluate.sweep(Sweep(base, guidance=(1.0, 3.0)), tiny_network())
-    assert [r["samples"]["sampling"]["guidance"] for r in results] == [1.0, 3.0]
+    assert [r["samples"]["sampling"]["guidance"]["weight"] for r in results] == [1.0, 3.0]
     assert results[0]["figures"] != results[1]["figures"]
     names = {path.name for path in (tmp_path / "sweep").iterdir()}
     assert {"curves.png", "guidance1_temperature1_top_k0.json", "guidance1_temperature1_top_k0.png"} <= names
