@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> None:
 def sample(options: Options) -> None:
     """Draws `options.count` images and writes them."""
     drawer = open_drawer(options.run, options)
-    names, conditions = condition_table(drawer.model, options, options.labels)
+    names, conditions = condition_table(drawer.model.info, options, options.labels)
     given = read_edit(options, drawer.decoder)
 
     out, folder = Path(options.out), Path(options.out)

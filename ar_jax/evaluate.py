@@ -228,7 +228,7 @@ class RunImages:
             raise ValueError(f"--count is {count}; give the number of images to draw from {run}")
         drawer = open_drawer(run, sampler)
         model, tokenizer = drawer.model, drawer.tokenizer.fixed()
-        self.names, self._conditions = condition_table(model, sampler)
+        self.names, self._conditions = condition_table(model.info, sampler)
         self._taken = {}
         self._draw = drawer._replace(tokenizer=tokenizer).compile(make_mesh(devices=jax.local_devices()))
         self._count, self._batch = count, sampler.batch

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from ar_jax.data import label_ids
+from ar_jax.data import Info, label_ids
 from ar_jax.decode.edit import Edit, free_slots
 from ar_jax.decode.sampling import Sampling, adjustable, read_sampling
 from ar_jax.files import codec
@@ -25,7 +25,7 @@ from ar_jax.machine.flops import with_fields
 from ar_jax.machine.sharding import batch_sharding, put, shard
 from ar_jax.nets.resize import resize
 from ar_jax.orders import OrderFn, known_first
-from ar_jax.typing import Batch
+from ar_jax.typing import Array, Batch, Int, Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,9 +167,7 @@ class Drawer(NamedTuple):
 
         @functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
         def program(params, frozen, batch, ids, pixels):
-            root, order_key = jax.random.split(jax.random.key(options.seed))
-            keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(ids)
-            order_keys = jax.vmap(lambda i: jax.random.fold_in(order_key, i))(ids)
+            keys, order_keys = image_keys(options.seed, ids)
             order, edit = order_fn(generator.spec, order_keys, len(ids), 0), None
             if given is not None:
                 if generator.any_order:
@@ -203,6 +201,12 @@ class Drawer(NamedTuple):
                     yield Drawn((shards[0].index[0].start or 0) + i, image, calls, account.accepted[i])
 
         return draw
+
+
+def image_keys(seed: int, ids: Int[Array, "b"]) -> tuple[Key[Array, "b"], Key[Array, "b"]]:
+    """Keys for the tokens of numbered images and for their orders."""
+    roots = jax.random.split(jax.random.key(seed))
+    return tuple(jax.vmap(functools.partial(jax.random.fold_in, root))(ids) for root in roots)
 
 
 def by_token(generator: nn.Module, order: OrderFn) -> bool:
@@ -438,13 +442,12 @@ def replaced(value: Any, path: str, new: Any) -> Any:
     return dataclasses.replace(value, **{name: replaced(getattr(value, name), rest, new) if rest else new})
 
 
-def condition_table(model: Model, options: Sampler, labels: tuple[str, ...] = ()) -> tuple[list[str], Batch]:
+def condition_table(info: Info, options: Sampler, labels: tuple[str, ...] = ()) -> tuple[list[str], Batch]:
     """The conditions to go through in turn: their names, and arrays whose first axis runs over them.
 
     Raises:
       ValueError: a label the model does not know, or the wrong kind of condition for it.
     """
-    info = model.info
     if info.text_width:
         if labels:
             raise ValueError("--labels given, but this model takes captions; give --captions")

@@ -53,7 +53,7 @@ def main():
         sampling = dataclasses.replace(plain.sampling, fields=(*plain.sampling.fields, *fields))
         drawer = open_drawer(arguments.run, Sampler(batch=arguments.batch, sampling=sampling))
         calls[rule] = drawer.generator.calls(drawer.order(drawer.generator.spec, key, 1, 0))
-        draws[rule], table = drawer.compile(mesh), condition_table(drawer.model, drawer.options)[1]
+        draws[rule], table = drawer.compile(mesh), condition_table(drawer.model.info, drawer.options)[1]
         _images(draws[rule], table, np.arange(arguments.batch))
     for start in tqdm(range(0, arguments.count, arguments.batch), desc="draw"):
         ids = np.arange(start, start + arguments.batch)

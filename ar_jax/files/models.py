@@ -161,6 +161,12 @@ def open_model(folder: str | os.PathLike, kind: str, checkpoint: str = "newest")
     raise ValueError(f"{folder} {what}; a {kind} is needed: the folder of a run of train.py or of ar_jax.convert")
 
 
+def holds(folder: str | os.PathLike, kind: str) -> bool:
+    """Whether a folder has a model of a kind, itself or as sub-folder."""
+    places = [place for place in (Path(folder), Path(folder) / kind) if (place / "model.json").is_file()]
+    return any(_read(place).kind == kind for place in places)
+
+
 def _read(folder):
     path = folder / "model.json"
     try:

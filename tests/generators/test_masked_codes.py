@@ -1,0 +1,127 @@
+"""Masked generators of codes: what holds beside the laws, which run on continuous tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ar_jax.data import Info
+from ar_jax.decode.edit import Source
+from ar_jax.decode.guidance import Interval
+from ar_jax.decode.logits import Filter
+from ar_jax.decode.sampling import Sampling
+from ar_jax.decode.temperature import Constant
+from ar_jax.generators.masked import Masked
+from ar_jax.generators.maskgit import MaskGIT
+from ar_jax.heads.categorical import Categorical
+from ar_jax.nets.conditioning import Label
+from ar_jax.nets.vit import GPT, ViT
+from ar_jax.orders import Confident, Shuffled, known_first
+from ar_jax.tokens import TokenSpec, grid
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+SPEC, IMAGES, CODES = TokenSpec(grid(3, 4), codes=(7,)), 4, 7
+METHODS = {
+    "masked": (Masked(ViT(1, 16, 2), ViT(1, 16, 2), Label(16, apart=True), Categorical(std=0.5), buffer=2), Shuffled(4, 2)),
+    "maskgit": (MaskGIT(GPT(1, 16, 2, rows=0), Label(16), Categorical(std=0.5), choice=2.0), Confident(4)),
+}
+BATCH = {"label": np.arange(IMAGES, dtype=np.int32) % 3}
+TOKENS = np.random.default_rng(0).integers(CODES, size=(IMAGES, SPEC.n, 1)).astype(np.int32)
+every = pytest.mark.parametrize("name", METHODS)
+
+
+@functools.cache
+def ready(name):
+    generator = METHODS[name][0].complete(SPEC, Info(classes=3))
+    params = jax.jit(generator.init_params)(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return generator, tree.unflatten([x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)])
+
+
+def drawn(name, images=slice(None), known=None, **parts):
+    generator, params = ready(name)
+    keys = jax.random.split(jax.random.key(3), IMAGES)[images]
+    sampling, order_fn, source = Sampling(**({"guidance": Interval(1.5)} | parts)), METHODS[name][1], None
+    if known is None:
+        order = order_fn(SPEC, keys, len(keys), 0)
+    else:
+        order = known_first(order_fn, SPEC, known, keys)
+        source = Source(jnp.asarray(TOKENS[images]), jnp.broadcast_to(known, (len(keys), SPEC.n)), int(known.sum()))
+    batch = jax.tree.map(lambda x: x[images], BATCH)
+    run = jax.jit(lambda params: sampling.tokens(generator, params, batch, order, keys=keys, source=source))
+    return jax.tree.map(np.asarray, run(params))
+
+
+@every
+def test_codes_are_drawn_in_the_orders_steps_and_an_image_does_not_depend_on_its_neighbours(name):
+    tokens, account = drawn(name)
+    assert (tokens.shape, tokens.dtype) == ((IMAGES, SPEC.n, 1), np.int32)
+    assert tokens.min() >= 0
+    assert tokens.max() < CODES
+    assert len(np.unique(tokens)) > 2
+    np.testing.assert_array_equal(account.calls["generator"], 4)
+    np.testing.assert_array_equal(drawn(name, slice(2, 3))[0], tokens[2:3])
+
+
+@every
+def test_filters_and_temperature_reach_the_draw(name):
+    banned = drawn(name, filter=Filter(banned=(0, 2, 4, 6)))[0]
+    assert set(np.unique(banned)) <= {1, 3, 5}
+    greedy = drawn(name, temperature=Constant(0.0))[0]
+    assert (greedy != drawn(name)[0]).any()
+
+
+@every
+def test_known_codes_stay(name):
+    known = np.zeros(SPEC.n, bool)
+    known[[0, 5, 11]] = True
+    tokens, account = drawn(name, known=known)
+    np.testing.assert_array_equal(tokens[:, known], TOKENS[:, known])
+    assert (tokens[:, ~known] != TOKENS[:, ~known]).any()
+    np.testing.assert_array_equal(account.accepted.sum(1), SPEC.n - 3)
+
+
+def test_a_maskgit_does_not_see_hidden_codes():
+    generator, params = ready("maskgit")
+    hidden = np.random.default_rng(1).random((IMAGES, SPEC.n)) < 0.5
+
+    @jax.jit
+    def rows(tokens):
+        run = lambda self: self.hidden(tokens, hidden, self.condition(BATCH, jnp.zeros(IMAGES, bool)))  # noqa: E731
+        return generator.apply({"params": params}, method=run)
+
+    other = np.where(hidden[..., None], (TOKENS + 1) % CODES, TOKENS)
+    np.testing.assert_array_equal(rows(TOKENS), rows(other))
+    assert np.abs(rows(TOKENS) - rows((TOKENS + 1) % CODES)).max() > 1e-3
+
+
+@every
+def test_loss_falls_and_every_parameter_moves(name):
+    generator, (_, order_fn), tx = ready(name)[0], METHODS[name], optax.adam(1e-2)
+    order = order_fn(SPEC, jax.random.split(jax.random.key(4), IMAGES), IMAGES, 0)
+    drop = jnp.array([False, True] * (IMAGES // 2))
+
+    def loss_fn(params, key):
+        loss, weight, _ = generator.apply({"params": params}, TOKENS, BATCH, order, drop=drop, key=key, method="loss")
+        return (loss * weight).sum() / weight.sum()
+
+    @jax.jit
+    def train(params):
+        def update(carry, key):
+            params, opt = carry
+            loss, grads = jax.value_and_grad(loss_fn)(params, key)
+            updates, opt = tx.update(grads, opt, params)
+            params = optax.apply_updates(params, updates)
+            return (params, opt), loss
+
+        (params, _), losses = jax.lax.scan(update, (params, tx.init(params)), jax.random.split(jax.random.key(5), 60))
+        return params, losses
+
+    first = jax.jit(generator.init_params)(jax.random.key(0))
+    last, losses = train(first)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), first, last)))
+    assert losses[-10:].mean() < 0.9 * losses[:3].mean()

@@ -1,0 +1,86 @@
+"""Models from Python: what README's ten lines do."""
+
+import jax
+import numpy as np
+import pytest
+
+import ar_jax
+from ar_jax.data import Info
+from ar_jax.decode.guidance import Interval
+from ar_jax.decode.jacobi import Jacobi
+from ar_jax.decode.sampling import Sampling
+from ar_jax.files import codec
+from ar_jax.files.models import describe
+from ar_jax.generators.causal import Causal
+from ar_jax.heads.categorical import Categorical
+from ar_jax.machine.sharding import make_mesh
+from ar_jax.nets.conditioning import Label
+from ar_jax.nets.transformer import Transformer
+from ar_jax.orders import raster
+from ar_jax.sampler import Sampler, condition_table, open_drawer
+from ar_jax.tokenizers.vqgan import VQGAN
+from ar_jax.train.checkpoint import save_params
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+INFO = Info(classes=3, class_names=("ant", "bee", "cat"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    place = tmp_path_factory.mktemp("converted")
+    tokenizer = VQGAN((8, 8), features=4, mult=(1, 2), res_blocks=0, latent=4, codes=16, code_features=4, groups=2)
+    generator = Causal(Transformer(1, 16, 2, hidden=24), Label(16), Categorical(std=0.5)).complete(tokenizer.spec, INFO)
+    settings = {"order": codec.encode(raster), "sampling": codec.encode(Sampling(Interval(1.5)))}
+    for kind, network, info, rest in (("tokenizer", tokenizer, Info(), {}), ("generator", generator, INFO, settings)):
+        describe(place / kind, kind, network, info, rest)
+        save_params(place / kind / "params", jax.device_get(jax.jit(network.init_params)(jax.random.key(1))))
+    return place / "generator", place / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def model(folders):
+    return ar_jax.load(folders[0], tokenizer=folders[1])
+
+
+def test_samples_are_those_of_the_command(model, folders):
+    images = model.sample(labels=["bee", 2], seed=3)
+    assert (images.shape, images.dtype) == ((2, 8, 8, 3), np.uint8)
+    drawer = open_drawer(str(folders[0]), Sampler(tokenizer=str(folders[1]), batch=2, seed=3))
+    _, table = condition_table(INFO, drawer.options, ("bee", "2"))
+    draw = drawer.compile(make_mesh(devices=jax.devices()[:1]))
+    want = np.stack([one.image for one in draw(table, np.arange(2))])
+    assert np.abs(images.astype(int) - want).max() <= 1
+    np.testing.assert_array_equal(model.sample([1, 2], seed=3, decoder=Jacobi(4)), images)
+    assert (model.sample([1, 2], seed=4) != images).any()
+    assert model.sample(count=5).shape[0] == 5
+
+
+def test_settings_are_changed_by_their_names(model):
+    changed = model.changed(guidance=3.0, top_k=4, temperature=0.5, decoder=Jacobi(2), soft=False)
+    assert (changed.guidance, changed.filter.top_k, changed.temperature.value) == (Interval(3.0), 4, 0.5)
+    assert changed.decoder == Jacobi(2)
+    assert model.changed(guidance=Interval(2.0, 3)).guidance == Interval(2.0, 3)
+    with pytest.raises(ValueError, match=r"order\.steps is no setting of Sampling|order.steps cannot be changed"):
+        model.sample([1], steps=3)
+    with pytest.raises(ValueError, match="no class"):
+        model.sample(["dog"])
+
+
+def test_tokens_losses_and_the_functions_below_them(model, folders):
+    images = np.random.default_rng(0).integers(256, size=(2, 8, 8, 3)).astype(np.uint8)
+    tokens = model.encode(images)
+    assert (tokens.shape, tokens.dtype) == ((2, 16, 1), np.int32)
+    assert model.decode(tokens).shape == images.shape
+    loss = model.loss(images, labels=[0, 1])
+    assert 0 < loss < 10
+    again, _ = jax.jit(model.functions.loss)(
+        model.params, {"tokens": tokens, "label": np.array([0, 1])}, jax.random.key(0)
+    )
+    assert loss == pytest.approx(float(again), rel=1e-5)
+    assert {"tokenizer", "generator"} == model.params.keys()
+    alone = ar_jax.load(folders[1])
+    np.testing.assert_array_equal(alone.encode(images), tokens)
+    with pytest.raises(ValueError, match="holds a tokenizer only"):
+        alone.sample([1])
+    with pytest.raises(ValueError, match="give its tokenizer"):
+        ar_jax.load(folders[0])
