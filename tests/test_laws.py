@@ -15,7 +15,7 @@ from ar_jax.decode.guidance import Interval
 from ar_jax.decode.jacobi import Jacobi
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sampling import Sampling
-from ar_jax.decode.sequential import Sequential
+from ar_jax.decode.sequential import Sequential, Task
 from ar_jax.decode.temperature import Constant
 from ar_jax.generators.base import Knobs
 from ar_jax.machine.sharding import MeshShape, batch_sharding, make_mesh, shard
@@ -44,10 +44,8 @@ def sampler(case, unroll=True, segments=1):
     @jax.jit
     def run(params, batch, slot, keys):
         order = case.order(generator.spec, None, case.images).replace(slot=slot)
-        return Sequential(segments)(
-            generator, params, batch, order, tokenizer=case.tokenizer, knobs=knobs(len(order.sizes)), keys=keys,
-            guided=True,
-        )[0]  # fmt: skip
+        task = Task(generator, params, batch, order, knobs(len(order.sizes)), keys, True, case.tokenizer)
+        return Sequential(segments)(task)[0]
 
     return run
 

@@ -14,7 +14,7 @@ import pytest
 from cases_continuous import CASES, MASKED, SPEC
 
 from ar_jax.decode.edit import Source
-from ar_jax.decode.sequential import Sequential, settle
+from ar_jax.decode.sequential import Sequential, Task
 from ar_jax.generators.base import Knobs, Step
 from ar_jax.machine.sharding import MeshShape, batch_sharding, make_mesh, shard
 from ar_jax.nets.conditioning import paired, widen
@@ -42,8 +42,7 @@ def sampler(case, sizes, rooms, unroll, segments):
     @jax.jit
     def run(params, batch, slot, keys):
         order = Order(slot, sizes, rooms)
-        decoder = Sequential(segments)
-        return decoder(generator, params, batch, order, knobs=knobs(len(sizes)), keys=keys, guided=True)[0]
+        return Sequential(segments)(Task(generator, params, batch, order, knobs(len(sizes)), keys, True))[0]
 
     return run
 
@@ -243,10 +242,7 @@ def test_cosine_sizes_by_hand():
 def test_tokens_that_a_maskgit_keeps_stay_and_each_step_keeps_as_many_as_the_order_says():
     case, order = CASES["givt_masked"], CASES["givt_masked"].ordered()
     call, keys = functools.partial(case.generator.apply, {"params": case.params}), image_keys(case.images)
-    setting = settle(
-        case.generator, case.params, case.batch, order, tokenizer=None, knobs=knobs(len(order.sizes)),
-        images=case.images, guided=True,
-    )  # fmt: skip
+    setting = Task(case.generator, case.params, case.batch, order, knobs(len(order.sizes)), keys, True).setting()
 
     @jax.jit
     def step(state, i, first):
@@ -280,10 +276,9 @@ def test_a_maskgit_does_not_see_hidden_tokens_and_begins_with_those_known_before
     source = Source(jnp.asarray(case.tokens), jnp.broadcast_to(known, hidden.shape), int(known.sum()))
     run = jax.jit(
         lambda keys: Sequential()(
-            case.generator, case.params, case.batch, order, knobs=knobs(len(order.sizes)), keys=keys, guided=True,
-            source=source,
+            Task(case.generator, case.params, case.batch, order, knobs(len(order.sizes)), keys, True, source=source)
         )[0]
-    )  # fmt: skip
+    )
     got = run(image_keys(case.images))
     np.testing.assert_array_equal(got[:, known], case.tokens[:, known])
     assert np.isfinite(got).all()

@@ -13,7 +13,7 @@ import pytest
 from cases_flow import CASES, GRID, PYRAMID
 
 from ar_jax.decode.sampling import Sampling
-from ar_jax.decode.sequential import Sequential
+from ar_jax.decode.sequential import Sequential, Task
 from ar_jax.files import codec
 from ar_jax.generators.base import Knobs
 from ar_jax.generators.block_flow import Until
@@ -56,10 +56,8 @@ def sampler(case, segments):
 
     @jax.jit
     def run(params, batch, keys):
-        return Sequential(segments)(
-            case.generator, params, batch, order, tokenizer=case.tokenizer, knobs=knobs(len(order.sizes)), keys=keys,
-            guided=True,
-        )[0]  # fmt: skip
+        task = Task(case.generator, params, batch, order, knobs(len(order.sizes)), keys, True, case.tokenizer)
+        return Sequential(segments)(task)[0]
 
     return run
 

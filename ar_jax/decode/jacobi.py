@@ -1,18 +1,15 @@
 """Jacobi decoding: a window of tokens is guessed and corrected together until nothing changes."""
 
 import dataclasses
-import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ar_jax.decode.edit import Source, keep
-from ar_jax.decode.sequential import Account, Claim, keys_of, settle
-from ar_jax.generators.base import Frozen, Knobs, Setting, State
-from ar_jax.orders import Order, to_slots
-from ar_jax.typing import Array, Batch, Index, Int, Key, Params, Tokens, typed
+from ar_jax.decode.sequential import Account, Claim, Task, keys_of
+from ar_jax.generators.base import Setting, State
+from ar_jax.orders import to_slots
+from ar_jax.typing import Array, Index, Int, Key, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,52 +33,33 @@ class Jacobi:
         if self.window < 1:
             raise ValueError(f"decoder.window is {self.window}; it must be 1 or more")
 
-    @typed
-    def __call__(
-        self,
-        generator: Any,
-        params: Params,
-        batch: Batch,
-        order: Order,
-        *,
-        tokenizer: Frozen | None = None,
-        knobs: Knobs,
-        keys: Key[Array, "b"],
-        guided: bool,
-        source: Source | None = None,
-    ) -> tuple[Tokens, Account]:
+    def __call__(self, task: Task) -> tuple[Tokens, Account]:
         """As `Sequential`.
 
         Raises:
           ValueError: the generator draws no codes, or not one after the other, or mixtures of codes are asked for.
         """
+        generator, order = task.generator, task.order
         if not hasattr(generator, "rows") or not generator.spec.codes or set(order.sizes) != {1}:
             raise ValueError(
                 f"decoder Jacobi needs a causal generator of codes that reveals one token a step; this "
                 f"{type(generator).__name__} reveals {max(order.sizes)}, of {generator.spec.codes or 'no'} codes"
             )
-        if knobs.soften is not None:
+        if task.knobs.soften is not None:
             raise ValueError("soft draws mixtures of codes, but decoder Jacobi compares codes; give one of them")
-        images, n = len(keys), order.n
+        images, n, setting = task.images, order.n, task.setting()
         window = min(self.window, n)
-        setting = settle(
-            generator, params, batch, order, tokenizer=tokenizer, knobs=knobs, images=images, guided=guided
-        )
-        call = functools.partial(generator.apply, {"params": params})
-
-        def known(state):
-            return state if source is None else state.replace(tokens=keep(state.tokens, source, order))
 
         def body(carry):
             state, first, calls, accepted = carry
             start = jnp.minimum(first, n - window)  # the last windows reach back to tokens that are right already
             inside = start[:, None] + jnp.arange(window)
-            drawn, state = draw_windows(call, state, start, keys_of(keys, inside), setting)
+            drawn, state = draw_windows(task, state, start, keys_of(task.keys, inside), setting)
             guess = jnp.take_along_axis(state.tokens, inside[..., None], axis=1)
             tokens = jax.vmap(lambda x, new, at: lax.dynamic_update_slice_in_dim(x, new, at, axis=0))(
                 state.tokens, drawn, start
             )
-            state = known(state.replace(tokens=tokens))
+            state = task.known(state.replace(tokens=tokens))
             now = jnp.take_along_axis(state.tokens, inside[..., None], axis=1)
             # a token is right if all those before it were guessed right
             right = (guess == now).all(-1) | (inside < first[:, None])
@@ -90,20 +68,20 @@ class Jacobi:
             accepted = accepted.at[:, calls.max()].set(many)
             return state, first + many, calls + (first < n), accepted
 
-        state = call(call(setting, images, method="begin"), n, setting, method="grow")
+        state = task.call(task.call(setting, images, method="begin"), n, setting, method="grow")
         zero = jnp.zeros(images, jnp.int32)
-        carry = (known(state), zero, zero, jnp.zeros((images, n), jnp.int32))
+        carry = (task.known(state), zero, zero, jnp.zeros((images, n), jnp.int32))
         state, _, calls, accepted = lax.while_loop(lambda carry: (carry[1] < n).any(), body, carry)
         return to_slots(state.tokens, order), Account({"generator": calls}, accepted)
 
 
 def draw_windows(
-    call: Any, state: State, first: Int[Array, "b"], keys: Key[Array, "b m"], setting: Setting
+    task: Task, state: State, first: Int[Array, "b"], keys: Key[Array, "b m"], setting: Setting
 ) -> tuple[Int[Array, "b m k"], State]:
     """Draws ranks first..first+m of every image, which begin at another rank in each, from the tokens in the state.
 
     Args:
-      call: applies a method of the generator.
+      task: whose generator draws.
       state: with room in its cache for all these ranks.
       first: of the window, by image.
       keys: of its ranks.
@@ -119,11 +97,11 @@ def draw_windows(
 
     def one(tokens, cache, cond, slot, first, keys):
         own = setting.replace(cond=cond, order=setting.order.replace(slot=slot[None]))
-        h, cache = call(State(tokens[None], cache), first, m, own, method="rows")
+        h, cache = task.call(State(tokens[None], cache), first, m, own, method="rows")
 
         def draw(j: Index):
             row, key = lax.dynamic_slice_in_dim(h, j, 1, axis=1), lax.dynamic_slice_in_dim(keys, j, 1)[None]
-            return call(
+            return task.call(
                 row, key, setting.knobs, first + j, setting.tokenizer,
                 method=lambda self, *arguments: self.head.sample(*arguments),
             )[0, 0]  # fmt: skip

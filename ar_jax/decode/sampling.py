@@ -10,7 +10,7 @@ import numpy as np
 from ar_jax.decode.edit import Edit, Source, hold
 from ar_jax.decode.guidance import Interval, Linear, Ramp
 from ar_jax.decode.logits import Filter
-from ar_jax.decode.sequential import Account, Sequential
+from ar_jax.decode.sequential import Account, Sequential, Task
 from ar_jax.decode.temperature import Constant, KnownScales
 from ar_jax.files import codec
 from ar_jax.generators.base import Frozen, Knobs
@@ -85,12 +85,10 @@ class Sampling:
         keys: Key[Array, "b"],
         source: Source | None = None,
     ) -> tuple[Tokens, Account]:
-        """Draws tokens in slot order; see `Sequential`."""
+        """Draws tokens in slot order; see `Task`."""
         knobs = self.knobs(order, generator.spec)
         guided = bool((np.asarray(knobs.guidance) != 1).any())
-        return self.decoder(
-            generator, params, batch, order, tokenizer=tokenizer, knobs=knobs, keys=keys, guided=guided, source=source
-        )
+        return self.decoder(Task(generator, params, batch, order, knobs, keys, guided, tokenizer, source))
 
     def images(
         self,

@@ -14,7 +14,7 @@ from ar_jax.decode.edit import Source, keep
 from ar_jax.generators.base import Frozen, Knobs, Setting, Step
 from ar_jax.nets.conditioning import paired
 from ar_jax.orders import Order, scan_steps, to_slots
-from ar_jax.typing import Array, Batch, Key, Params, Tokens, typed
+from ar_jax.typing import Array, Batch, Key, Params, Tokens
 
 
 class Claim(enum.Enum):
@@ -44,24 +44,50 @@ def keys_of(keys: Key[Array, "b"], ranks: Array) -> Key[Array, "b m"]:
     return jax.vmap(lambda key, ranks: jax.vmap(functools.partial(jax.random.fold_in, key))(ranks))(keys, ranks)
 
 
-@typed
-def settle(
-    generator: Any,
-    params: Params,
-    batch: Batch,
-    order: Order,
-    *,
-    tokenizer: Frozen | None,
-    knobs: Knobs,
-    images: int,
-    guided: bool,
-) -> Setting:
-    """What stays the same while `images` are drawn; guided ones have a row with and a row without their condition."""
-    condition = functools.partial(generator.apply, {"params": params}, batch, method="condition")
-    cond = condition(jnp.zeros(images, bool))
-    if guided:
-        cond = paired(cond, condition(jnp.ones(images, bool)))
-    return Setting(cond, order, knobs, tokenizer)
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a decoder is asked to draw: one image for each key.
+
+    Attributes:
+      generator: see `generators.base.Generator`.
+      params: its parameters.
+      batch: conditions, first axis b.
+      order: what each step reveals.
+      knobs: guidance, temperature, filter.
+      keys: [b]; the draw of a rank uses `fold_in(key, rank)`, so an image does not depend on its neighbours.
+      guided: run every image with and without its condition.
+      tokenizer: see `Setting`.
+      source: tokens that are known beforehand; what is drawn in their places is dropped.
+    """
+
+    generator: Any
+    params: Params
+    batch: Batch
+    order: Order
+    knobs: Knobs
+    keys: Key[Array, "b"]
+    guided: bool = False
+    tokenizer: Frozen | None = None
+    source: Source | None = None
+
+    @property
+    def images(self) -> int:
+        return len(self.keys)
+
+    def call(self, *arguments: Any, method: Any) -> Any:
+        """A method of the generator."""
+        return self.generator.apply({"params": self.params}, *arguments, method=method)
+
+    def setting(self) -> Setting:
+        """What stays the same in all steps; guided images have a row with and a row without their condition."""
+        cond = self.call(self.batch, jnp.zeros(self.images, bool), method="condition")
+        if self.guided:
+            cond = paired(cond, self.call(self.batch, jnp.ones(self.images, bool), method="condition"))
+        return Setting(cond, self.order, self.knobs, self.tokenizer)
+
+    def known(self, state: Any) -> Any:
+        """A state with the tokens that are known beforehand in their places."""
+        return state if self.source is None else state.replace(tokens=keep(state.tokens, self.source, self.order))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,60 +103,24 @@ class Sequential:
         if self.segments < 1:
             raise ValueError(f"decoder.segments is {self.segments}; it must be 1 or more")
 
-    @typed
-    def __call__(
-        self,
-        generator: Any,
-        params: Params,
-        batch: Batch,
-        order: Order,
-        *,
-        tokenizer: Frozen | None = None,
-        knobs: Knobs,
-        keys: Key[Array, "b"],
-        guided: bool,
-        source: Source | None = None,
-    ) -> tuple[Tokens, Account]:
-        """Draws the tokens of one image per key; every decoder has these arguments.
-
-        Args:
-          generator: see `generators.base.Generator`.
-          params: its parameters.
-          batch: conditions, first axis b.
-          order: what each step reveals.
-          tokenizer: see `Setting`.
-          knobs: guidance, temperature, filter.
-          keys: one per image; the draw of a rank uses `fold_in(key, rank)`, so an image does not depend on its neighbours.
-          guided: run every image with and without its condition.
-          source: tokens that are known beforehand; what is drawn in their places is dropped.
-
-        Returns:
-          Tokens in slot order, with `knobs.soften` the vectors in their place; and what drawing took.
-        """
-        images = len(keys)
-        setting = settle(
-            generator, params, batch, order, tokenizer=tokenizer, knobs=knobs, images=images, guided=guided
-        )
-        call = functools.partial(generator.apply, {"params": params})
-        if source is not None and knobs.soften is not None:
-            source = source.replace(tokens=tokenizer(source.tokens, method="embed"))
-
-        def known(state):
-            return state if source is None else state.replace(tokens=keep(state.tokens, source, order))
+    def __call__(self, task: Task) -> tuple[Tokens, Account]:
+        """Tokens in slot order, with `knobs.soften` the vectors in their place; and what drawing took."""
+        order, setting = task.order, task.setting()
+        if task.source is not None and task.knobs.soften is not None:
+            source = task.source.replace(tokens=task.tokenizer(task.source.tokens, method="embed"))
+            task = dataclasses.replace(task, source=source)
 
         def step(state, i, first, size):
-            now = Step(i, first, keys_of(keys, first + jnp.arange(size)))
-            return known(call(state, now, setting, method="step"))
+            now = Step(i, first, keys_of(task.keys, first + jnp.arange(size)))
+            return task.known(task.call(state, now, setting, method="step"))
 
         def grow(state, ranks):
-            return known(call(state, ranks, setting, method="grow"))
+            return task.known(task.call(state, ranks, setting, method="grow"))
 
-        done = source.ranks if source else 0
-        state = scan_steps(
-            order.sizes, step, call(setting, images, method="begin"), rooms=order.rooms, done=done, grow=grow,
-            segments=self.segments,
-        )  # fmt: skip
-        return to_slots(state.tokens, order), self.account(generator, order, images, done)
+        done = task.source.ranks if task.source else 0
+        state = task.call(setting, task.images, method="begin")
+        state = scan_steps(order.sizes, step, state, rooms=order.rooms, done=done, grow=grow, segments=self.segments)
+        return to_slots(state.tokens, order), self.account(task.generator, order, task.images, done)
 
     def account(self, generator: Any, order: Order, images: int, done: int = 0) -> Account:
         """What drawing takes if the first `done` ranks are known."""

@@ -9,7 +9,7 @@ import pytest
 
 from ar_jax.data import Info
 from ar_jax.decode.edit import Edit, free_slots, hold
-from ar_jax.decode.sequential import Sequential
+from ar_jax.decode.sequential import Sequential, Task
 from ar_jax.generators.base import Knobs
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.inputs import NextScale, Upsampled
@@ -81,9 +81,7 @@ def program(method, edited, keep_scales=0):
         frozen, source = functools.partial(tokenizer.apply, {"params": frozen_params}), None
         if edited:
             source, frozen = hold(tokenizer, frozen, Edit(jnp.asarray(IMAGE), free, keep_scales, ranks))
-        tokens, _ = Sequential()(
-            generator, params, batch, order, tokenizer=frozen, knobs=knobs, keys=keys, guided=False, source=source
-        )
+        tokens, _ = Sequential()(Task(generator, params, batch, order, knobs, keys, False, frozen, source))
         return tokens, frozen(tokens, method="decode")
 
     return lambda free: jax.tree.map(np.asarray, run(params, frozen_params, free))
