@@ -350,7 +350,7 @@ def test_a_folder_of_images_can_be_completed_but_not_mixed(run, drawn, tmp_path,
     for i, image in enumerate(images_of(drawn)):
         with Image.open(out / f"{i:06d}.png") as file:
             np.testing.assert_array_equal(np.asarray(file), image)
-            assert file.text == {"condition": str(i % 10), "seed": "0"}
+            assert file.text == {"condition": str(i % 10), "seed": "0", "calls": '{"generator": 64}'}
 
     before, times = content(out), {name: path.stat().st_mtime_ns for name, path in files.items()}
     gone = ("000001.png", "000007.png", "000011.png")
@@ -443,8 +443,9 @@ def test_labels_are_used_in_turn(run, drawn, tmp_path):
         (("--tokenizer", "nowhere"), "nowhere does not exist; a tokenizer is needed"),
     ],
 )
-def test_bad_requests_are_refused_in_words(run, tmp_path, options, message):
-    assert message in refused(sample.main, run, "--out", tmp_path / "x.png", *options)
+def test_bad_requests_are_refused_in_words(run, tmp_path, options, message, capsys):
+    said = refused(sample.main, run, "--out", tmp_path / "x.png", *options)
+    assert message in said + capsys.readouterr().err  # what a part of sampling refuses is said while options are read
     assert not (tmp_path / "x.png").exists()
 
 
