@@ -17,6 +17,7 @@ from ar_jax.heads.diffusion import TRAINED, continuous
 from ar_jax.heads.flow import draw_times
 from ar_jax.heads.integrate import Anneal, Solver, calls, integrate, normal, schedule
 from ar_jax.machine.sharding import BATCH, constrain
+from ar_jax.nets.attention import Rows
 from ar_jax.nets.conditioning import Cond, fold, widen
 from ar_jax.nets.gated import Condition, EncoderDecoder
 from ar_jax.nets.linear import Linear
@@ -149,9 +150,8 @@ class BlockFlow(Generator):
         time = self.time(jnp.floor(TRAINED * t)).astype(jnp.float32)
         mod = Condition(cond.mod.vector + time, sizes)
         keys = None if cache is None else order.step[: cache.rows]
-        h, cache = self.backbone(
-            constrain(self.input(x), BATCH), step, coords, mod=mod, cache=cache, first=first, keys=keys
-        )  # fmt: skip
+        rows = Rows(step, coords, first, keys)
+        h, cache = self.backbone(constrain(self.input(x), BATCH), rows, mod=mod, cache=cache)
         return self.output(h), cache
 
     def begin(self, setting: Setting, images: int) -> State:

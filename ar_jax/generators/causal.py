@@ -11,6 +11,7 @@ from ar_jax.generators.base import Frozen, Generator, Setting, State, Step, imag
 from ar_jax.generators.inputs import NextScale, Previous, some
 from ar_jax.heads.categorical import Categorical
 from ar_jax.machine.sharding import BATCH, constrain
+from ar_jax.nets.attention import Rows
 from ar_jax.nets.conditioning import Cond
 from ar_jax.nets.gated import EncoderDecoder
 from ar_jax.nets.linear import output_major
@@ -120,12 +121,12 @@ class Causal(Generator):
         x = constrain(jnp.concatenate([cond.rows[:, :-1].astype(x.dtype), x], axis=1), BATCH)
         coords = jnp.pad(coords, ((0, 0), (p - 1, 0), (0, 0)), constant_values=NOWHERE)
         x = self.drop(x, deterministic=not self.has_rng("dropout"))
-        h, _ = self.network(x, _steps(p, order), coords, cond, valid=_valid(cond, p - 1 + order.n))
+        h, _ = self.network(x, Rows(_steps(p, order), coords, valid=_valid(cond, p - 1 + order.n)), cond)
         return h[:, p - 1 :]
 
-    def network(self, x, step, coords, cond, **cached):
+    def network(self, x: Array, rows: Rows, cond: Cond, cache: Cache | None = None) -> tuple[Array, Cache | None]:
         """Rows through the network, see `Transformer`."""
-        return self.backbone(x, step, coords, mod=cond.mod, **cached)
+        return self.backbone(x, rows, mod=cond.mod, cache=cache)
 
     def begin(self, setting: Setting, images: int) -> State:
         """Feeds all condition rows but the last into an empty cache."""
@@ -134,11 +135,9 @@ class Causal(Generator):
         rows, p, _ = cond.rows.shape
         cache = self.backbone.empty_cache(rows)
         if p > 1:
-            step = cond.step[:-1]
-            _, cache = self.network(
-                cond.rows[:, :-1], step, jnp.full((1, p - 1, 3), NOWHERE), cond, cache=cache.grow(p - 1), keys=step,
-                valid=_valid(cond, p - 1),
-            )  # fmt: skip
+            step, nowhere = cond.step[:-1], jnp.full((1, p - 1, 3), NOWHERE)
+            before = Rows(step, nowhere, keys=step, valid=_valid(cond, p - 1))
+            _, cache = self.network(cond.rows[:, :-1], before, cond, cache.grow(p - 1))
         if setting.knobs.soften is None:
             return State(self.spec.zeros(images), cache)
         vector = jax.eval_shape(lambda: setting.tokenizer(self.spec.zeros(1), method="embed"))
@@ -164,12 +163,10 @@ class Causal(Generator):
         steps = _steps(p, order)
         step = some(steps, p - 1 + first, size, 0)
         if state.cache is None:
-            return self.network(x, step, coords, cond)
+            return self.network(x, Rows(step, coords), cond)
         filled = state.cache.rows
-        return self.network(
-            x, step, coords, cond, cache=state.cache, first=p - 1 + first, keys=steps[:filled],
-            valid=_valid(cond, filled),
-        )  # fmt: skip
+        rows = Rows(step, coords, p - 1 + first, steps[:filled], _valid(cond, filled))
+        return self.network(x, rows, cond, state.cache)
 
 
 def lognorm(spec: TokenSpec) -> np.ndarray:

@@ -14,6 +14,7 @@ from ar_jax.generators.causal import Causal
 from ar_jax.generators.inputs import some
 from ar_jax.heads.categorical import Categorical
 from ar_jax.nets.adaln import AdaLN
+from ar_jax.nets.attention import Rows
 from ar_jax.nets.conditioning import Cond
 from ar_jax.orders import Order, to_ranks, to_slots
 from ar_jax.tokens import TokenSpec
@@ -67,9 +68,9 @@ class Hmar(Causal):
         nets = {"trunk": self.backbone, "tail": self.tail, "masks": self.masks}
         return {name: net.modulate(vector) for name, net in nets.items()}
 
-    def network(self, x, step, coords, cond, end="tail", **rest):
-        x, _ = self.backbone(x, step, coords, mod=cond.mod["trunk"], **rest)
-        return getattr(self, end)(x, step, coords, mod=cond.mod[end], **rest)
+    def network(self, x, rows, cond, cache=None, end="tail"):
+        x, _ = self.backbone(x, rows, mod=cond.mod["trunk"])
+        return getattr(self, end)(x, rows, mod=cond.mod[end])
 
     @typed
     def loss(
@@ -115,7 +116,7 @@ class Hmar(Causal):
         word = self.inputs.word
         x = jnp.where(masked[..., None], word(known) + self.mask_embed, word(known + own))
         x, coords = self.inputs.place(x, cond, order, first, size)
-        h, _ = self.network(x, order.step[first : first + size], coords, cond, end="masks")
+        h, _ = self.network(x, Rows(order.step[first : first + size], coords), cond, end="masks")
         return h
 
     def step(self, state: State, now: Step, setting: Setting) -> State:

@@ -12,6 +12,7 @@ from flax import struct
 
 from ar_jax.generators.base import Frozen, Generator, Setting, Step, image_weight
 from ar_jax.machine.sharding import BATCH, constrain
+from ar_jax.nets.attention import Rows
 from ar_jax.nets.conditioning import Cond, widen
 from ar_jax.nets.linear import Linear, look_up
 from ar_jax.nets.mlp import xavier
@@ -115,10 +116,8 @@ class MaskGIT(Generator):
         """
         x = widen(self.embed(tokens, hidden), len(cond.rows) // len(tokens))
         x = constrain(jnp.concatenate([cond.rows.astype(x.dtype), x], axis=1), BATCH)
-        rows = cond.rows.shape[1]
-        coords = np.concatenate([np.zeros((rows, 3), np.int32), self.spec.coords])
-        h, _ = self.backbone(x, np.zeros(x.shape[1], np.int32), coords[None])
-        return h[:, rows:]
+        h, _ = self.backbone(x, Rows(np.zeros(x.shape[1], np.int32)))
+        return h[:, cond.rows.shape[1] :]
 
     def embed(self, tokens: Array, hidden: Array) -> Float[Array, "b n d"]:
         """Row of every slot: of a code or of a hidden one; of continuous tokens half their value and half a sign."""

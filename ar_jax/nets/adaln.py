@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
 from ar_jax.machine.sharding import BATCH, Rules, constrain
-from ar_jax.nets.attention import sight
+from ar_jax.nets.attention import Rows, join_heads, remember, split_heads
 from ar_jax.nets.linear import Linear, product
 from ar_jax.nets.transformer import Backbone, Cache
 from ar_jax.tokenizers.quantize import normalise
-from ar_jax.typing import Array, Bool, Float, Index, Int, typed
+from ar_jax.typing import Array, Float, typed
 
 
 @struct.dataclass
@@ -72,18 +71,15 @@ class Block(nn.Module):
         return self.add(x, gate2 * y, drop), cache
 
     def attend(self, x, cache, seen, first):
-        qkv = self.qkv(x).reshape(*x.shape[:2], self.heads, 3, -1)
-        q, k, v = jnp.moveaxis(qkv, (3, 2), (0, 2))  # three of [B h q e]
+        q, k, v = split_heads(self.qkv(x), self.heads)
         q, v = (y + bias.astype(y.dtype).reshape(self.heads, 1, -1) for y, bias in ((q, self.q_bias), (v, self.v_bias)))
         if self.l2_norm:
             sharp = jnp.exp(jnp.minimum(self.log_scale.astype(jnp.float32), math.log(100)))[:, None, None]
             q = (normalise(q.astype(jnp.float32)) * sharp).astype(x.dtype)
             k = normalise(k.astype(jnp.float32)).astype(x.dtype)
-        if cache is not None:
-            k, v = (lax.dynamic_update_slice_in_dim(old, new, first, axis=2) for old, new in zip(cache, (k, v)))
-            cache = (k, v)
+        k, v, cache = remember(cache, k, v, first)
         out = seen(q, k, v, 1.0 if self.l2_norm else 0.25 * q.shape[-1] ** -0.5)
-        return self.out(jnp.moveaxis(out, 1, 2).reshape(x.shape)), cache
+        return self.out(join_heads(out)), cache
 
     def add(self, x, y, drop):
         """x + y, where y is left out for a part `drop` of the images in training, and larger for the others."""
@@ -144,8 +140,7 @@ class AdaLN(Backbone):
     @property
     def rules(self) -> Rules:
         """What tensor parallelism divides (see `sharding.shard`)."""
-        # Outputs of qkv lie head by head (query, key, value of a head side by side), so that whole heads are divided.
-        outputs, inputs = (P("tp", None), P(None, "tp")) if self.unroll else (P(None, "tp"), P("tp", None))
+        outputs, inputs = self.divided
         return (r"/(qkv|up)/kernel$", outputs), (r"/(out|down)/kernel$", inputs)
 
     def empty_cache(self, batch: int) -> Cache | None:
@@ -161,25 +156,15 @@ class AdaLN(Backbone):
 
     @typed
     def __call__(
-        self,
-        x: Float[Array, "B q d"],
-        step: Int[Array, "q"],
-        coords: Int[Array, "#B q 3"],
-        *,
-        mod: Modulation,
-        valid: Bool[Array, "B r"] | None = None,
-        cache: Cache | None = None,
-        first: Index = 0,
-        keys: Int[np.ndarray, "r"] | None = None,
+        self, x: Float[Array, "B q d"], rows: Rows, *, mod: Modulation, cache: Cache | None = None
     ) -> tuple[Float[Array, "B q d"], Cache | None]:
-        """Runs rows `first..first+q` of a sequence; see `Transformer`. `coords` are unused."""
-        x = x.astype(self.dtype)
-        seen = sight(step, None if cache is None else keys, first, valid, own=self.sees == "step")
+        """Runs some rows of a sequence; see `Transformer`."""
+        x, seen = x.astype(self.dtype), rows.sight(own=self.sees == "step")
         drop = np.linspace(*self.path_drop, self.layers, dtype=np.float32) if any(self.path_drop) else None
         if drop is None:
             drop = [None] * self.layers if self.unroll else None
         each = (jnp.moveaxis(mod.blocks, 1, 0), drop)
-        x, cache = self.run(self.blocks, x, cache, each, (seen, first))
+        x, cache = self.run(self.blocks, x, cache, each, (seen, rows.first))
         if self.final:
             x = modulated(x, *jnp.moveaxis(mod.final[:, :, None], 1, 0), self.eps)
         return x, cache

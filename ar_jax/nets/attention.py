@@ -73,6 +73,52 @@ def _scale(q, scale):
 
 
 @struct.dataclass
+class Rows:
+    """Which rows of a sequence a network is run on: `first..first+q`.
+
+    Attributes:
+      step: int [q], a numpy array where it is known while tracing; a row sees rows of no later step.
+      coords: [#B q 3], level, row and column of each; None for networks that do not ask.
+      first: place of the first row in the sequence.
+      keys: with a cache, int [r], steps of all its rows, also of those not written yet, which must be later than `step`.
+      valid: bool [B r], rows that others may see; None is all.
+    """
+
+    step: Array
+    coords: Array | None = None
+    first: Index = 0
+    keys: Array | None = None
+    valid: Array | None = None
+
+    def sight(self, own: bool = False, masked: bool = False) -> "Sight":
+        """What these rows see; those of their own step only, or as a mask where no kernel will do."""
+        if masked:
+            keys = self.step if self.keys is None else self.keys
+            return Sight(visible(self.step, keys, self.first, self.valid, own))
+        return sight(self.step, self.keys, self.first, self.valid, own)
+
+
+def split_heads(y: Float[Array, "B q f"], heads: int, parts: int = 3) -> Array:
+    """Queries, keys and values [parts B h q e] of a joint product whose outputs lie head by head."""
+    return jnp.moveaxis(y.reshape(*y.shape[:2], heads, parts, -1), (3, 2), (0, 2))
+
+
+def join_heads(y: Float[Array, "B h q e"]) -> Float[Array, "B q f"]:
+    y = jnp.moveaxis(y, 1, 2)
+    return y.reshape(*y.shape[:2], -1)
+
+
+def remember(
+    cache: tuple[Array, Array] | None, k: Array, v: Array, first: Index
+) -> tuple[Array, Array, tuple[Array, Array] | None]:
+    """Keys and values to look at, [B h r e]: with a cache all of its rows, these written at `first`; and the cache."""
+    if cache is None:
+        return k, v, None
+    k, v = (lax.dynamic_update_slice_in_dim(old, new, first, axis=2) for old, new in zip(cache, (k, v)))
+    return k, v, (k, v)
+
+
+@struct.dataclass
 class Sight:
     """Who sees whom, and with it how to attend; made by `sight`.
 

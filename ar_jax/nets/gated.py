@@ -11,13 +11,13 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from ar_jax.machine.sharding import BATCH, Rules, constrain
-from ar_jax.nets.attention import Sight, attend, sight, visible
+from ar_jax.nets.attention import Rows, Sight, attend, join_heads, remember, split_heads
 from ar_jax.nets.linear import Linear, look_up
 from ar_jax.nets.mlp import xavier
 from ar_jax.nets.positions import rotary, rotate, stretched
 from ar_jax.nets.transformer import Backbone, Cache, RMSNorm, init
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Bool, Float, Index, Int, typed
+from ar_jax.typing import Array, Float, Index, Int, typed
 
 EPS = 1e-6  # of all norms
 
@@ -104,23 +104,20 @@ class Attention(nn.Module):
 
         def heads(rows, parts, name):
             y = Linear(parts * self.width, self.dtype, None, xavier, self.output_major, self.bias, name=name)(rows)
-            return jnp.moveaxis(y.reshape(*y.shape[:2], self.heads, parts, -1), (3, 2), (0, 2))  # each [B h q e]
+            return split_heads(y, self.heads, parts)
 
         if self.cross:
             (q,), (k, v) = heads(x, 1, "q"), heads(others, 2, "kv")
         else:
             q, k, v = heads(x, 3, "qkv")
-        q, k = rotate(q, table), rotate(k, table)
-        if cache is not None:
-            k, v = (lax.dynamic_update_slice_in_dim(old, new, first, axis=2) for old, new in zip(cache, (k, v)))
-            cache = (k, v)
+        q = rotate(q, table)
+        k, v, cache = remember(cache, rotate(k, table), v, first)
         det = not self.has_rng("dropout")
         if det or not self.attention_dropout:
             y = seen(q, k, v)
         else:
             y = attend(q, k, v, seen.mask, drop=nn.Dropout(self.attention_dropout, deterministic=False))
-        y = jnp.moveaxis(y, 1, 2).reshape(*x.shape[:2], -1)
-        y = Linear(self.width, self.dtype, None, xavier, self.output_major, bias=True, name="out")(y)
+        y = Linear(self.width, self.dtype, None, xavier, self.output_major, bias=True, name="out")(join_heads(y))
         return nn.Dropout(self.dropout, deterministic=det)(y), cache
 
 
@@ -224,25 +221,12 @@ class Gated(Backbone):
 
     @typed
     def __call__(
-        self,
-        x: Float[Array, "B q d"],
-        step: Int[Array, "q"],
-        coords: Int[Array, "#B q 3"] | Float[Array, "#B q 3"],
-        *,
-        mod: Condition,
-        valid: Bool[Array, "B r"] | None = None,
-        cache: Cache | None = None,
-        first: Index = 0,
-        keys: Int[np.ndarray, "r"] | None = None,
+        self, x: Float[Array, "B q d"], rows: Rows, *, mod: Condition, cache: Cache | None = None
     ) -> tuple[Float[Array, "B q d"], Cache | None]:
-        """Runs rows `first..first+q` of a sequence; see `Transformer`. `mod` modulates them."""
-        keys = None if cache is None else keys
-        if self.attention_dropout and self.has_rng("dropout"):
-            seen = Sight(visible(step, step if keys is None else keys, first, valid))
-        else:
-            seen = sight(step, keys, first, valid)
-        table = rotary(coords, self.width // self.heads, self.base)
-        x, cache = self.run(self.blocks, x.astype(self.dtype), cache, (), (mod, table, seen, first))
+        """Runs some rows of a sequence; see `Transformer`. `mod` modulates them."""
+        seen = rows.sight(masked=self.attention_dropout > 0 and self.has_rng("dropout"))  # kernels do not drop weights
+        table = rotary(rows.coords, self.width // self.heads, self.base)
+        x, cache = self.run(self.blocks, x.astype(self.dtype), cache, (), (mod, table, seen, rows.first))
         return self.norm(x), cache
 
 
@@ -308,26 +292,17 @@ class EncoderDecoder(nn.Module):
 
     @typed
     def __call__(
-        self,
-        x: Float[Array, "B q d"],
-        step: Int[Array, "q"],
-        coords: Int[Array, "#B q 3"],
-        *,
-        mod: Condition,
-        valid: Bool[Array, "B r"] | None = None,
-        cache: Cache | None = None,
-        first: Index = 0,
-        keys: Int[np.ndarray, "r"] | None = None,
+        self, x: Float[Array, "B q d"], rows: Rows, *, mod: Condition, cache: Cache | None = None
     ) -> tuple[Float[Array, "B q d"], Cache | None]:
-        """Runs rows `first..first+q` of a sequence; see `Gated`. `coords` are those of the rows' slots."""
-        slot, places = slots(coords, self.spec), stretched(coords, self.spec.scales, self.span)
+        """Runs some rows of a sequence; see `Gated`. Their `coords` are those of slots."""
+        slot = slots(rows.coords, self.spec)
+        rows = rows.replace(coords=stretched(rows.coords, self.spec.scales, self.span))
         table = [look_up(table, slot) for table in self.tables]
         caches = [None, None] if cache is None else [Cache(k, v) for k, v in zip(cache.k, cache.v)]
-        also = {"mod": mod, "valid": valid, "first": first, "keys": keys}
         x = self.input_norm(x.astype(self.dtype) + table[0].astype(self.dtype))
-        x, caches[0] = self.encoder(x, step, places, cache=caches[0], **also)
+        x, caches[0] = self.encoder(x, rows, mod=mod, cache=caches[0])
         x = self.between(x) + table[1].astype(self.dtype)
-        x, caches[1] = self.decoder(x, step, places, cache=caches[1], **also)
+        x, caches[1] = self.decoder(x, rows, mod=mod, cache=caches[1])
         if self.last_positions:
             x = x + table[2].astype(x.dtype)
         return x, cache and Cache(tuple(part.k for part in caches), tuple(part.v for part in caches))

@@ -5,17 +5,16 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from ar_jax.machine.sharding import BATCH, Rules, constrain
-from ar_jax.nets.attention import ATTENTION, sight
+from ar_jax.nets.attention import ATTENTION, Rows, join_heads, remember, split_heads
 from ar_jax.nets.linear import PRODUCT, Linear, output_major
 from ar_jax.nets.positions import rotary, rotate
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Bool, Float, Index, Int, Params, typed
+from ar_jax.typing import Array, Float, Params, typed
 
 init = nn.initializers.normal(0.02)
 
@@ -82,6 +81,14 @@ class Backbone(nn.Module):
     dtype: Any = jnp.float32
     remat: Literal["none", "dots", "full"] = "none"
     unroll: bool = False
+
+    @property
+    def divided(self) -> tuple[P, P]:
+        """How kernels are divided whose outputs, and whose inputs, tensor parallelism divides.
+
+        Outputs of a joint product for queries, keys and values lie head by head, so that whole heads are divided.
+        """
+        return (P("tp", None), P(None, "tp")) if self.unroll else (P(None, "tp"), P("tp", None))
 
     def complete(self, spec: TokenSpec) -> "Backbone":
         """Fills in what only the tokenizer knows; nothing."""
@@ -166,14 +173,9 @@ class Block(nn.Module):
         return x + self.drop(self.down(nn.silu(self.gate(y)) * self.up(y)), deterministic=det), cache
 
     def attend(self, x, cache, table, seen, first):
-        qkv = self.qkv(x).reshape(*x.shape[:2], self.heads, 3, -1)
-        q, k, v = jnp.moveaxis(qkv, (3, 2), (0, 2))  # three of [B h q e]
-        q, k = rotate(q, table), rotate(k, table)
-        if cache is not None:
-            k, v = (lax.dynamic_update_slice_in_dim(old, new, first, axis=2) for old, new in zip(cache, (k, v)))
-            cache = (k, v)
-        out = seen(q, k, v)
-        return self.out(jnp.moveaxis(out, 1, 2).reshape(x.shape)), cache
+        q, k, v = split_heads(self.qkv(x), self.heads)
+        k, v, cache = remember(cache, rotate(k, table), v, first)
+        return self.out(join_heads(seen(rotate(q, table), k, v))), cache
 
 
 class Transformer(Backbone):
@@ -206,39 +208,23 @@ class Transformer(Backbone):
     @property
     def rules(self) -> Rules:
         """What tensor parallelism divides (see `sharding.shard`)."""
-        # Outputs of qkv lie head by head (query, key, value of a head side by side), so that whole heads are divided.
-        outputs, inputs = (P("tp", None), P(None, "tp")) if self.unroll else (P(None, "tp"), P("tp", None))
+        outputs, inputs = self.divided
         return (r"/(qkv|gate|up)/kernel$", outputs), (r"/(out|down)/kernel$", inputs)
 
     @typed
     def __call__(
-        self,
-        x: Float[Array, "B q d"],
-        step: Int[Array, "q"],
-        coords: Int[Array, "#B q 3"],
-        *,
-        mod: None = None,
-        valid: Bool[Array, "B r"] | None = None,
-        cache: Cache | None = None,
-        first: Index = 0,
-        keys: Int[np.ndarray, "r"] | None = None,
+        self, x: Float[Array, "B q d"], rows: Rows, *, mod: None = None, cache: Cache | None = None
     ) -> tuple[Float[Array, "B q d"], Cache | None]:
-        """Runs rows `first..first+q` of a sequence; with a cache, earlier rows are read from it and these added.
+        """Runs some rows of a sequence; with a cache, earlier rows are read from it and these added.
 
         Args:
           x: input rows.
-          step: of these rows, a numpy array where it is known while tracing; a row sees rows of no later step.
-          coords: their level, row, column.
+          rows: which they are.
           mod: nothing modulates this network.
-          valid: rows that others may see; None is all.
-          cache: with room for all rows of `keys`.
-          first: place of the first row in the sequence.
-          keys: with a cache, steps of all its rows, also of those not written yet, which must be later than `step`.
+          cache: with room for all rows of `rows.keys`.
         """
-        x = x.astype(self.dtype)
-        table = rotary(coords, self.width // self.heads, self.base)
-        seen = sight(step, None if cache is None else keys, first, valid)
-        x, cache = self.run(self.blocks, x, cache, (), (table, seen, first))
+        table = rotary(rows.coords, self.width // self.heads, self.base)
+        x, cache = self.run(self.blocks, x.astype(self.dtype), cache, (), (table, rows.sight(), rows.first))
         return self.norm(x), cache
 
 

@@ -10,12 +10,12 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from ar_jax.machine.sharding import BATCH, Rules, constrain
-from ar_jax.nets.attention import Sight, attend, sight, visible
+from ar_jax.nets.attention import Rows, attend, join_heads, remember, split_heads
 from ar_jax.nets.linear import Linear
 from ar_jax.nets.mlp import xavier
 from ar_jax.nets.transformer import Backbone, Cache
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Bool, Float, Index, Int, typed
+from ar_jax.typing import Array, Bool, Float, typed
 
 
 class Block(nn.Module):
@@ -46,16 +46,13 @@ class Block(nn.Module):
     def __call__(self, x, cache, seen, first):
         det = not self.has_rng("dropout")
         x = constrain(x, BATCH)
-        qkv = self.qkv(self.attention_norm(x)).reshape(*x.shape[:2], self.heads, 3, -1)
-        q, k, v = jnp.moveaxis(qkv, (3, 2), (0, 2))  # three of [B h q e]
-        if cache is not None:
-            k, v = (lax.dynamic_update_slice_in_dim(old, new, first, axis=2) for old, new in zip(cache, (k, v)))
-            cache = (k, v)
+        q, k, v = split_heads(self.qkv(self.attention_norm(x)), self.heads)
+        k, v, cache = remember(cache, k, v, first)
         if det or not self.attention_dropout:
             out = seen(q, k, v)
         else:
             out = attend(q, k, v, seen.mask, drop=functools.partial(self.attention_drop, deterministic=False))
-        x = x + self.drop(self.out(jnp.moveaxis(out, 1, 2).reshape(x.shape)), deterministic=det)
+        x = x + self.drop(self.out(join_heads(out)), deterministic=det)
         y = self.drop(nn.gelu(self.fc1(self.mlp_norm(x)), approximate=not self.bias), deterministic=det)
         return x + self.drop(self.fc2(y), deterministic=det), cache
 
@@ -86,16 +83,15 @@ class Plain(Backbone):
         return self.stack(Block, sizes, (nn.broadcast, nn.broadcast))
 
     @nn.nowrap
-    def sight(self, step: Array, keys: Array | None, first: Index, valid: Array | None) -> Sight:
-        if self.attention_dropout and self.has_rng("dropout"):  # kernels do not drop weights
-            return Sight(visible(step, step if keys is None else keys, first, valid))
-        return sight(step, keys, first, valid)
+    def look(self, blocks: Any, x: Array, rows: Rows, cache: Cache | None = None) -> tuple[Array, Cache | None]:
+        """Rows through all layers."""
+        seen = rows.sight(masked=self.attention_dropout > 0 and self.has_rng("dropout"))  # kernels do not drop weights
+        return self.run(blocks, x.astype(self.dtype), cache, (), (seen, rows.first))
 
     @property
     def rules(self) -> Rules:
         """What tensor parallelism divides (see `sharding.shard`)."""
-        # Outputs of qkv lie head by head (query, key, value of a head side by side), so that whole heads are divided.
-        outputs, inputs = (P("tp", None), P(None, "tp")) if self.unroll else (P(None, "tp"), P("tp", None))
+        outputs, inputs = self.divided
         where = r"/blocks(_\d+)?/"
         return (
             (where + r"(qkv|fc1)/kernel$", outputs),
@@ -118,9 +114,7 @@ class ViT(Plain):
         """Runs all layers; rows that are not `valid` are seen by nobody else."""
         if valid is not None:
             valid = jnp.broadcast_to(valid, x.shape[:2])
-        seen = self.sight(np.zeros(x.shape[1], np.int32), None, 0, valid)
-        x, _ = self.run(self.blocks, x.astype(self.dtype), None, (), (seen, 0))
-        return self.norm(x)
+        return self.norm(self.look(self.blocks, x, Rows(np.zeros(x.shape[1], np.int32), valid=valid))[0])
 
 
 class GPT(Plain):
@@ -143,25 +137,15 @@ class GPT(Plain):
 
     @typed
     def __call__(
-        self,
-        x: Float[Array, "B q d"],
-        step: Int[Array, "q"],
-        coords: Int[Array, "#B q 3"],
-        *,
-        mod: None = None,
-        valid: Bool[Array, "B r"] | None = None,
-        cache: Cache | None = None,
-        first: Index = 0,
-        keys: Int[np.ndarray, "r"] | None = None,
+        self, x: Float[Array, "B q d"], rows: Rows, *, mod: None = None, cache: Cache | None = None
     ) -> tuple[Float[Array, "B q d"], Cache | None]:
-        """Runs rows `first..first+q` of a sequence; see `Transformer`. `coords` are unused."""
-        if (rows := x.shape[1] if keys is None else len(keys)) > self.rows:
+        """Runs some rows of a sequence; see `Transformer`."""
+        if (longest := x.shape[1] if cache is None else len(rows.keys)) > self.rows:
             raise ValueError(
-                f"backbone.rows is {self.rows}, but the sequence has {rows}; they are condition and tokens"
+                f"backbone.rows is {self.rows}, but the sequence has {longest}; they are condition and tokens"
             )
-        x = x.astype(self.dtype) + lax.dynamic_slice_in_dim(self.positions, first, x.shape[1]).astype(self.dtype)
-        seen = self.sight(step, None if cache is None else keys, first, valid)
-        x, cache = self.run(self.blocks, x, cache, (), (seen, first))
+        positions = lax.dynamic_slice_in_dim(self.positions, rows.first, x.shape[1])
+        x, cache = self.look(self.blocks, x.astype(self.dtype) + positions.astype(self.dtype), rows, cache)
         return self.norm(x), cache
 
 
