@@ -2,8 +2,8 @@
 
     python train.py CONFIG [--name.of.setting value ...]
 
-    python train.py configs/mnist5k_llamagen.py
-    python train.py configs/mnist5k_llamagen.py --name mine --generator.optim.lr 3e-4
+    python train.py configs/llamagen.py:mnist5k
+    python train.py configs/llamagen.py:mnist5k --name mine --generator.optim.lr 3e-4
     python train.py CONFIG --help        all settings and their values
 
 The run folder (runs/NAME) holds checkpoints, pictures, TensorBoard logs and metrics.jsonl of both stages;
@@ -11,17 +11,15 @@ The run folder (runs/NAME) holds checkpoints, pictures, TensorBoard logs and met
 saved.
 """
 
-import contextlib
 import dataclasses
 import functools
-import shutil
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from ar_jax.config import Experiment, Stage, load_config, parse
+from ar_jax.config import Experiment, Stage, keep_config, load_config, parse
 from ar_jax.data import Data, Info, Source, batches, open_source
 from ar_jax.evals.training import Evaluation
 from ar_jax.files import codec
@@ -84,8 +82,7 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
         }  # fmt: skip
         generator = prepare(stage, "generator", run / "generator", info, settings)
     if jax.process_index() == 0:
-        with contextlib.suppress(shutil.SameFileError):
-            shutil.copyfile(config, run / "config.py")
+        keep_config(config, run / "config.py")
         facts = {
             "config": config,
             "overrides": overrides,
