@@ -40,8 +40,11 @@ from ar_jax.typing import Batch, Params, PRNGKey
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments:
         raise SystemExit(__doc__)
+    if arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return
     config, overrides = arguments[0], arguments[1:]
     with distributed.command("train.py"):
         experiment = parse(load_config(config), overrides, f"train.py {config}", __doc__)
