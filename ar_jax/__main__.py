@@ -1,6 +1,7 @@
 """The commands of ar_jax, where it is installed: `ar-jax COMMAND ...` does what `python -m MODULE ...` does.
 
 ar-jax train llamagen:mnist5k                  a published config, or `ar-jax train FILE.py` one's own
+    ar-jax sample runs/mnist5k_llamagen
 ar-jax COMMAND --help
 """
 
@@ -9,6 +10,7 @@ import sys
 
 COMMANDS = {  # module, what it does
     "train": ("ar_jax.train", "trains the tokenizer and the generator of a config"),
+    "sample": ("ar_jax.sample", "draws and edits images"),
     "evaluate": ("ar_jax.evaluate", "figures of samples and tokenizers, by the protocols of the field"),
     "tokenize": ("ar_jax.tokenize", "keeps the tokens of a data set in files, to train on"),
     "convert": ("ar_jax.convert", "released weights in, and back out"),

@@ -14,7 +14,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-import sample
+from ar_jax import sample
 from ar_jax.data import Data, Info, batches, open_source
 from ar_jax.files.models import open_model, write_json
 from ar_jax.machine.sharding import make_mesh
