@@ -3,11 +3,11 @@
     python -m ar_jax.bench sample CONFIG [--batch 1]
     python -m ar_jax.bench train CONFIG [--batch 4]
 
-    python -m ar_jax.bench sample configs/llamagen_b_256.py
-    python -m ar_jax.bench train configs/llamagen_b_256.py
-    python -m ar_jax.bench sample configs/mar_b_256.py --steps 64
+    python -m ar_jax.bench sample configs/llamagen.py:b_256
+    python -m ar_jax.bench train configs/llamagen.py:b_256
+    python -m ar_jax.bench sample configs/mar.py:b_256 --steps 64
     python -m ar_jax.bench sample runs/mnist5k_llamagen --sampling configs/sampling/jacobi.py     beside one by one
-    python -m ar_jax.bench sample configs/var_d30.py --repeat 0           how long compilation takes
+    python -m ar_jax.bench sample configs/var.py:d30 --repeat 0           how long compilation takes
 
 Weights are random, so no checkpoint is needed. The machine's limits are measured in turns with the run itself: the fastest
 of several matrix products, and the fastest reading of an array as large as the weights. Times and limits are the best of

@@ -1,11 +1,14 @@
 """What an experiment is made of, and how a command line changes it."""
 
 import dataclasses
+import difflib
 import importlib.util
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import flax.linen as nn
@@ -18,6 +21,10 @@ from ar_jax.machine.sharding import MeshShape
 from ar_jax.orders import raster
 from ar_jax.train.guards import Guards
 from ar_jax.train.optim import Optim
+
+PACKAGE = Path(__file__).parent
+# the published configs: inside the package where it is installed, beside it in a clone
+CONFIGS = next(folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,26 +136,89 @@ class Experiment:
     generator: GeneratorStage = GeneratorStage()
 
 
-def load_config(path: str) -> Experiment:
-    """Runs a config file and returns its `get_config()`.
+def load_config(name: str) -> Experiment:
+    """The experiment of a config.
+
+    Args:
+      name: `FILE.py`, whose `get_config()` is called, or `FILE.py:VARIANT`, an entry of its `VARIANTS`, a mapping of names to
+        functions. What is no file here may be a published one: `configs/llamagen.py:mnist5k` or `llamagen:mnist5k`.
 
     Raises:
-      ValueError: there is no such file or it defines no `get_config`.
+      ValueError: there is no such file or variant, or the name leaves the variant open; then the message lists them.
     """
+    file, variant = find_config(name)
+    module = run_file(file)
+    variants = _variants(module)
+    if variant in variants:
+        return variants[variant]()
+    if not variant and hasattr(module, "get_config"):
+        return module.get_config()
+    if not variants:
+        raise ValueError(f"{file} defines no " + ("VARIANTS" if variant else "get_config() -> Experiment"))
+    path = name.removesuffix(f":{variant}")
+    if variant:
+        near = difflib.get_close_matches(variant, variants, n=5, cutoff=0.3)
+        known = f"near names are {', '.join(near)}" if near else f"there are {', '.join(variants)}"
+        raise ValueError(f"{path} has no variant {variant!r}; {known}")
+    first, head = next(iter(variants)), inspect.getdoc(module)
+    raise ValueError(
+        f"{path} has variants: {', '.join(variants)}; give one, such as {path}:{first}"
+        + (f"\n\n{head}" if head else "")
+    )
+
+
+def find_config(name: str) -> tuple[Path, str]:
+    """File and variant (empty if none is given) that the name of a config means.
+
+    Raises:
+      ValueError: there is no such file, here or among the published ones.
+    """
+    path, variant = (name, "") if Path(name).is_file() or ":" not in name else name.rsplit(":", 1)
     file = Path(path)
-    if file.suffix != ".py" or not file.is_file():
-        raise ValueError(f"{path!r} is no config file; give a file such as configs/mnist5k_llamagen.py")
+    if file.suffix == ".py" and file.is_file():
+        return file, variant
+    families = {published.stem: published for published in sorted(CONFIGS.glob("*.py"))}
+    if file.parent in (Path(), Path("configs")) and file.suffix in ("", ".py"):
+        if file.stem in families:
+            return families[file.stem], variant
+        for family, published in families.items():  # the names before there were variants
+            for old in _variants(run_file(published)) if family in file.stem else ():
+                if file.stem in (f"{family}_{old}", f"{old}_{family}"):
+                    raise ValueError(f"{name} is a variant now: give configs/{family}.py:{old}")
+    raise ValueError(
+        f"{name!r} is no config file; give a file such as configs/llamagen.py:mnist5k. Published are {', '.join(families)}"
+    )
+
+
+def keep_config(name: str, file: Path) -> None:
+    """Copies a config's file; of one with variants, the copy's `get_config()` is the variant of this name."""
+    given, variant = find_config(name)
+    if file.exists() and file.samefile(given):  # a run folder's own copy goes on with the run
+        return
+    text = given.read_text()
+    if variant:
+        text += f"\n\ndef get_config():  # as {name}\n    return VARIANTS[{variant!r}]()\n"
+    file.write_text(text)
+
+
+def run_file(file: Path) -> ModuleType:
+    """Runs a config file."""
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
-    # configs build on one another with plain imports
-    sys.path.insert(0, str(file.parent.resolve()))
+    # configs build on one another with plain imports: on those beside them, and from everywhere on the published ones
+    places = str(file.parent.resolve()), str(CONFIGS)
+    sys.path.insert(0, places[0])
+    sys.path.append(places[1])
     try:
         spec.loader.exec_module(module)
     finally:
-        sys.path.pop(0)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} defines no get_config() -> Experiment")
-    return module.get_config()
+        for place in places:
+            sys.path.remove(place)
+    return module
+
+
+def _variants(module):
+    return getattr(module, "VARIANTS", {})
 
 
 def parse(experiment: Experiment, arguments: list[str], prog: str, description: str) -> Experiment:

@@ -2,8 +2,8 @@
 
     python -m ar_jax.plan CONFIG --topology v5e:16x16 [--topology v5p:8x8x8 ...] [--name.of.setting value ...]
 
-    python -m ar_jax.plan configs/llamagen_xl_256.py --topology v5e:16x16 --mesh.fsdp 16 --generator.batch 2048
-    python -m ar_jax.plan configs/llamagen_xl_256.py --topology v5e:2x4 --sample --images 64
+    python -m ar_jax.plan configs/llamagen.py:xl_256 --topology v5e:16x16 --mesh.fsdp 16 --generator.batch 2048
+    python -m ar_jax.plan configs/llamagen.py:xl_256 --topology v5e:2x4 --sample --images 64
 
 Compiles the real training step (or with --sample the real sampler) with the real TPU compiler, which needs no TPU
 (`pip install 'jax[tpu]'`, in an environment of its own: only one process at a time can hold it), and reads the result. The estimate assumes that every operation takes the longer of computing at the

@@ -1,45 +1,65 @@
-"""Every config builds, parses, and has the published number of parameters."""
+"""Every variant of every config builds, parses, and has the published number of parameters; names find them."""
 
 import json
 import math
 import os
 import pathlib
+import re
 
 import jax
 import pytest
 
-from ar_jax.config import Experiment, load_config, parse
+from ar_jax.config import CONFIGS, Experiment, keep_config, load_config, parse, run_file
 from ar_jax.convert.sources import export
 from ar_jax.data import Info
 from ar_jax.tokens import TokenSpec, grid
 
 ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[2] / "shared" / "parity"))
-CONFIGS = sorted(path for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py") if path.name[0] != "_")
+FAMILIES = {path.stem: vars(run_file(path)) for path in sorted(CONFIGS.glob("*.py"))}
+VARIANTS = [f"configs/{family}.py:{variant}" for family, module in FAMILIES.items() for variant in module["VARIANTS"]]
 IMAGENET = Info(classes=1000, captions=True, text="flan-t5-xl", text_rows=120, text_width=2048)
-PUBLISHED = {  # config -> manifest; the size of the image does not change the network
-    "llamagen_vq16": "vq_ds16_c2i",
-    "llamagen_vq8": "vq_ds8_c2i",
-    "var_vq": "vae_ch160v4096z32",
-    "flexvar_vq": "FlexVAE",
-    "mar_kl16": "kl16",
-    **{f"mar_{size}_256": f"MAR-{size.upper()}" for size in "blh"},
-    **{f"var_d{depth}": f"var_d{depth}" for depth in (16, 20, 24, 30, 36)},
-    "flexvar_d16": "FlexVARd16-epo179",
-    "flexvar_d20": "FlexVARd20-epo249",
-    "flexvar_d24": "FlexVARd24-epo349",
-    **{f"hmar_d{depth}{part}": f"hmar-d{depth}" for depth in (16, 20, 24, 30) for part in ("", "_masks")},
-    **{f"flowar_{size}_256": f"FlowAR-{size.upper()}" for size in "slh"},
-    **{f"xar_{size}_256": f"xAR-{size.upper()}" for size in "blh"},
-    "llamagen_xl_t2i_256": "t2i_XL_stage1_256",
-    "llamagen_xl_t2i_512": "t2i_XL_stage2_512",
+PUBLISHED = {  # variant -> manifest; the size of the image does not change the network
+    "llamagen:vq16": "vq_ds16_c2i",
+    "llamagen:vq8": "vq_ds8_c2i",
+    "var:vq": "vae_ch160v4096z32",
+    "flexvar:vq": "FlexVAE",
+    "mar:kl16": "kl16",
+    **{f"mar:{size}_256": f"MAR-{size.upper()}" for size in "blh"},
+    **{f"var:d{depth}": f"var_d{depth}" for depth in (16, 20, 24, 30, 36)},
+    "flexvar:d16": "FlexVARd16-epo179",
+    "flexvar:d20": "FlexVARd20-epo249",
+    "flexvar:d24": "FlexVARd24-epo349",
+    **{f"hmar:d{depth}{part}": f"hmar-d{depth}" for depth in (16, 20, 24, 30) for part in ("", "_masks")},
+    **{f"flowar:{size}_256": f"FlowAR-{size.upper()}" for size in "slh"},
+    **{f"xar:{size}_256": f"xAR-{size.upper()}" for size in "blh"},
+    "llamagen:xl_t2i_256": "t2i_XL_stage1_256",
+    "llamagen:xl_t2i_512": "t2i_XL_stage2_512",
     **{
-        f"llamagen_{size}_{side}": f"c2i_{size.upper()}_384"
+        f"llamagen:{size}_{side}": f"c2i_{size.upper()}_384"
         for size in ("b", "l", "xl", "xxl", "3b")
         for side in (256, 384)
     },
 }
+# one file each before there were variants; README named them
+BEFORE = """
+emoji_llamagen fashion_mnist_llamagen fashion_mnist_var flexvar_d16 flexvar_d20 flexvar_d24 flexvar_vq flowar_h_256
+flowar_l_256 flowar_s_256 givt_causal_256 givt_maskgit_256 givt_vae hmar_d16 hmar_d16_masks hmar_d20 hmar_d20_masks
+hmar_d24 hmar_d24_masks hmar_d30 hmar_d30_masks llamagen_3b_256 llamagen_3b_384 llamagen_b_256 llamagen_b_384
+llamagen_l_256 llamagen_l_384 llamagen_vq16 llamagen_vq8 llamagen_xl_256 llamagen_xl_384 llamagen_xl_t2i_256
+llamagen_xl_t2i_512 llamagen_xxl_256 llamagen_xxl_384 mar_b_256 mar_h_256 mar_kl16 mar_l_256 mnist5k_causal_flow
+mnist5k_flexvar mnist5k_flowar mnist5k_givt mnist5k_hmar mnist5k_llamagen mnist5k_mar mnist5k_var mnist5k_xar var_d16
+var_d20 var_d24 var_d30 var_d36 var_vq xar_b_256 xar_h_256 xar_l_256
+"""
+OWN = """
+import llamagen
+VARIANTS = {"digits": llamagen.mnist5k, "letters": llamagen.emoji}
+"""
 
-each = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+each = pytest.mark.parametrize("name", VARIANTS, ids=lambda name: name.removeprefix("configs/"))
+
+
+def short(name):
+    return name.removeprefix("configs/").replace(".py", "")
 
 
 def networks(experiment):
@@ -57,10 +77,11 @@ def networks(experiment):
 
 
 @each
-def test_config_builds(path):
-    experiment = load_config(str(path))
+def test_config_builds(name):
+    experiment = load_config(name)
     assert isinstance(experiment, Experiment)
-    assert experiment.name == path.stem
+    family, variant = short(name).split(":")
+    assert experiment.name in (f"{family}_{variant}", f"{variant}_{family}")
     found = dict(networks(experiment))
     assert found
     for module in found.values():
@@ -71,27 +92,32 @@ def test_config_builds(path):
 
 
 @each
-def test_config_has_the_published_size(path):
-    manifest = ROOT / "manifests" / f"{PUBLISHED.get(path.stem)}.json"
-    if path.stem not in PUBLISHED or not manifest.exists():
+def test_config_has_the_published_size(name):
+    manifest = ROOT / "manifests" / f"{PUBLISHED.get(short(name))}.json"
+    if short(name) not in PUBLISHED or not manifest.exists():
         pytest.skip(
-            "no published size" if path.stem not in PUBLISHED else f"no manifest at {manifest}; set AR_JAX_PARITY"
+            "no published size" if short(name) not in PUBLISHED else f"no manifest at {manifest}; set AR_JAX_PARITY"
         )
     content = json.loads(manifest.read_text())
-    ((kind, module),) = networks(load_config(str(path)))
+    ((kind, module),) = networks(load_config(name))
     found = export(module, kind)
     assert {**found.keys, **found.buffers} == {key: tuple(shape) for key, shape in content["keys"].items()}
     assert found.trained == content["num_params"]
 
 
-@each
-def test_config_says_how_it_is_run(path):
-    assert f"python train.py configs/{path.name}" in path.read_text().split('"""')[1]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_of_a_family_has_a_line_for_every_variant_and_says_how_it_is_run(family):
+    head = FAMILIES[family]["__doc__"]
+    assert f"    python train.py configs/{family}.py:VARIANT\n" in head
+    lines = re.findall(r"^    (\w+) {3,}\S.*$", head, re.MULTILINE)
+    assert [line for line in lines if line != "variant"] == list(FAMILIES[family]["VARIANTS"])
+    for named, variant in re.findall(r"configs/(\w+)\.py:(\w+)", head):
+        assert variant == "VARIANT" or variant in FAMILIES[named]["VARIANTS"]
 
 
 @each
-def test_overrides_are_parsed(path, capsys):
-    experiment = load_config(str(path))
+def test_overrides_are_parsed(name, capsys):
+    experiment = load_config(name)
     changed = parse(experiment, ["--generator.batch", "8", "--data.size", "64"], "train.py", "")
     assert (changed.generator.batch, changed.data.size) == (8, 64)
     assert changed.tokenizer == experiment.tokenizer
@@ -105,4 +131,53 @@ def test_overrides_are_parsed(path, capsys):
 
 
 def test_every_published_config_is_there():
-    assert PUBLISHED.keys() <= {path.stem for path in CONFIGS}
+    assert PUBLISHED.keys() <= set(map(short, VARIANTS))
+
+
+def test_a_family_without_a_variant_lists_them_and_an_unknown_one_is_refused_with_the_near_names():
+    with pytest.raises(
+        ValueError, match=r"^configs/var\.py has variants: .*; give one, such as configs/var\.py:mnist5k\n"
+    ) as said:
+        load_config("configs/var.py")
+    assert FAMILIES["var"]["__doc__"].strip() in str(said.value)
+    with pytest.raises(ValueError, match=r"configs/var\.py has no variant 'd6'; near names are d36, d16"):
+        load_config("configs/var.py:d6")
+    with pytest.raises(ValueError, match=r"var has no variant '\?'; there are mnist5k, fashion_mnist, vq, d16"):
+        load_config("var:?")
+
+
+def test_names_of_single_files_are_refused_with_the_name_of_the_variant():
+    assert len(BEFORE.split()) == 57
+    for old in BEFORE.split():
+        with pytest.raises(
+            ValueError, match=rf"^configs/{old}\.py is a variant now: give configs/\w+\.py:\w+$"
+        ) as said:
+            load_config(f"configs/{old}.py")
+        assert load_config(str(said.value).split()[-1]).name == old
+    with pytest.raises(ValueError, match=r"'configs/llamagen_tiny\.py' is no config file; give a file such as"):
+        load_config("configs/llamagen_tiny.py")
+
+
+def test_published_configs_are_found_from_elsewhere_unless_there_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = "llamagen:mnist5k", "llamagen.py:mnist5k", "configs/llamagen.py:mnist5k", f"{CONFIGS}/llamagen.py:mnist5k"
+    assert {load_config(name).name for name in names} == {"mnist5k_llamagen"}
+    (tmp_path / "llamagen.py").write_text("VARIANTS = {'mnist5k': lambda: 'own'}")
+    assert (load_config("llamagen.py:mnist5k"), load_config("llamagen:mnist5k").name) == ("own", "mnist5k_llamagen")
+    with pytest.raises(ValueError, match="is no config file"):
+        load_config("elsewhere/llamagen.py:mnist5k")
+
+
+def test_an_own_family_builds_on_the_published_ones_and_its_copy_in_a_run_folder_is_the_variant(tmp_path):
+    (tmp_path / "own:1.py").write_text(OWN)
+    assert load_config(f"{tmp_path}/own:1.py:digits") == load_config("llamagen:mnist5k")
+    copy = tmp_path / "config.py"
+    keep_config(f"{tmp_path}/own:1.py:letters", copy)
+    assert load_config(str(copy)).name == load_config(f"{copy}:letters").name == "emoji_llamagen"
+    before = copy.read_text()
+    keep_config(f"{copy}:letters", copy)
+    assert copy.read_text() == before
+    with pytest.raises(
+        ValueError, match=r"own:1\.py has variants: digits, letters; give one, such as .*own:1\.py:digits$"
+    ):
+        load_config(f"{tmp_path}/own:1.py")

@@ -49,7 +49,8 @@ def get_config():
 # train.py, noting the examples of every update; an image's first pixel is its number
 COUNTING = """
 import json, os, sys
-import jax, train
+import jax
+from ar_jax.train import __main__ as train
 
 class Counting:
     def __init__(self, stream):

@@ -141,13 +141,13 @@ def test_chips_are_known_by_their_kind():
 
 def test_a_slice_has_to_be_named():
     with pytest.raises(SystemExit, match="give at least one --topology"):
-        plan.main(["configs/mnist5k_llamagen.py"])
+        plan.main(["configs/llamagen.py:mnist5k"])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_the_tpu_compiler_its_installation_is_named():
     with pytest.raises(SystemExit, match=r"--topology v5e:2x2: .*pip install 'jax\[tpu\]'"):
-        plan.main(["configs/mnist5k_llamagen.py", "--topology", "v5e:2x2"])
+        plan.main(["configs/llamagen.py:mnist5k", "--topology", "v5e:2x2"])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (pip install jax[tpu])")

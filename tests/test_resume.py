@@ -13,10 +13,10 @@ from kill_training import arrays, kill_and_compare
 from PIL import Image
 from test_train_sample import CONFIG, QUIET, metrics, one_device, quick, refused, sampled  # noqa: F401
 
-import sample
-import train
+from ar_jax import sample
 from ar_jax.files.models import describe, open_model
 from ar_jax.machine.sharding import make_mesh, put_batch
+from ar_jax.train import __main__ as train
 from ar_jax.train import guards, loop
 from ar_jax.train.checkpoint import find_step, latest_step, save_params
 

@@ -14,13 +14,13 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-import sample
-import train
+from ar_jax import sample
 from ar_jax.data import Data, Info, batches, open_source
 from ar_jax.decode.guidance import Interval
 from ar_jax.decode.sampling import Sampling, read_sampling
 from ar_jax.files.models import open_model, write_json
 from ar_jax.machine.sharding import make_mesh
+from ar_jax.train import __main__ as train
 from ar_jax.train.checkpoint import save_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

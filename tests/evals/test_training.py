@@ -7,8 +7,8 @@ import pytest
 from evals.tiny import tiny_network
 from test_train_sample import CONFIG
 
-import train
 from ar_jax.evals import training
+from ar_jax.train import __main__ as train
 from ar_jax.train.checkpoint import find_step
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

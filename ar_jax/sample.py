@@ -1,0 +1,249 @@
+"""Draws images from a run of train.py or from a converted checkpoint.
+
+    python sample.py RUN [--name value ...]
+
+    python sample.py runs/mnist5k_llamagen                                  a grid, samples.png
+    python sample.py runs/mnist5k_llamagen --labels 3 7 --count 20 --guidance 3
+    python sample.py runs/emoji_llamagen --captions "red heart" "snowman"
+    python sample.py runs/mnist5k_var --edit digit.png --mask hole.png      what is white in hole.png is drawn anew
+    python sample.py checkpoints/c2i_B_256 --tokenizer checkpoints/vq_ds16_c2i --count 50000 --out b256.npz
+
+What is written follows from --out: NAME.png is a grid, NAME.npz the uint8 array that the field's evaluators read, any
+other name a folder of PNG files. Run the same command again to go on after an interruption. An image depends on the
+seed and its number only, not on the batch size or the number of devices.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+from typing import Annotated
+
+import flax.linen as nn
+import jax
+import numpy as np
+import tyro
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from ar_jax.data.images import read_image
+from ar_jax.decode.sampling import read_sampling
+from ar_jax.files import codec
+from ar_jax.files.images import save_png, tile
+from ar_jax.files.models import image_shape, write_json
+from ar_jax.machine import distributed
+from ar_jax.machine.compiled import keep_compiled
+from ar_jax.machine.distributed import Launch
+from ar_jax.machine.huge_pages import use_huge_pages
+from ar_jax.machine.sharding import MeshShape, make_mesh
+from ar_jax.sampler import Given, Sampler, condition_table, open_drawer, options_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Sampler):
+    """What to draw and where to put it."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run folder of train.py, or folder of a converted generator."""
+    labels: tuple[str, ...] = ()
+    """Classes by name or number, used in turn; all classes if left out."""
+    count: int = 100
+    """Number of images."""
+    out: str = "samples.png"
+    """A .png (grid), a .npz, or a folder."""
+    columns: int = 0
+    """Of the grid; 0 chooses."""
+    edit: str = ""
+    """An image file to edit, cropped to the proportions of the model's images and resized to them."""
+    mask: str = ""
+    """With --edit: an image file of the same size, white where pixels are drawn, black where they are kept."""
+    at: tuple[int, int] | None = None
+    """With --edit: row and column of the model's images at which this one lies, not resized; what it leaves is drawn."""
+    keep_scales: int = 0
+    """With --edit: the first so many scales are the image's, only finer ones are drawn (next-scale models)."""
+    paste: bool = True
+    """With --edit: kept pixels are the image's own; --no-paste shows what the tokenizer makes of them, without a seam."""
+    mesh: MeshShape = MeshShape()
+    launch: Launch = Launch()
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments:
+        raise SystemExit(__doc__)
+    with distributed.command("sample.py"):
+        own, arguments = options_of(arguments)
+        default = Options(run=tyro.MISSING, sampling=own.sampling, fields=own.fields)
+        options = tyro.cli(
+            Options, args=arguments, default=default, prog="sample.py", description=__doc__,
+            config=(tyro.conf.AvoidSubcommands,),
+        )  # fmt: skip
+        distributed.join(options.launch)
+        keep_compiled()
+        sample(options)
+
+
+def sample(options: Options) -> None:
+    """Draws `options.count` images and writes them."""
+    drawer = open_drawer(options.run, options)
+    names, conditions = condition_table(drawer.model.info, options, options.labels)
+    given = read_edit(options, drawer.decoder)
+
+    out, folder = Path(options.out), Path(options.out)
+    if out.suffix in (".png", ".npz"):
+        folder = out.with_name(f".{out.name}.parts")
+    identity = {
+        "run": str(drawer.model.folder.resolve()), "tokenizer": str(drawer.tokenizer.folder.resolve()), "seed": options.seed,
+        "sampling": codec.encode(drawer.sampling), "conditions": names, "dtype": options.dtype, "average": options.average, "resize": options.resize,
+        "checkpoint": drawer.model.checkpoint,
+    }  # fmt: skip
+    if given:
+        identity["edit"] = {
+            "sha256": [hashlib.sha256(array.tobytes()).hexdigest() for array in (given.image, given.free)],
+            "keep_scales": given.scales, "paste": given.paste,
+        }  # fmt: skip
+    distributed.check_shared(folder.parent)
+    todo = _missing(folder, options.count, identity)
+    if len(todo):
+        mesh = make_mesh(options.mesh)
+        draw = drawer.compile(mesh, given)
+        done, quiet, calls = options.count - len(todo), jax.process_index() != 0, collections.Counter()
+        with tqdm(total=options.count, initial=done, unit="image", desc=str(out), disable=quiet) as bar:
+            for start in range(0, len(todo), options.batch):
+                ids = todo[start : start + options.batch]
+                padded = np.resize(ids, options.batch)  # the last batch too runs the one compiled program
+                batch = {name: table[padded % len(names)] for name, table in conditions.items()}
+                for row, image, called, _ in draw(batch, padded):
+                    if row < len(ids):
+                        calls += collections.Counter({"images": 1, **called})
+                        about = {"condition": names[ids[row] % len(names)], "seed": str(options.seed)}
+                        save_png(_file(folder, ids[row]), image, about | {"calls": json.dumps(called)})
+                bar.update(len(ids))
+        many = calls.pop("images")
+        said = ", ".join(f"{count / many:.4g} of the {name}" for name, count in calls.items())
+        distributed.say(f"calls an image: {said}")
+    distributed.barrier("all images are written")
+    if jax.process_index() == 0:
+        _assemble(folder, out, options, len(names))
+    distributed.say(f"{options.count} images in {out}")
+
+
+def read_edit(options: Options, tokenizer: nn.Module) -> Given | None:
+    """The image to edit and what is kept of it.
+
+    Raises:
+      ValueError: options that do not fit together or the model, or a mask that does not fit the image.
+      Unreadable: no such image.
+    """
+    if not options.edit:
+        if options.mask or options.at or options.keep_scales:
+            raise ValueError("--mask, --at and --keep-scales speak of an image; give it with --edit FILE")
+        return None
+    height, width, channels = image_shape(tokenizer)
+    scales = len(tokenizer.spec.scales)
+    if not 0 <= options.keep_scales < scales:
+        raise ValueError(
+            f"--keep-scales is {options.keep_scales}; the model has {scales}, so it must be 0 to {scales - 1}"
+        )
+    if not (options.mask or options.at or options.keep_scales):
+        raise ValueError("--edit needs to know what to draw: give --mask FILE, --at ROW COLUMN, or --keep-scales N")
+    image = read_image(options.edit)
+    free = np.zeros((image.height, image.width), bool)
+    if options.mask:
+        mask = read_image(options.mask).convert("L")
+        if mask.size != image.size:
+            raise ValueError(
+                f"--mask {options.mask} has {mask.width}x{mask.height} pixels, but {options.edit} has "
+                f"{image.width}x{image.height}; they must be of one size"
+            )
+        free = np.asarray(mask) >= 128
+    if options.at:
+        (top, left), low, right = options.at, options.at[0] + image.height, options.at[1] + image.width
+        if min(top, left) < 0 or low > height or right > width:
+            raise ValueError(
+                f"--at is {top} {left}, but an image of {image.width}x{image.height} pixels there leaves the model's "
+                f"{width}x{height}"
+            )
+        pixels, part = np.full((height, width, 3), 128, np.uint8), free
+        free = np.ones((height, width), bool)
+        pixels[top:low, left:right], free[top:low, left:right] = image, part
+    else:
+        pixels = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
+        fitted = ImageOps.fit(Image.fromarray(free.astype(np.uint8) * 255), (width, height), Image.Resampling.BOX)
+        free = np.asarray(fitted) > 0
+        if not options.mask:
+            free = np.ones_like(free)
+    if not free.any():
+        raise ValueError(f"--mask {options.mask} is black everywhere: nothing is left to draw")
+    pixels = pixels if channels == 3 else pixels.mean(-1, keepdims=True).astype(np.uint8)
+    return Given(pixels, free, options.keep_scales, options.paste)
+
+
+def _file(folder: Path, i: int) -> Path:
+    return folder / f"{i:06d}.png"
+
+
+def _missing(folder: Path, count: int, identity: dict) -> np.ndarray:
+    """Numbers of the images still to draw, as process 0 sees them; refuses a folder begun with other settings."""
+    if count < 1:
+        raise ValueError(f"--count is {count}; it must be at least 1")
+    missing = np.ones(count, bool)
+    if jax.process_index() == 0:
+        _begin(folder, identity)
+        missing = np.array([not _file(folder, i).exists() for i in range(count)])
+    return np.flatnonzero(distributed.agreed(missing))
+
+
+def _begin(folder, identity):
+    note = folder / "sampling.json"
+    if note.exists():
+        if _as_now(json.loads(note.read_text())) != identity:
+            raise ValueError(
+                f"{folder} holds images of another model or other settings (see {note}); remove it or give another --out"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and was not begun by sample.py; give another --out")
+    else:
+        write_json(note, identity)
+
+
+def _as_now(note: dict) -> dict:
+    """The note of an earlier version, which kept a flat list of settings, in the form of this one."""
+    if "type" in note.get("sampling", {}):
+        return note
+    steps = note.pop("steps", 0)
+    sampling = read_sampling(note["sampling"])
+    if steps:
+        sampling = dataclasses.replace(sampling, fields=(*sampling.fields, ("order.steps", steps)))
+    return note | {"sampling": codec.encode(sampling)}
+
+
+def _assemble(folder: Path, out: Path, options: Options, conditions: int) -> None:
+    """Makes the grid or the .npz from the PNG files, under a temporary name, then removes them."""
+    if out == folder:
+        return
+    files = [_file(folder, i) for i in range(options.count)]
+    if out.suffix == ".png":
+        columns = options.columns or (conditions if 1 < conditions <= 20 else 0)
+        save_png(out, tile(np.stack([np.asarray(Image.open(file)) for file in files]), columns))
+    else:
+        first = np.asarray(Image.open(files[0]))
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *first.shape)}
+        temporary = out.with_name(f".{out.name}.tmp")
+        try:  # one image at a time: 50,000 of them need not fit in memory
+            with zipfile.ZipFile(temporary, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
+                np.lib.format.write_array_header_1_0(array, header)
+                for file in files:
+                    array.write(np.asarray(Image.open(file)).tobytes())
+            temporary.replace(out)
+        finally:
+            temporary.unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    use_huge_pages()
+    main(sys.argv[1:])

@@ -1,0 +1,214 @@
+"""Trains the tokenizer and the generator of a config, or goes on where the same command stopped.
+
+    python train.py CONFIG [--name.of.setting value ...]
+
+    python train.py configs/llamagen.py                the variants of a family
+    python train.py configs/llamagen.py:mnist5k
+    python train.py configs/llamagen.py:mnist5k --name mine --generator.optim.lr 3e-4
+    python train.py CONFIG --help                      all settings and their values
+
+The run folder (runs/NAME) holds checkpoints, pictures, TensorBoard logs and metrics.jsonl of both stages;
+`python sample.py runs/NAME` draws from it. SIGTERM or a preemption notice ends it with exit code 75 once the state is
+saved.
+"""
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from ar_jax.config import Experiment, Stage, keep_config, load_config, parse
+from ar_jax.data import Data, Info, Source, batches, open_source
+from ar_jax.evals.training import Evaluation
+from ar_jax.files import codec
+from ar_jax.files.models import Model, describe, open_model, versions, write_json
+from ar_jax.machine import distributed
+from ar_jax.machine.compiled import keep_compiled
+from ar_jax.machine.huge_pages import use_huge_pages
+from ar_jax.machine.sharding import batch_rows, make_mesh
+from ar_jax.tokenize import check_cache
+from ar_jax.train.checkpoint import load_matching, save_params
+from ar_jax.train.gan import tokenizer_recipe
+from ar_jax.train.guards import AGAIN, Stopped
+from ar_jax.train.loop import fit
+from ar_jax.train.measure import measured, remembered
+from ar_jax.train.recipes import Recipe, generator_recipe
+from ar_jax.typing import Batch, Params, PRNGKey
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments:
+        raise SystemExit(__doc__)
+    if arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    config, overrides = arguments[0], arguments[1:]
+    with distributed.command("train.py"):
+        experiment = parse(load_config(config), overrides, f"train.py {config}", __doc__)
+        distributed.join(experiment.launch, notices=True)
+        keep_compiled()
+        try:
+            train(experiment, config, overrides)
+        except Stopped as stopped:
+            distributed.say(f"train.py: {stopped}")
+            raise SystemExit(AGAIN) from stopped
+
+
+def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
+    """Runs both stages of an experiment."""
+    run = Path(experiment.out) / experiment.name
+    distributed.check_shared(run)
+    mesh = make_mesh(experiment.mesh)
+    for kind, stage in (("tokenizer", experiment.tokenizer), ("generator", experiment.generator)):
+        if stage.steps and not stage.path:
+            batch_rows(mesh, stage.batch, f"{kind}.batch")  # both batches are known to fit before either is trained on
+    source = open_source(experiment.data)
+    info = source.info
+    distributed.say(
+        f"{run}: {len(source)} images of {experiment.data.name}, {info.classes or 'no'} classes, "
+        f"mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}"
+    )
+    tokenizer_settings = {"data": dataclasses.asdict(experiment.data)}
+    tokenizer = prepare(experiment.tokenizer, "tokenizer", run / "tokenizer", info, tokenizer_settings)
+    stage, data, generator = experiment.generator, experiment.data, None
+    if stage.steps or stage.path:  # both networks are known to fit before either is trained
+        if stage.tokens:
+            data = dataclasses.replace(data, name="tokens", path=stage.tokens, text="")  # the cache holds the features
+            info = open_source(data).info
+        if stage.module is not None:
+            stage = dataclasses.replace(stage, module=stage.module.complete(tokenizer.module.spec, info))
+        settings = {
+            "tokenizer": "../tokenizer", "order": codec.encode(stage.order),
+            "sampling": codec.encode(stage.sampling), "data": dataclasses.asdict(data),
+        }  # fmt: skip
+        generator = prepare(stage, "generator", run / "generator", info, settings)
+    if jax.process_index() == 0:
+        keep_config(config, run / "config.py")
+        facts = {
+            "config": config,
+            "overrides": overrides,
+            "versions": versions(),
+            "experiment": codec.encode(experiment),
+        }
+        write_json(run / "run.json", facts)
+
+    tokenizer_key, generator_key = jax.random.split(jax.random.key(experiment.seed))
+    if experiment.tokenizer.steps and not experiment.tokenizer.path:
+        recipe = tokenizer_recipe(experiment.tokenizer, tokenizer.module)
+        stage_fit(recipe, experiment.tokenizer, experiment, experiment.data, tokenizer, mesh, tokenizer_key)
+    if not experiment.tokenizer.path:
+        tokenizer = measured(tokenizer, experiment.tokenizer.module, experiment.data, experiment.seed)
+    if generator and stage.tokens:
+        check_cache(data, tokenizer)
+    if generator and not stage.path:
+        recipe = generator_recipe(stage, generator.module, tokenizer.module, tokenizer.params())
+        stage_fit(recipe, stage, experiment, data, generator, mesh, generator_key)
+
+
+def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -> Model:
+    """Describes the stage's network in its folder; with `stage.path`, copies that network there.
+
+    Raises:
+      ValueError: the folder already holds another network.
+    """
+    module = stage.module
+    if stage.path and stage.start:
+        raise ValueError(f"{kind}.path takes a network as it is, {kind}.start trains it on; give one of them")
+    if stage.fresh and not stage.start:
+        raise ValueError(f"{kind}.fresh is {stage.fresh}, but {kind}.start is empty; everything begins anew")
+    given = open_model(stage.path, kind) if stage.path else None
+    if given:
+        module, info = given.module, given.info
+        settings = settings | {"origin": given.settings.get("origin", str(given.folder))}
+    if module is None:
+        raise ValueError(f"{kind}.module is not set; give a network in the config, or {kind}.path")
+    if (folder / "model.json").exists():
+        old = open_model(folder, kind)
+        module, settings = remembered(module, settings, old)
+        difference = codec.difference(codec.encode(old.module), codec.encode(module))
+        if difference:
+            raise ValueError(
+                f"{folder} already holds another {kind}: {difference}. Give --name for a new run, or remove the folder"
+            )
+    if given and distributed.agreed(not (folder / "params").exists()):
+        params = given.params()
+        if params:  # patches of pixels have none
+            save_params(folder / "params", jax.device_get(params))
+    return describe(folder, kind, module, info, settings)
+
+
+def stage_fit(
+    recipe: Recipe,
+    stage: Stage,
+    experiment: Experiment,
+    data: Data,
+    model: Model,
+    mesh: jax.sharding.Mesh,
+    key: PRNGKey,
+) -> None:
+    rows = batch_rows(mesh, stage.batch)
+    stream = batches(open_source(data), data, batch=stage.batch, seed=experiment.seed, rows=rows)
+    start = functools.partial(load_start, stage, model.kind) if stage.start else None
+    evaluate = None
+    if stage.evaluate_every:
+        many = -(-stage.evaluate_images // stage.preview_images) * stage.preview_images
+        evaluate = Evaluation(recipe, stage, model.kind, Spread(open_source(data), many), data, experiment.data, mesh)
+    with jax.set_mesh(mesh):
+        fit(recipe, stage, stream, held_out(data, stage.preview_images), model.folder, mesh, key, start, evaluate)
+
+
+def load_start(stage: Stage, kind: str, params: Params) -> Params:
+    """The parameters of `stage.start` in the place of initialised ones, but for those of `stage.fresh`."""
+    folder, part = open_model(stage.start, kind).place()
+    loaded, stayed, unused = load_matching(folder, params, part, stage.fresh)
+    count = len(jax.tree.leaves(params))
+    if jax.process_index() == 0:
+        print(f"{kind}: {count - len(stayed)} of {count} arrays begin as in {folder} ({part}), with a fresh optimiser")
+        print(f"{kind}: begin anew: {', '.join(stayed) or 'none'}")
+        if unused:
+            print(f"{kind}: of no use here: {', '.join(unused)}")
+    for part, other in stage.alike:
+        if not {part, other} <= loaded.keys() or shapes(loaded[part]) != shapes(loaded[other]):
+            raise ValueError(f"{kind}.alike has {(part, other)}, which are no two equal parts; it has {tuple(loaded)}")
+        loaded = {**loaded, part: jax.tree.map(jnp.copy, loaded[other])}
+    return loaded
+
+
+def shapes(tree: Params) -> Params:
+    return jax.tree.map(lambda x: x.shape, tree)
+
+
+def held_out(data: Data, count: int) -> Batch:
+    """Images spread evenly over the held-out split, or over the training images if there is none."""
+    try:
+        source = open_source(dataclasses.replace(data, split="test"))
+    except (ValueError, FileNotFoundError):
+        source = open_source(data)
+    picked = Spread(source, min(count, len(source)))
+    return next(iter(batches(picked, data, batch=len(picked), seed=0, train=False)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """`count` evenly spaced records of a source."""
+
+    source: Source
+    count: int
+
+    @property
+    def info(self) -> Info:
+        return self.source.info
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict:
+        return self.source[index * len(self.source) // self.count]
+
+
+if __name__ == "__main__":
+    use_huge_pages()
+    main(sys.argv[1:])
