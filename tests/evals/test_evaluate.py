@@ -312,9 +312,9 @@ def test_perturbation():
     brute = np.argsort(((table[:, None] - table) ** 2).sum(-1), 1)[:, :5]
     np.testing.assert_array_equal(near, brute)
     tokens, key = np.arange(2000, dtype=np.int32)[:, None] % 50, jax.random.key(0)
-    np.testing.assert_array_equal(judging.perturb(key, tokens, near, 0.0), tokens)
-    np.testing.assert_array_equal(judging.perturb(key, tokens, near[:, :1], 1.0), tokens)
-    changed = np.asarray(judging.perturb(key, tokens, near, 0.5))
+    np.testing.assert_array_equal(judging.perturb(key, tokens, (near,), 0.0), tokens)
+    np.testing.assert_array_equal(judging.perturb(key, tokens, (near[:, :1],), 1.0), tokens)
+    changed = np.asarray(judging.perturb(key, tokens, (near,), 0.5))
     assert (changed != tokens).mean() == pytest.approx(0.5 * (1 - 1 / 5), abs=0.04)
     assert all(new in near[old] for old, new in zip(tokens[:, 0], changed[:, 0]))
     with pytest.raises(ValueError, match="alpha"):

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from ar_jax.config import Losses, TokenizerStage
+from ar_jax.nets.patchgan import PatchGan
 from ar_jax.tokenizers.continuous import draw, kl_divergence, patchify, unpatchify
 from ar_jax.tokenizers.givt_vae import GivtVAE
 from ar_jax.tokenizers.kl_vae import KLVAE
 from ar_jax.tokenizers.patches import Patches
-from ar_jax.train.gan import tokenizer_recipe
 from ar_jax.train.measure import moments
 from ar_jax.train.optim import Optim
+from ar_jax.train.tokenizer import tokenizer_recipe
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -101,8 +102,7 @@ def stage(**losses):
 
 
 def test_training_needs_no_codebook():
-    recipe = tokenizer_recipe(stage(adversarial=0.5, adversarial_start=2, discriminator_features=4,
-                                    discriminator_layers=1), VAE)  # fmt: skip
+    recipe = tokenizer_recipe(stage(adversarial=0.5, adversarial_start=2, judge=PatchGan(4, 1)), VAE)
     state, update = jax.jit(recipe.init)(jax.random.key(0)), jax.jit(recipe.update)
     first, seen = state, []
     for i in range(12):
