@@ -157,6 +157,8 @@ def trained(kind, shape):
 def test_training_is_the_same_on_one_device_and_on_eight(kind, shape):
     """To 1e-5 of the loss and 1e-3 of the gradient norm: sums over devices are taken in another order."""
     one, eight = trained(kind, (1, 1, 1))[0], trained(kind, shape)[0]
+    if kind == "tokenizer":  # as on 66b0281, when all of its training was one function
+        np.testing.assert_allclose(one[[0, 1, 4], 0], [0.54634357, 0.52446169, 0.49399412], rtol=1e-5)
     np.testing.assert_allclose(eight[:, 0], one[:, 0], rtol=1e-5)
     np.testing.assert_allclose(eight[:, 1], one[:, 1], rtol=1e-3)
     assert one[-1, 0] < one[0, 0], "the weights must have moved"

@@ -54,4 +54,7 @@ class Exported:
 
 @functools.lru_cache
 def _program(path):
-    return jax.export.deserialize(bytearray(Path(path).read_bytes()))
+    try:
+        return jax.export.deserialize(bytearray(Path(path).read_bytes()))
+    except ImportError as error:
+        raise ValueError(f"losses.teacher.network.path is {path!r}; to read it, pip install flatbuffers") from error
