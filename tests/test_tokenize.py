@@ -129,7 +129,7 @@ def test_tokens_of_several_sub_codes_are_cached(place):
         assert record["tokens"].shape == (1, 4, 2)
         assert record["tokens"].dtype == np.int32, "70,000 codes do not fit in 16 bits"
         image = centre_crop(images[i]["image"], SIZE)
-        np.testing.assert_allclose(record["tokens"][0], Pairs().encode(to_float(image)[None])[0], atol=1)
+        np.testing.assert_allclose(record["tokens"][0], Pairs().encode(to_float(image[None]))[0], atol=1)
 
 
 def test_mirror_images_are_second_versions(place, tmp_path):
