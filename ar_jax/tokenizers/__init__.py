@@ -1,1 +1,14 @@
-"""Tokenizers: images to tokens and back, one file for each, and their quantisers."""
+"""Tokenizers: images to tokens and back, one file for each, and their quantisers.
+
+A tokenizer is a module. Of all are asked `size`, `channels`, `spec`, `rules`, `init_params`, and the methods `encode`,
+`embed` and `decode`, as `vqgan.py` has them. To be trained (`train/tokenizer.py`) it also has
+
+- `autoencode(image, key=...)` -> the reconstruction, or None if its decoder is generative and makes no image in training;
+  the losses that it reports itself, weighted, by name; and what it shows by name: "tokens" as of `encode`, if they are
+  codes; "latents", what the codes stand for in the order of the tokens (to replace dead codes; a tuple with one for each
+  codebook if there are several); any features that a teacher may look at.
+- `codebooks`, where tokens are codes: which are learned, and where they lie (`quantize.Codebook`). Without it none is.
+- `last_layer`, the path of the parameter where the adaptive weight of a discriminator measures gradients. Needed for that
+  only.
+- `generative = True`, if `decode` draws by its key; pictures in training then are `decode(encode(image), key=...)`.
+"""

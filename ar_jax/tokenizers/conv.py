@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from ar_jax.machine.sharding import Rules
-from ar_jax.typing import Array, Float, typed
+from ar_jax.typing import Array, Float, Params, PRNGKey, typed
 
 init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # the +-1/sqrt(fan_in) these networks start from
 
@@ -21,6 +21,32 @@ RULES: Rules = (
     (r"coder/\w+/[qkv]/kernel$", P(None, "tp")),
     (r"coder/\w+/proj_out/kernel$", P("tp", None)),
 )
+
+
+class Convolutional:
+    """What tokenizers around `Encoder` and `Decoder` share; for modules with fields `size`, `mult` and `channels`."""
+
+    last_layer = "decoder/conv_out/kernel"
+
+    @property
+    def downsample(self) -> int:
+        """Pixels of an image for one of the latent, a side."""
+        return 2 ** (len(self.mult) - 1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the latent."""
+        if any(side % self.downsample for side in self.size):
+            raise ValueError(f"tokenizer.size must be multiples of {self.downsample} pixels, got {self.size}")
+        return self.size[0] // self.downsample, self.size[1] // self.downsample
+
+    @property
+    def rules(self) -> Rules:
+        """What tensor parallelism divides (see `sharding.shard`)."""
+        return RULES
+
+    def init_params(self, key: PRNGKey) -> Params:
+        return self.init(key, jnp.zeros((1, *self.size, self.channels)), method="autoencode")["params"]
 
 
 class ResBlock(nn.Module):

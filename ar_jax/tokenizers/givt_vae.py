@@ -25,6 +25,10 @@ class GivtVAE(KLVAE):
     def rules(self) -> Rules:
         return ()
 
+    @property
+    def last_layer(self) -> str:
+        return f"decoder/Conv_{len(self.mult)}/kernel"
+
     def setup(self):
         net = (self.features, self.mult, self.res_blocks, self.groups, self.dtype)
         self.encoder, self.decoder = Encoder(2 * self.latent, *net), Decoder(self.channels, *net)

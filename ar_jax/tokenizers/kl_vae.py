@@ -44,6 +44,8 @@ class KLVAE(Measured, nn.Module):
     channels: int = 3
     dtype: Any = jnp.float32
 
+    last_layer = "decoder/conv_out/kernel"
+
     @property
     def downsample(self) -> int:
         return 2 ** (len(self.mult) - 1)

@@ -61,6 +61,10 @@ class LatentPyramid(Measured, nn.Module):
         """What tensor parallelism divides (see `sharding.shard`)."""
         return self.base.rules
 
+    @property
+    def last_layer(self) -> str:
+        return getattr(self.base, "last_layer", "")
+
     def init_params(self, key: PRNGKey) -> Params:
         return self.base.init_params(key)
 

@@ -70,7 +70,7 @@ class Pyramid(VQGAN):
 
         Returns:
           The reconstruction; the weighted losses of the quantiser and of the coarse scales by name; and what training
-          may want to look at: "latents" [b n c] before quantisation and "index" [b n].
+          may want to look at: "latents" [b n c] before quantisation and "tokens" as of `encode`.
         Raises:
           ValueError: the last scale is not the latent's size.
         """
@@ -85,7 +85,7 @@ class Pyramid(VQGAN):
         if coarse:
             errors = [jnp.square(x - resize(image, x.shape[1:3], "area")).mean() for x in coarse]
             losses["coarse"] = self.coarse * sum(errors) / len(errors)
-        return recon, losses, {"latents": latents, "index": index}
+        return recon, losses, {"latents": latents, "tokens": index[..., None]}
 
     def averages(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b n c"]:
         """Latents averaged to all scales."""

@@ -1,4 +1,4 @@
-"""Quantisers as pure functions over codebooks."""
+"""Quantisers as pure functions over codebooks, and how codes are used."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import numpy as np
 from jax import lax
 
 from ar_jax.nets.resize import resize
-from ar_jax.tokens import rows
-from ar_jax.typing import Array, Float, Int, Metrics, typed
+from ar_jax.tokens import TokenSpec, rows
+from ar_jax.typing import Array, Float, Int, Metrics, Tokens, typed
 
 
 @typed
@@ -138,40 +138,70 @@ def _entropy_loss(affinity):
     return sample + (average * jnp.log(average + 1e-5)).sum()
 
 
-@typed
-def count_codes(index: Int[Array, "b ..."], codes: int, level: np.ndarray) -> Int[Array, "l v"]:
-    """How often every level of a batch uses every code.
+@dataclasses.dataclass(frozen=True)
+class Codebook:
+    """Which tokens are indices into a table of codes, and where it lies if it is learned.
 
-    Args:
-      index: codes, the slots of an image in the order of `level`.
-      codes: size of the codebook.
-      level: of every slot, int [n].
+    Attributes:
+      path: of its parameter [v c], "/" between names; a number takes a part of a stacked one ("codebooks/1"). "" is not
+        learned (FSQ, LFQ, BSQ).
+      sub_codes: numbers of the sub-codes that it serves; residual ones may share one.
+      levels: numbers of the levels that it serves; () is all.
     """
-    places = level * codes + index.reshape(len(index), -1)
-    levels = int(level.max()) + 1
-    return jnp.bincount(places.reshape(-1), length=levels * codes).reshape(levels, codes)
+
+    path: str = ""
+    sub_codes: tuple[int, ...] = (0,)
+    levels: tuple[int, ...] = ()
 
 
 @typed
-def usage(frequency: Float[Array, "l v"] | Int[Array, "l v"], rare: float = 0.0) -> Metrics:
-    """How a codebook is used.
+def look_up(codes: Float[Array, "v c"], tokens: Tokens) -> Float[Array, "b n c"]:
+    """The codes of tokens with one sub-code; vectors in their place stay as they are."""
+    return tokens if jnp.issubdtype(tokens.dtype, jnp.floating) else codes[tokens[..., 0]]
+
+
+@typed
+def count_codes(tokens: Int[Array, "b n k"], spec: TokenSpec) -> Int[Array, "l v"]:
+    """How often every level of a batch uses every code; codes of all sub-codes lie one after the other."""
+    level, total = spec.coords[:, 0], sum(spec.codes)
+    first = np.cumsum([0, *spec.codes[:-1]])
+    places = level[:, None] * total + first + tokens
+    levels = int(level.max()) + 1
+    return jnp.bincount(places.reshape(-1), length=levels * total).reshape(levels, total)
+
+
+@typed
+def usage(frequency: Float[Array, "l v"] | Int[Array, "l v"], codes: tuple[int, ...], rare: float = 0.0) -> Metrics:
+    """How codes are used.
 
     Args:
-      frequency: of every code on every level, or their counts.
+      frequency: of every code on every level, or their counts; sub-codes one after the other, as `count_codes` has them.
+      codes: sizes of the sub-codes.
       rare: codes below this part of an even share do not count as in use; with 0 those do that occur at all.
 
     Returns:
-      "usage", the share of codes in use, and "code_perplexity", exp of the entropy of their frequencies (1..codes);
-      if there are several levels, also those of each: "usage/0", "code_perplexity/0" and so on.
+      "usage", the share of codes in use, and "code_perplexity", exp of the entropy of their frequencies (1..codes), both
+      means over sub-codes. If there are several levels, also those of each: "usage/0", "code_perplexity/0" and so on;
+      if there are several sub-codes, those of each over all levels: "usage/code0", "code_perplexity/code0".
     """
 
     def figures(frequency):
         used = (frequency > 0) & (frequency * len(frequency) >= rare * frequency.sum())
         return {"usage": used.mean(), "code_perplexity": _perplexity(frequency)}
 
-    metrics = figures(frequency.sum(0))
-    for level, some in enumerate(frequency if len(frequency) > 1 else ()):
-        metrics |= {f"{name}/{level}": value for name, value in figures(some).items()}
+    def named(figures, name):
+        return {f"{figure}/{name}": value for figure, value in figures.items()}
+
+    def mean(some):
+        return jax.tree.map(lambda *x: sum(x) / len(x), *some)
+
+    each = jnp.split(frequency, np.cumsum(codes)[:-1], axis=1)
+    whole = [figures(one.sum(0)) for one in each]
+    metrics = mean(whole)
+    for level in range(len(frequency) if len(frequency) > 1 else 0):
+        metrics |= named(mean([figures(one[level]) for one in each]), level)
+    for k, some in enumerate(whole if len(codes) > 1 else ()):
+        metrics |= named(some, f"code{k}")
     return metrics
 
 

@@ -9,17 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ar_jax.machine.sharding import Rules
 from ar_jax.nets.resize import resize, touched
-from ar_jax.tokenizers.conv import RULES, Decoder, Encoder, init
-from ar_jax.tokenizers.quantize import VectorLoss, codebook_init, residual_quantise
+from ar_jax.tokenizers.conv import Convolutional, Decoder, Encoder, init
+from ar_jax.tokenizers.quantize import Codebook, VectorLoss, codebook_init, look_up, residual_quantise
 from ar_jax.tokens import Scale, TokenSpec, maps, pyramid, rows, sides
-from ar_jax.typing import Array, Bool, Float, Int, Metrics, Params, PRNGKey, Tokens, typed
+from ar_jax.typing import Array, Bool, Float, Int, Metrics, PRNGKey, Tokens, typed
 
 Held = tuple[Array, Array]
 
 
-class ResidualPyramid(nn.Module):
+class ResidualPyramid(Convolutional, nn.Module):
     """Image to grids of codes, coarse to fine, and back. The defaults are VAR's tokenizer for 256 pixels.
 
     The latent is a sum over scales: each adds its codes, enlarged to the size of the latent and smoothed by a
@@ -61,16 +60,7 @@ class ResidualPyramid(nn.Module):
     channels: int = 3
     dtype: Any = jnp.float32
 
-    @property
-    def downsample(self) -> int:
-        return 2 ** (len(self.mult) - 1)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Height and width of the latent."""
-        if any(side % self.downsample for side in self.size):
-            raise ValueError(f"tokenizer.size must be multiples of {self.downsample} pixels, got {self.size}")
-        return self.size[0] // self.downsample, self.size[1] // self.downsample
+    codebooks = (Codebook("codebook"),)
 
     @property
     def spec(self) -> TokenSpec:
@@ -80,14 +70,6 @@ class ResidualPyramid(nn.Module):
                 f"{self.size} pixels divided by {self.downsample}"
             )
         return TokenSpec(pyramid(self.scales), codes=(self.codes,))
-
-    @property
-    def rules(self) -> Rules:
-        """What tensor parallelism divides (see `sharding.shard`)."""
-        return RULES
-
-    def init_params(self, key: PRNGKey) -> Params:
-        return self.init(key, jnp.zeros((1, *self.size, self.channels)), method="autoencode")["params"]
 
     def setup(self):
         net = {"features": self.features, "res_blocks": self.res_blocks, "groups": self.groups, "dtype": self.dtype}
@@ -107,7 +89,7 @@ class ResidualPyramid(nn.Module):
     @typed
     def embed(self, tokens: Tokens) -> Float[Array, "b n c"]:
         """The codes of tokens, without what other scales add; vectors in their place stay as they are."""
-        return tokens if jnp.issubdtype(tokens.dtype, jnp.floating) else self.codebook[tokens[..., 0]]
+        return look_up(self.codebook, tokens)
 
     @typed
     def context(self, tokens: Tokens, held: Held | None = None) -> Float[Array, "b n c"]:
@@ -152,10 +134,10 @@ class ResidualPyramid(nn.Module):
 
         Returns:
           The reconstruction, not clipped; the weighted losses of the quantiser by name; and what training may want to
-          look at: "latents" [b n c], what each slot's code stands for, and "index" [b n].
+          look at: "latents" [b n c], what each slot's code stands for, and "tokens" as of `encode`.
         """
         total, index, latents, losses = self.quantise(self.latents(image))
-        return self.pixels(total), losses, {"latents": latents, "index": index}
+        return self.pixels(total), losses, {"latents": latents, "tokens": index[..., None]}
 
     def latents(self, image: Float[Array, "b H W c"]) -> Float[Array, "b h w c"]:
         """What the quantiser sees."""

@@ -5,14 +5,13 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ar_jax.machine.sharding import Rules
-from ar_jax.tokenizers.conv import RULES, Decoder, Encoder, init
-from ar_jax.tokenizers.quantize import VectorLoss, codebook_init, normalise, vector_quantise
+from ar_jax.tokenizers.conv import Convolutional, Decoder, Encoder, init
+from ar_jax.tokenizers.quantize import Codebook, VectorLoss, codebook_init, look_up, normalise, vector_quantise
 from ar_jax.tokens import TokenSpec, grid
-from ar_jax.typing import Array, Float, Int, Metrics, Params, PRNGKey, Tokens, typed
+from ar_jax.typing import Array, Float, Int, Metrics, PRNGKey, Tokens, typed
 
 
-class VQGAN(nn.Module):
+class VQGAN(Convolutional, nn.Module):
     """Image to a grid of codes and back. The defaults are LlamaGen's VQ-16; VQ-8 has `mult=(1, 2, 2, 4)`.
 
     Attributes:
@@ -46,27 +45,11 @@ class VQGAN(nn.Module):
     channels: int = 3
     dtype: Any = jnp.float32
 
-    @property
-    def downsample(self) -> int:
-        return 2 ** (len(self.mult) - 1)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        if any(side % self.downsample for side in self.size):
-            raise ValueError(f"tokenizer.size must be multiples of {self.downsample} pixels, got {self.size}")
-        return self.size[0] // self.downsample, self.size[1] // self.downsample
+    codebooks = (Codebook("codebook"),)
 
     @property
     def spec(self) -> TokenSpec:
         return TokenSpec(grid(*self.grid), codes=(self.codes,))
-
-    @property
-    def rules(self) -> Rules:
-        """What tensor parallelism divides (see `sharding.shard`)."""
-        return RULES
-
-    def init_params(self, key: PRNGKey) -> Params:
-        return self.init(key, jnp.zeros((1, *self.size, self.channels)), method="autoencode")["params"]
 
     def setup(self):
         net = {"features": self.features, "res_blocks": self.res_blocks, "groups": self.groups, "dtype": self.dtype}
@@ -85,7 +68,7 @@ class VQGAN(nn.Module):
     @typed
     def embed(self, tokens: Tokens) -> Float[Array, "b n c"]:
         """The (normalised) codes of tokens; vectors in their place stay as they are."""
-        return tokens if jnp.issubdtype(tokens.dtype, jnp.floating) else self._codes()[tokens[..., 0]]
+        return look_up(self._codes(), tokens)
 
     @typed
     def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W rgb"]:
@@ -101,11 +84,11 @@ class VQGAN(nn.Module):
 
         Returns:
           The reconstruction; the weighted losses of the quantiser by name; and what training may want to look at:
-          "latents" [b h w c] before quantisation and "index" [b h w].
+          "latents" [b h w c] before quantisation and "tokens" as of `encode`.
         """
         latents = self.latents(image)
         codes, index, losses = self.quantise(latents)
-        return self.pixels(codes), losses, {"latents": latents, "index": index}
+        return self.pixels(codes), losses, {"latents": latents, "tokens": index.reshape(len(image), -1, 1)}
 
     def latents(self, image: Float[Array, "b H W c"]) -> Float[Array, "b h w c"]:
         """What the quantiser sees, before any normalisation."""

@@ -31,11 +31,11 @@ from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.machine.sharding import batch_rows, make_mesh
 from ar_jax.tokenize import check_cache
 from ar_jax.train.checkpoint import load_matching, save_params
-from ar_jax.train.gan import tokenizer_recipe
 from ar_jax.train.guards import AGAIN, Stopped
 from ar_jax.train.loop import fit
 from ar_jax.train.measure import measured, remembered
 from ar_jax.train.recipes import Recipe, generator_recipe
+from ar_jax.train.tokenizer import tokenizer_recipe
 from ar_jax.typing import Batch, Params, PRNGKey
 
 

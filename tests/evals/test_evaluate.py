@@ -312,11 +312,17 @@ def test_perturbation():
     brute = np.argsort(((table[:, None] - table) ** 2).sum(-1), 1)[:, :5]
     np.testing.assert_array_equal(near, brute)
     tokens, key = np.arange(2000, dtype=np.int32)[:, None] % 50, jax.random.key(0)
-    np.testing.assert_array_equal(judging.perturb(key, tokens, near, 0.0), tokens)
-    np.testing.assert_array_equal(judging.perturb(key, tokens, near[:, :1], 1.0), tokens)
-    changed = np.asarray(judging.perturb(key, tokens, near, 0.5))
+    np.testing.assert_array_equal(judging.perturb(key, tokens, (near,), 0.0), tokens)
+    np.testing.assert_array_equal(judging.perturb(key, tokens, (near[:, :1],), 1.0), tokens)
+    changed = np.asarray(judging.perturb(key, tokens, (near,), 0.5))
     assert (changed != tokens).mean() == pytest.approx(0.5 * (1 - 1 / 5), abs=0.04)
     assert all(new in near[old] for old, new in zip(tokens[:, 0], changed[:, 0]))
+    wide = judging.nearest_codes(np.random.default_rng(1).normal(size=(90, 2)), 5)
+    pairs = np.concatenate([tokens, np.arange(2000, dtype=np.int32)[:, None] % 90], axis=1)
+    changed = np.asarray(judging.perturb(key, pairs, (near, wide), 0.5))
+    apart = changed != pairs
+    assert all((new[0] in near[old[0]]) and (new[1] in wide[old[1]]) for old, new in zip(pairs, changed))
+    assert apart.all(1).mean() == pytest.approx(0.5 * (4 / 5) ** 2, abs=0.04)  # a token is replaced as a whole
     with pytest.raises(ValueError, match="alpha"):
         judging.Perturbation(1.5, 2)
     with pytest.raises(ValueError, match="50 codes"):

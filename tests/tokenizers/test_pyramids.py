@@ -13,7 +13,7 @@ from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.quantize import VectorLoss, residual_quantise
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid, smoother_of_level
 from ar_jax.tokens import TokenSpec, maps, pyramid, rows
-from ar_jax.train.gan import _candidates
+from ar_jax.train.codes import _candidates
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -87,7 +87,7 @@ def test_images_become_codes_of_all_scales_and_images_again(name):
     assert tokens.dtype == jnp.int32
     assert len(np.unique(tokens)) > 3
     recon, losses, seen = method(name, "autoencode")(IMAGES)
-    np.testing.assert_array_equal(seen["index"], tokens[..., 0])
+    np.testing.assert_array_equal(seen["tokens"], tokens)
     assert seen["latents"].shape == (3, 118, 3)
     assert recon.shape == IMAGES.shape
     assert {"codebook", "commit"} <= losses.keys()

@@ -16,6 +16,7 @@ from ar_jax.tokenizers.quantize import (
     vector_quantise,
 )
 from ar_jax.tokenizers.vqgan import VQGAN
+from ar_jax.tokens import TokenSpec
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -117,7 +118,10 @@ def test_normalised_vectors_have_unit_length_and_zero_stays_finite():
 
 
 def used(index, codes, level):
-    return usage(count_codes(jnp.asarray(index), codes, np.asarray(level)))
+    coords = np.zeros((len(level), 3), np.int32)
+    coords[:, 0] = level
+    spec = TokenSpec(coords, codes=(codes,))
+    return usage(count_codes(jnp.asarray(index)[..., None], spec), spec.codes)
 
 
 def test_usage_and_perplexity_have_their_closed_forms():
@@ -133,7 +137,7 @@ def test_usage_and_perplexity_have_their_closed_forms():
 def test_usage_is_told_of_every_level_and_of_all():
     found = used([[3, 0, 1, 2, 3], [3, 0, 0, 1, 1]], 8, [0, 1, 1, 1, 1])
     np.testing.assert_allclose([found["usage"], found["usage/0"], found["usage/1"]], [1 / 2, 1 / 8, 1 / 2], rtol=1e-6)
-    rare = usage(jnp.array([[0.9, 0.04, 0.06, 0.0]]), rare=0.2)  # of an even share of a quarter
+    rare = usage(jnp.array([[0.9, 0.04, 0.06, 0.0]]), (4,), rare=0.2)  # of an even share of a quarter
     np.testing.assert_allclose(rare["usage"], 1 / 2, rtol=1e-6)
     p = np.array([3, 3, 1, 1]) / 8
     np.testing.assert_allclose(found["code_perplexity/0"], 1, rtol=1e-6)
@@ -182,7 +186,7 @@ def test_images_that_are_not_square_become_a_grid_of_codes_and_images_again():
 def test_decoded_tokens_are_the_reconstruction_of_training(l2_norm):
     recon, losses, seen = method("autoencode", l2_norm)(IMAGES)
     tokens = method("encode", l2_norm)(IMAGES)
-    np.testing.assert_array_equal(seen["index"].reshape(3, -1), tokens[..., 0])
+    np.testing.assert_array_equal(seen["tokens"], tokens)
     assert seen["latents"].shape == (3, 8, 12, 3)
     assert losses.keys() == {"codebook", "commit"}
     np.testing.assert_allclose(method("decode", l2_norm)(tokens), recon, rtol=1e-4, atol=1e-4)

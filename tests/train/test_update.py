@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 
 import flax.linen as nn
 import jax
@@ -14,13 +15,14 @@ from cases import CASES
 from ar_jax.config import Losses, TokenizerStage
 from ar_jax.files.images import to_float
 from ar_jax.nets.patchgan import PatchGan
-from ar_jax.tokenizers.quantize import vector_quantise
+from ar_jax.tokenizers.quantize import Codebook, vector_quantise
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import TokenSpec, grid
-from ar_jax.train.gan import advice, revive, tokenizer_gradients, tokenizer_recipe
+from ar_jax.train.codes import renew
 from ar_jax.train.optim import NO_DECAY, Optim, make_optimiser, schedule
 from ar_jax.train.recipes import generator_loss, gradients
 from ar_jax.train.state import TrainState, create, make_update
+from ar_jax.train.tokenizer import advice, tokenizer_gradients, tokenizer_recipe
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 CASE = CASES["llamagen_label"]
@@ -173,12 +175,12 @@ def test_a_warm_up_longer_than_the_training_is_refused(warmup):
 
 
 class Pixels(nn.Module):
-    """A decoder as small as may be: it ends in `conv_out`, where the adaptive weight looks."""
+    """A decoder as small as may be."""
 
     @nn.compact
     def __call__(self, x):
-        x = nn.silu(nn.Conv(4, (1, 1), name="conv_in")(x)).repeat(4, axis=1).repeat(4, axis=2)
-        return nn.Conv(3, (3, 3), name="conv_out")(x)
+        x = nn.silu(nn.Conv(4, (1, 1), name="first")(x)).repeat(4, axis=1).repeat(4, axis=2)
+        return nn.Conv(3, (3, 3), name="last")(x)
 
 
 class Tiny(nn.Module):
@@ -186,14 +188,14 @@ class Tiny(nn.Module):
 
     size: tuple = (16, 16)
     channels: int = 3
-    codes: int = 64
-    code_features: int = 3
     rules: tuple = ()
     spec = TokenSpec(grid(4, 4), codes=(64,))
+    codebooks = (Codebook("codebook"),)
+    last_layer = "decoder/last/kernel"
 
     def setup(self):
-        self.encoder, self.decoder = nn.Conv(self.code_features, (4, 4), 4), Pixels()
-        self.codebook = self.param("codebook", nn.initializers.normal(0.5), (self.codes, self.code_features))
+        self.encoder, self.decoder = nn.Conv(3, (4, 4), 4), Pixels()
+        self.codebook = self.param("codebook", nn.initializers.normal(0.5), (64, 3))
 
     def init_params(self, key):
         return self.init(key, jnp.zeros((1, *self.size, 3)), method="autoencode")["params"]
@@ -201,15 +203,13 @@ class Tiny(nn.Module):
     def autoencode(self, image, key=None):
         latents = self.encoder(image)
         codes, index, losses = vector_quantise(latents, self.codebook)
-        return self.decoder(codes), losses, {"latents": latents, "index": index}
+        return self.decoder(codes), losses, {"latents": latents, "tokens": index.reshape(len(image), -1, 1)}
 
 
 TOKENIZER = Tiny()
 JUDGE = PatchGan(4, 1)
 START = 3
-LOSSES = Losses(
-    lpips=0.0, adversarial=0.5, adversarial_start=START, adaptive=True, discriminator_features=4, discriminator_layers=1
-)
+LOSSES = Losses(lpips=0.0, adversarial=0.5, adversarial_start=START, adaptive=True, judge=JUDGE)
 IMAGES = {"image": np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3)).astype(np.uint8)}
 
 
@@ -228,7 +228,7 @@ def adversarial_start():
 def adversarial_gradients():
     """The gradients of the recipe as a function of the number of finished updates."""
     _, state = adversarial_start()
-    fn = jax.jit(tokenizer_gradients(TOKENIZER, JUDGE, LOSSES))
+    fn = jax.jit(tokenizer_gradients(TOKENIZER, LOSSES))
     return lambda step: fn(state.params, state.extra, {}, IMAGES, jax.random.key(0), jnp.int32(step))
 
 
@@ -251,7 +251,7 @@ def explicit():
 def test_adaptive_weight_is_the_ratio_of_the_gradients_at_the_last_convolution():
     _, _, metrics = adversarial_gradients()(START - 1)
     (_, _, verdict), pixels, _, blame = explicit()
-    at = lambda grads: optax.tree.norm(grads["decoder"]["conv_out"]["kernel"])  # noqa: E731
+    at = lambda grads: optax.tree.norm(grads["decoder"]["last"]["kernel"])  # noqa: E731
     ratio = at(pixels) / (at(blame) + 1e-4)
     np.testing.assert_allclose(metrics["adversarial_weight"], 0.5 * ratio, rtol=1e-4)
     np.testing.assert_allclose(metrics["adversarial"], verdict, rtol=1e-5)
@@ -309,7 +309,8 @@ def test_reset_replaces_exactly_the_dead_codes_by_latents_of_the_batch():
     state = TrainState(
         jnp.int32(9), {"model": {"codebook": jnp.asarray(codebook)}}, None, (), extra, jnp.int32(0), jnp.int32(0)
     )
-    state = revive(state, jax.random.key(0), after=5)
+    tokenizer = types.SimpleNamespace(spec=TokenSpec(grid(1, 1), codes=(6,)), codebooks=(Codebook("codebook"),))
+    state = renew(state, jax.random.key(0), tokenizer, after=5)
     new = np.asarray(state.params["model"]["codebook"])
     np.testing.assert_array_equal(new[[0, 2, 4]], np.float32(codebook)[[0, 2, 4]])
     places = [np.flatnonzero((np.float32(latents) == row).all(-1)).tolist() for row in new[[1, 3, 5]]]
@@ -324,7 +325,7 @@ def test_training_with_reset_brings_unused_codes_to_latents():
     state = jax.jit(recipe.init)(jax.random.key(0))
     before, model = np.asarray(state.params["model"]["codebook"]), state.params["model"]
     _, _, seen = TOKENIZER.apply({"params": model}, to_float(IMAGES["image"]), method="autoencode")
-    used = np.isin(np.arange(64), seen["index"])
+    used = np.isin(np.arange(64), seen["tokens"])
     assert 0 < used.sum() < 64
     state, metrics = jax.jit(recipe.update)(state, {}, IMAGES, jax.random.key(0))
     after, latents = np.asarray(state.params["model"]["codebook"]), np.asarray(seen["latents"]).reshape(-1, 3)

