@@ -1,5 +1,10 @@
 """Models from Python: what README's ten lines do."""
 
+import contextlib
+import io
+import re
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -22,7 +27,8 @@ from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.train.checkpoint import save_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-INFO = Info(classes=3, class_names=("ant", "bee", "cat"))
+INFO = Info(classes=10, class_names=("ant", "bee", "cat", *"3456789"))
+README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +36,7 @@ def folders(tmp_path_factory):
     place = tmp_path_factory.mktemp("converted")
     tokenizer = VQGAN((8, 8), features=4, mult=(1, 2), res_blocks=0, latent=4, codes=16, code_features=4, groups=2)
     generator = Causal(Transformer(1, 16, 2, hidden=24), Label(16), Categorical(std=0.5)).complete(tokenizer.spec, INFO)
-    settings = {"order": codec.encode(raster), "sampling": codec.encode(Sampling(Interval(1.5)))}
+    settings = {"tokenizer": "../tokenizer", "order": codec.encode(raster), "sampling": codec.encode(Sampling(Interval(1.5)))}
     for kind, network, info, rest in (("tokenizer", tokenizer, Info(), {}), ("generator", generator, INFO, settings)):
         describe(place / kind, kind, network, info, rest)
         save_params(place / kind / "params", jax.device_get(jax.jit(network.init_params)(jax.random.key(1))))
@@ -82,5 +88,22 @@ def test_tokens_losses_and_the_functions_below_them(model, folders):
     np.testing.assert_array_equal(alone.encode(images), tokens)
     with pytest.raises(ValueError, match="holds a tokenizer only"):
         alone.sample([1])
-    with pytest.raises(ValueError, match="give its tokenizer"):
-        ar_jax.load(folders[0])
+    with pytest.raises(ValueError, match="a generator is needed"):
+        ar_jax.load(folders[0].parent / "nowhere")
+
+
+def test_the_lines_of_the_readme_run(folders, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for folder in folders:
+        (run / folder.name).symlink_to(folder)
+    text = README.read_text().partition("## From Python")[2]
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    assert code.count('"runs/mnist5k_llamagen"') == 1
+    assert len(code.strip().splitlines()) <= 10
+    names, out = {}, io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(code.replace("runs/mnist5k_llamagen", str(run)), names)
+    assert names["images"].shape == names["again"].shape == (2, 8, 8, 3)
+    assert names["tokens"].shape == (2, 16, 1)
+    assert "Interval(weight=1.5" in out.getvalue()
