@@ -1,68 +1,59 @@
-"""Numeric parity with the published models, from the fixtures at `AR_JAX_PARITY`."""
+"""Numeric parity with the published models, from the fixtures at `AR_JAX_PARITY`.
+
+Every file of tests/parity computes some folders of them (see `parity.common`).
+"""
 
 import functools
-import json
+import importlib
 import os
 import pathlib
 
 import jax
 import numpy as np
-import parity_continuous
-import parity_flow
-import parity_llamagen
-import parity_next_scale
-import parity_next_scale_generators
-import parity_small
 import pytest
-from safetensors.numpy import load_file
+from parity.common import Folder
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[2] / "shared" / "parity"))
-MODULES = (
-    parity_continuous, parity_flow, parity_llamagen, parity_next_scale, parity_next_scale_generators, parity_small,
-)  # fmt: skip
-CASES = {folder: compute for module in MODULES for folder, compute in module.CASES.items()}
+FILES = sorted(pathlib.Path(__file__).with_name("parity").glob("*.py"))
+MODULES = [importlib.import_module(f"parity.{path.stem}") for path in FILES]
+CASES = {folder: compute for module in MODULES for folder, compute in getattr(module, "CASES", {}).items()}
+LATER = {folder: names for module in MODULES for folder, names in getattr(module, "LATER", {}).items()}
+
+
+def _present(folder):
+    return (ROOT / folder / "meta.json").exists()
 
 
 def _outputs():
-    """(folder, case, outputs) of every case; one entry per folder where the fixtures are absent."""
+    """(folder, case) of every case; one entry per folder where the fixtures are absent."""
     for folder in CASES:
-        meta = ROOT / folder / "meta.json"
-        if not meta.exists():
-            yield pytest.param(folder, "absent", [], id=f"{folder}/absent")
+        if not _present(folder):
+            yield pytest.param(folder, None, id=f"{folder}/absent")
             continue
-        for i, case in enumerate(json.loads(meta.read_text())["cases"]):
-            if set(case["outputs"]) <= parity_next_scale_generators.LATER:
-                continue
-            yield pytest.param(
-                folder, case["function"], case["outputs"], id=f"{folder}/{i}-{'+'.join(case['outputs'])}"
-            )
+        for case in Folder(ROOT / folder, LATER.get(folder, frozenset())).cases:
+            yield pytest.param(folder, case, id=f"{folder}/{case.number}-{'+'.join(case.outputs)}")
 
 
 @functools.cache
-def _computed(folder):
-    path = ROOT / folder
-    meta = json.loads((path / "meta.json").read_text()) | {"folder": path}
-    weights = {}
-    for entry in meta["weights"]:
-        weights |= load_file(path / entry["file"])
-    io = load_file(path / "io.safetensors")
-    inputs = {name: io[name] for name, array in meta["arrays"].items() if array["role"] == "input"}
+def _computed(name):
+    if not _present(name):
+        pytest.skip(f"no fixture at {ROOT / name}; set AR_JAX_PARITY to the folder that holds the parity fixtures")
+    folder = Folder(ROOT / name, LATER.get(name, frozenset()))
     with jax.default_matmul_precision("highest"):
-        return meta, io, CASES[folder](meta, weights, inputs)
+        return folder, CASES[name](folder)
 
 
-@pytest.mark.parametrize(("folder", "function", "outputs"), list(_outputs()))
-def test_parity(folder, function, outputs):
-    if not (ROOT / folder / "meta.json").exists():
-        pytest.skip(f"no fixture at {ROOT / folder}; set AR_JAX_PARITY to the folder that holds the parity fixtures")
-    meta, want, got = _computed(folder)
-    for name in outputs:
-        _compare(f"{folder}/{name} ({function})", np.asarray(got[name]), want[name], meta["arrays"][name])
+@pytest.mark.parametrize(("name", "case"), list(_outputs()))
+def test_parity(name, case):
+    folder, got = _computed(name)
+    for output in case.outputs:
+        where = f"{name}/{output} ({case.function})"
+        _compare(where, np.asarray(got[output]), folder.want[output], folder.arrays[output]["max_abs_tolerance"])
 
 
-def _compare(name, got, want, array):
+def _compare(name, got, want, tolerance):
     assert got.size == want.size, f"{name}: shape {got.shape} against {want.shape}"
     got = got.reshape(want.shape)
     if want.dtype.kind in "iub":
@@ -70,17 +61,35 @@ def _compare(name, got, want, array):
         return
     finite = np.isfinite(want)
     np.testing.assert_array_equal(got[~finite], want[~finite], err_msg=f"{name}: infinities")
-    np.testing.assert_allclose(
-        got[finite], want[finite], rtol=0, atol=array["max_abs_tolerance"], err_msg=name, equal_nan=False
-    )
+    np.testing.assert_allclose(got[finite], want[finite], rtol=0, atol=tolerance, err_msg=name, equal_nan=False)
 
 
-def test_every_fixture_of_the_supported_methods_has_a_case():
+@pytest.mark.parametrize("name", CASES)
+def test_every_entry_of_a_folder_is_read(name):
+    folder, _ = _computed(name)
+    assert not folder.unread()
+
+
+def test_an_entry_that_nobody_read_is_named():
+    folder = next((name for name in CASES if _present(name)), None)
+    if folder is None:
+        pytest.skip(f"no fixtures at {ROOT}; set AR_JAX_PARITY")
+    fresh = Folder(ROOT / folder)
+    key = next(iter(fresh.weights))
+    assert f"key {key} of weights.safetensors" in fresh.unread()
+    _ = fresh.weights[key]
+    assert f"key {key} of weights.safetensors" not in fresh.unread()
+
+
+BUILT = {
+    *("llamagen_vq", "llamagen_gpt_c2i", "llamagen_gpt_t2i", "lpips", "patchgan", "training_schedules"),
+    *("var_vqvae", "var", "var_shared_adaln", "flexvar_vq", "flexvar", "hmar"),
+    *("kl16_vae", "mar", "disa_mar", "givt_ar", "givt_masked", "givt_vae", "flowar", "flowar_cross", "xar"),
+}
+
+
+def test_no_method_has_lost_its_folders():
+    assert CASES.keys() >= BUILT
     if not ROOT.exists():
         pytest.skip(f"no fixtures at {ROOT}; set AR_JAX_PARITY")
-    supported = (
-        *("llamagen", "lpips", "patchgan", "var", "flexvar", "hmar", "training_schedules"),
-        *("kl16", "mar", "disa_mar", "givt", "flowar", "xar"),
-    )
-    present = {path.name for path in ROOT.iterdir() if path.name.startswith(supported)}
-    assert present <= CASES.keys()
+    assert [name for name in CASES if not _present(name)] == []

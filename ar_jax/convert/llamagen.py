@@ -107,7 +107,7 @@ def gpt(shapes: dict[str, tuple[int, ...]], tokens: int, heads: int = 0) -> Caus
         raise ValueError(f"the file does not hold the number of heads and width {width} is not published; give --heads")
     side = round(tokens**0.5)
     backbone = Transformer(
-        layers=1 + max(int(m[1]) for m in (re.match(r"layers\.(\d+)\.", key) for key in shapes) if m),
+        layers=1 + max((int(m[1]) for m in (re.match(r"layers\.(\d+)\.", key) for key in shapes) if m), default=-1),
         width=width, heads=heads, hidden=shapes["layers.0.feed_forward.w1.weight"][0], dropout=0.1,
     )  # fmt: skip
     if "cls_embedding.uncond_embedding" in shapes:

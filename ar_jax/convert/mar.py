@@ -62,11 +62,17 @@ def tokenizer(shapes: Mapping[str, tuple[int, ...]], size: int, groups: int = 32
     """The tokenizer whose state dict has these keys and shapes, with the published scale."""
     features = shapes["encoder.conv_in.weight"][0]
     levels = count(shapes, r"encoder\.down\.(\d+)\.")
+
+    def attention(side):  # the coarsest level is called -1, as in the defaults
+        found = (level for level in range(levels) if f"{side}.{level}.attn.0.q.weight" in shapes)
+        return tuple(level if level < levels - 1 else -1 for level in found)
+
     return KLVAE(
         size=(size, size), features=features, groups=groups, latent=shapes["post_quant_conv.weight"][0],
         mult=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // features for i in range(levels)),
         res_blocks=count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
         channels=shapes["encoder.conv_in.weight"][1], shift=(0.0,), scale=(SCALE,),
+        encoder_attention=attention("encoder.down"), decoder_attention=attention("decoder.up"),
     )  # fmt: skip
 
 

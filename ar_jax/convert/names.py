@@ -1,7 +1,7 @@
 """Renaming between our parameter trees and released state dicts, both ways, from one table of rules."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -57,20 +57,24 @@ def _renamed(shapes: Params, rules: list[Rule]) -> Iterator[tuple[str, str, Layo
             raise ValueError(f"no rule names the parameter {path!r}")
 
 
-def to_params(weights: Mapping[str, np.ndarray], shapes: Params, rules: list[Rule]) -> Params:
+def to_params(
+    weights: Mapping[str, np.ndarray], shapes: Params, rules: list[Rule], buffers: Container[str] = ()
+) -> Params:
     """Our tree from a state dict.
 
     Args:
-      weights: the state dict; entries no rule asks for are ignored (see `differences`).
+      weights: the state dict.
       shapes: our tree of shapes, as `jax.eval_shape` gives it.
       rules: the source's names.
+      buffers: keys of entries that are no parameters.
     Raises:
-      ValueError: a key is missing or a shape differs; the first one is named.
+      ValueError: a key is missing or a shape differs, or no parameter has a key; the first one is named.
     """
     flat = traverse_util.flatten_dict(shapes, sep="/")
-    params = {}
+    params, asked = {}, set()
     for path, key, layout in _renamed(shapes, rules):
         want = flat[path].shape
+        asked |= {key.format(i) for i in range(want[0])} if "{}" in key else {key}
         if "{}" in key:
             parts = [layout.from_torch(_get(weights, key.format(i), path)) for i in range(want[0])]
             if all(part.shape == want[1:] for part in parts):
@@ -82,6 +86,9 @@ def to_params(weights: Mapping[str, np.ndarray], shapes: Params, rules: list[Rul
             params[path] = np.ascontiguousarray(layout.from_torch(entry))
         if path not in params or params[path].shape != want:
             raise ValueError(f"{key} (our {path}) has another shape than the model's {tuple(want)}")
+    for key in weights:
+        if key not in asked and key not in buffers:
+            raise ValueError(f"{key} is not part of this model: no parameter asks for it")
     return traverse_util.unflatten_dict(params, sep="/")
 
 

@@ -252,18 +252,18 @@ def kept_steps(spacing: str, latest: int = TRAINED, steps: int = TRAINED) -> np.
     """The noise levels of 0..steps-1 that a shorter chain keeps, int [s], rising.
 
     Args:
-      spacing: "n" takes n evenly spaced ones; "n,m,..." cuts the levels into equal sections and takes so many of each;
-        "ddimn" takes every k-th for a whole k, of fewer than all levels where these have no such k.
+      spacing: "n" takes n evenly spaced ones; "n,m,..." cuts the levels into equal sections and takes so many of each, 0
+        too; "ddimn" takes every k-th for a whole k, of fewer than all levels where these have no such k.
       latest: later ones are moved here, and equal ones count once.
     Raises:
       ValueError: no such spacing.
     """
     problem = ValueError(f"head.steps is {spacing!r}; it must be a number such as 100, several of them, or ddim25")
     words = spacing.removeprefix("ddim").split(",")
-    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+    if not all(word.strip().isdigit() for word in words):
         raise problem
     counts = [int(word) for word in words]
-    if sum(counts) > steps or (spacing.startswith("ddim") and len(counts) > 1):
+    if not 0 < sum(counts) <= steps or (spacing.startswith("ddim") and len(counts) > 1):
         raise problem
     if spacing.startswith("ddim"):
         grids = (range(0, end, stride) for end in range(steps, 0, -1) for stride in range(1, end + 1))

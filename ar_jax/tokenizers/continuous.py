@@ -1,8 +1,9 @@
-"""What continuous tokenizers share: unit variance, squares of latent places as tokens, Gaussian posteriors."""
+"""What continuous tokenizers share: unit variance, patches of latent places as tokens, Gaussian posteriors."""
 
 import jax
 import jax.numpy as jnp
 
+from ar_jax.tokens import Scale, sides
 from ar_jax.typing import Array, Float, PRNGKey, typed
 
 
@@ -29,20 +30,39 @@ class Measured:
         return jnp.float32(self.shift or (0.0,)), jnp.float32(self.scale or (1.0,))
 
 
+def cells(size: tuple[int, int], cell: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of cells of so many pixels in an image.
+
+    Raises:
+      ValueError: they do not divide it.
+    """
+    (height, width), (rows, columns) = size, cell
+    if height % rows or width % columns:
+        needed = f"{rows} pixels" if rows == columns else f"{rows}x{columns} pixels"
+        raise ValueError(f"tokenizer.size must be multiples of {needed}, got {size}")
+    return height // rows, width // columns
+
+
 @typed
-def patchify(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b n c2"]:
-    """Squares of `patch` x `patch` places as tokens in raster order; numbers of a token: channel, row, column."""
+def patchify(x: Float[Array, "b h w c"], patch: Scale) -> Float[Array, "b n c2"]:
+    """Patches of places as tokens in raster order; numbers of a token: channel, row, column.
+
+    Args:
+      patch: side of a square, or (rows, columns).
+    """
     b, h, w, c = x.shape
-    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
-    return jnp.transpose(x, (0, 1, 3, 5, 2, 4)).reshape(b, -1, c * patch**2)
+    rows, columns = sides(patch)
+    x = x.reshape(b, h // rows, rows, w // columns, columns, c)
+    return jnp.transpose(x, (0, 1, 3, 5, 2, 4)).reshape(b, -1, c * rows * columns)
 
 
 @typed
-def unpatchify(tokens: Float[Array, "b n c2"], grid: tuple[int, int], patch: int) -> Float[Array, "b h w c"]:
+def unpatchify(tokens: Float[Array, "b n c2"], grid: tuple[int, int], patch: Scale) -> Float[Array, "b h w c"]:
     """The inverse of `patchify`, for a grid of tokens."""
     height, width = grid
-    x = tokens.reshape(len(tokens), height, width, -1, patch, patch)
-    return jnp.transpose(x, (0, 1, 4, 2, 5, 3)).reshape(len(tokens), height * patch, width * patch, -1)
+    rows, columns = sides(patch)
+    x = tokens.reshape(len(tokens), height, width, -1, rows, columns)
+    return jnp.transpose(x, (0, 1, 4, 2, 5, 3)).reshape(len(tokens), height * rows, width * columns, -1)
 
 
 def noise(x: Array, key: PRNGKey | None) -> Array | float:

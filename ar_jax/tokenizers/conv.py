@@ -89,10 +89,11 @@ class Encoder(nn.Module):
     Attributes:
       features: channels of the finest level.
       mult: channel multiplier of each level, fine to coarse; the image shrinks by 2^(levels-1).
-      res_blocks: residual blocks per level; the coarsest level has an attention block after each.
+      res_blocks: residual blocks per level.
       out: channels of the result.
       groups: of the group norms.
-      attention: whether the coarsest level has attention blocks; the middle always has one.
+      attention: levels with an attention block after each residual block, 0 the finest, -1 the coarsest; the middle always
+        has one.
     """
 
     features: int
@@ -101,15 +102,14 @@ class Encoder(nn.Module):
     out: int
     groups: int = 32
     dtype: Any = jnp.float32
-    attention: bool = True
+    attention: tuple[int, ...] = (-1,)
 
     @nn.compact
     @typed
     def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w z"]:
         x = conv3(self.features, self.dtype, name="conv_in")(x)
         for level, mult in enumerate(self.mult):
-            attention = self.attention and level == len(self.mult) - 1
-            x = _level(self, x, level, mult, self.res_blocks, attention)
+            x = _level(self, x, level, mult, self.res_blocks)
             if level < len(self.mult) - 1:
                 x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))  # below and to the right only
                 x = conv3(x.shape[-1], self.dtype, name=f"down_{level}", strides=2, padding="VALID")(x)
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
     out: int
     groups: int = 32
     dtype: Any = jnp.float32
-    attention: bool = True
+    attention: tuple[int, ...] = (-1,)
 
     @nn.compact
     @typed
@@ -136,8 +136,7 @@ class Decoder(nn.Module):
         x = conv3(self.features * self.mult[-1], self.dtype, name="conv_in")(x)
         x = _middle(self, x)
         for level, mult in reversed(list(enumerate(self.mult))):
-            attention = self.attention and level == len(self.mult) - 1
-            x = _level(self, x, level, mult, self.res_blocks + 1, attention)
+            x = _level(self, x, level, mult, self.res_blocks + 1)
             if level > 0:
                 x = x.repeat(2, axis=1).repeat(2, axis=2)
                 x = conv3(x.shape[-1], self.dtype, name=f"up_{level}")(x)
@@ -153,7 +152,11 @@ def conv3(features, dtype, name, **options):
     return nn.Conv(features, (3, 3), kernel_init=init, dtype=dtype, name=name, **options)
 
 
-def _level(net, x, level, mult, blocks, attention):
+def _level(net, x, level, mult, blocks):
+    levels = len(net.mult)
+    if any(not -levels <= i < levels for i in net.attention):
+        raise ValueError(f"attention is {net.attention}; it must be levels, of which there are {levels}")
+    attention = level in [i % levels for i in net.attention]
     for i in range(blocks):
         x = ResBlock(net.features * mult, net.groups, net.dtype, name=f"res_{level}_{i}")(x)
         if attention:

@@ -20,6 +20,7 @@ class GivtVAE(KLVAE):
 
     shift: tuple[float, ...] = (0.0,)
     scale: tuple[float, ...] = (1.0,)
+    encoder_attention: tuple[int, ...] = ()
 
     @property
     def rules(self) -> Rules:
@@ -30,6 +31,9 @@ class GivtVAE(KLVAE):
         return f"decoder/Conv_{len(self.mult)}/kernel"
 
     def setup(self):
+        if self.encoder_attention or self.decoder_attention:
+            levels = self.encoder_attention, self.decoder_attention
+            raise ValueError(f"encoder_attention and decoder_attention are {levels}, but GivtVAE has no attention")
         net = (self.features, self.mult, self.res_blocks, self.groups, self.dtype)
         self.encoder, self.decoder = Encoder(2 * self.latent, *net), Decoder(self.channels, *net)
 

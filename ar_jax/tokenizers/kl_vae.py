@@ -1,14 +1,15 @@
 """Variational autoencoders: an image to a grid of continuous tokens, and back."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from ar_jax.machine.sharding import Rules
-from ar_jax.tokenizers.continuous import Measured, draw, kl_divergence, noise, patchify, unpatchify
+from ar_jax.tokenizers.continuous import Measured, cells, draw, kl_divergence, noise, patchify, unpatchify
 from ar_jax.tokenizers.conv import RULES, Decoder, Encoder, init
-from ar_jax.tokens import TokenSpec, grid
+from ar_jax.tokens import Scale, TokenSpec, grid, sides
 from ar_jax.typing import Array, Float, Metrics, Params, PRNGKey, typed
 
 
@@ -16,17 +17,18 @@ class KLVAE(Measured, nn.Module):
     """A convolutional autoencoder with a Gaussian posterior at every place. The defaults are KL-16.
 
     Attributes:
-      size: height and width of the images in pixels, multiples of 2^(levels-1) times `patch`.
+      size: height and width of the images in pixels, multiples of 2^(levels-1) times those of `patch`.
       features: channels of the finest level.
       mult: channel multiplier of each level, fine to coarse.
       res_blocks: residual blocks per encoder level; the decoder has one more.
       latent: channels of the latent.
-      patch: side of the square of latent places that makes a token.
+      patch: latent places that make a token: the side of a square, or (rows, columns).
       groups: of the group norms.
       kl: weight of the posterior's divergence from a unit Gaussian in nats, against the sum of squares (or magnitudes)
         of all pixel values, as LDM counts it.
       shift, scale: see `Measured`; of latent channels.
       channels: of the image.
+      encoder_attention, decoder_attention: levels with attention blocks, see `conv.Encoder`.
       dtype: of the convolutions; the posterior is float32.
     Source: LDM (arXiv:2112.10752), with the sizes of MAR (arXiv:2406.11838).
     """
@@ -36,12 +38,14 @@ class KLVAE(Measured, nn.Module):
     mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     res_blocks: int = 2
     latent: int = 16
-    patch: int = 1
+    patch: Scale = 1
     groups: int = 32
     kl: float = 1e-6
     shift: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
     channels: int = 3
+    encoder_attention: tuple[int, ...] = (-1,)
+    decoder_attention: tuple[int, ...] = ()
     dtype: Any = jnp.float32
 
     last_layer = "decoder/conv_out/kernel"
@@ -53,14 +57,11 @@ class KLVAE(Measured, nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
-        side = self.downsample * self.patch
-        if any(pixels % side for pixels in self.size):
-            raise ValueError(f"tokenizer.size must be multiples of {side} pixels, got {self.size}")
-        return self.size[0] // side, self.size[1] // side
+        return cells(self.size, tuple(self.downsample * side for side in sides(self.patch)))
 
     @property
     def spec(self) -> TokenSpec:
-        return TokenSpec(grid(*self.grid), channels=self.latent * self.patch**2)
+        return TokenSpec(grid(*self.grid), channels=self.latent * math.prod(sides(self.patch)))
 
     @property
     def rules(self) -> Rules:
@@ -72,8 +73,8 @@ class KLVAE(Measured, nn.Module):
 
     def setup(self):
         net = {"features": self.features, "mult": self.mult, "res_blocks": self.res_blocks, "groups": self.groups}
-        self.encoder = Encoder(out=2 * self.latent, dtype=self.dtype, **net)
-        self.decoder = Decoder(out=self.channels, dtype=self.dtype, attention=False, **net)
+        self.encoder = Encoder(out=2 * self.latent, dtype=self.dtype, attention=self.encoder_attention, **net)
+        self.decoder = Decoder(out=self.channels, dtype=self.dtype, attention=self.decoder_attention, **net)
         self.quant = nn.Dense(2 * self.latent, kernel_init=init)
         self.post_quant = nn.Dense(self.latent, kernel_init=init)
 

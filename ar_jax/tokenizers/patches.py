@@ -1,38 +1,38 @@
 """Continuous tokens without a network: patches of pixels."""
 
+import math
+
 import flax.linen as nn
 
 from ar_jax.machine.sharding import Rules
-from ar_jax.tokenizers.continuous import Measured, patchify, unpatchify
-from ar_jax.tokens import TokenSpec, grid
+from ar_jax.tokenizers.continuous import Measured, cells, patchify, unpatchify
+from ar_jax.tokens import Scale, TokenSpec, grid, sides
 from ar_jax.typing import Array, Float, Metrics, Params, PRNGKey, typed
 
 
 class Patches(Measured, nn.Module):
-    """Square patches of pixels as tokens; has no parameters and needs no training.
+    """Patches of pixels as tokens; has no parameters and needs no training.
 
     Attributes:
-      size: height and width of the images in pixels, multiples of `patch`.
-      patch: side of a patch.
+      size: height and width of the images in pixels, multiples of those of `patch`.
+      patch: side of a square, or (rows, columns).
       shift, scale: see `Measured`; of image channels.
       channels: of the image; 1 keeps the mean of three and gives it back thrice.
     """
 
     size: tuple[int, int] = (32, 32)
-    patch: int = 4
+    patch: Scale = 4
     shift: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
     channels: int = 3
 
     @property
     def grid(self) -> tuple[int, int]:
-        if any(pixels % self.patch for pixels in self.size):
-            raise ValueError(f"tokenizer.size must be multiples of tokenizer.patch = {self.patch}, got {self.size}")
-        return self.size[0] // self.patch, self.size[1] // self.patch
+        return cells(self.size, sides(self.patch))
 
     @property
     def spec(self) -> TokenSpec:
-        return TokenSpec(grid(*self.grid), channels=self.channels * self.patch**2)
+        return TokenSpec(grid(*self.grid), channels=self.channels * math.prod(sides(self.patch)))
 
     @property
     def rules(self) -> Rules:

@@ -12,6 +12,7 @@ from ar_jax.data import Data, batches, open_source
 from ar_jax.files.images import to_float
 from ar_jax.files.models import Model, describe
 from ar_jax.machine.distributed import say
+from ar_jax.tokens import sides
 from ar_jax.typing import Batch, Params
 
 IMAGES = 2048  # that are looked at, drawn as in training
@@ -50,7 +51,7 @@ def moments(module: Any, params: Params, some: Iterable[Batch]) -> tuple[tuple[f
     Args:
       some: batches with "image", uint8 [b h w 3].
     """
-    raw, channels = module.clone(shift=(), scale=()), module.spec.channels // module.patch**2
+    raw, channels = module.clone(shift=(), scale=()), module.spec.channels // math.prod(sides(module.patch))
 
     @jax.jit
     def sums(params, image, key):

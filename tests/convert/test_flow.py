@@ -1,11 +1,9 @@
 """FlowAR, xAR and the pyramid of KL-16: released keys, there and back, buffers, refusals."""
 
-import json
-
 import numpy as np
 import pytest
+from released import assert_same, change, names, released, weights_of
 from safetensors.numpy import load_file, save_file
-from test_llamagen import ROOT, assert_same, change, manifest, tiny  # noqa: F401
 
 from ar_jax.convert.__main__ import to_file, to_folder
 from ar_jax.convert.sources import export, identify
@@ -13,25 +11,11 @@ from ar_jax.files import models
 from ar_jax.tokenizers.kl_vae import KLVAE
 from ar_jax.tokenizers.latent_pyramid import LatentPyramid
 
-NAMES = {
-    "FlowAR-S": "flowar",
-    "FlowAR-L": "flowar",
-    "FlowAR-H": "flowar",
-    "xAR-B": "xar",
-    "xAR-L": "xar",
-    "xAR-H": "xar",
-}
+NAMES = [(name, family) for family in ("flowar", "xar") for name in names(family)]
 TINY = {"flowar": {"scales": (1, 2, 4)}, "flowar_cross": {"scales": (1, 2, 4)}, "xar": {}}
 
 
-def released(name):
-    path = ROOT / "manifests" / f"{name}.json"
-    if not path.exists():
-        pytest.skip(f"no manifest at {path}; set AR_JAX_PARITY")
-    return manifest(path)
-
-
-@pytest.mark.parametrize(("name", "family"), NAMES.items())
+@pytest.mark.parametrize(("name", "family"), NAMES)
 def test_released_checkpoints_have_exactly_these_keys_and_sizes(name, family):
     content, shapes = released(name)
     found = identify(shapes)
@@ -45,8 +29,8 @@ def test_released_checkpoints_have_exactly_these_keys_and_sizes(name, family):
 
 
 @pytest.mark.parametrize("folder", TINY)
-def test_there_and_back_changes_no_bit_and_buffers_are_made_anew(tmp_path, tiny, folder):  # noqa: F811
-    weights = tiny(folder)
+def test_there_and_back_changes_no_bit_and_buffers_are_made_anew(tmp_path, folder):
+    weights = weights_of(folder)
     save_file(weights, tmp_path / "a.safetensors")
     to_folder(tmp_path / "a.safetensors", tmp_path / "model", **TINY[folder])
     to_file(tmp_path / "model", tmp_path / "back.safetensors")
@@ -70,17 +54,14 @@ def test_there_and_back_changes_no_bit_and_buffers_are_made_anew(tmp_path, tiny,
         ("xar", "encoder_pos_embed_learned", np.ones((1, 20, 24), "f4"), {}, r"20 tokens, which make no square"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_its_first_difference(tiny, folder, key, value, settings, message):  # noqa: F811
-    shapes = {name: entry.shape for name, entry in change(tiny(folder), key, value).items()}
+def test_what_does_not_fit_is_refused_by_its_first_difference(folder, key, value, settings, message):
+    shapes = {name: entry.shape for name, entry in change(weights_of(folder), key, value).items()}
     with pytest.raises(ValueError, match=message):
         identify(shapes, **TINY[folder] | settings)
 
 
 def test_kl16_becomes_a_pyramid_with_the_same_parameters():
-    path = ROOT / "manifests" / "kl16.json"
-    if not path.exists():
-        pytest.skip(f"no manifest at {path}; set AR_JAX_PARITY")
-    shapes = {key: tuple(shape) for key, shape in json.loads(path.read_text())["keys"].items()}
+    _, shapes = released("kl16")
     alone, found = identify(shapes), identify(shapes, scales=(1, 2, 4, 8, 16))
     assert isinstance(alone.module, KLVAE)
     assert found.module == LatentPyramid(alone.module, (1, 2, 4, 8, 16))

@@ -1,15 +1,13 @@
 import itertools
 import json
 import os
-import pathlib
-from collections import OrderedDict
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from released import assert_same, change, names, released, torch_file, weights_of
 from safetensors.numpy import load_file, save_file
-from test_reader import Storage, Tensor, save
 
 from ar_jax.convert.__main__ import main, to_file, to_folder
 from ar_jax.convert.sources import identify
@@ -21,19 +19,6 @@ from ar_jax.nets.transformer import Transformer
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.train.checkpoint import save_params
 
-ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[3] / "shared" / "parity"))
-RELEASED = ("vq_ds", "c2i_", "t2i_")
-OTHERS = (
-    "vae_ch160v4096z32",
-    "FlexVAE",
-    "var_d",
-    "FlexVARd",
-    "hmar-d",
-    "MAR-",
-    "kl16",
-    "FlowAR-",
-    "xAR-",
-)  # of other known families
 TINY = {
     "llamagen_vq": {"size": 32, "groups": 2},
     "llamagen_gpt_c2i": {"size": 48, "heads": 3},
@@ -41,29 +26,9 @@ TINY = {
 }
 
 
-def manifests(ours):
-    found = sorted((ROOT / "manifests").glob("*.json"))
-    chosen = [path for path in found if path.name.startswith(RELEASED if ours else (*RELEASED, *OTHERS)) == ours]
-    absent = pytest.param(None, marks=pytest.mark.skip(reason=f"no manifests at {ROOT}; set AR_JAX_PARITY"))
-    return [pytest.param(path, id=path.stem) for path in chosen] or [absent]
-
-
-def manifest(path):
-    content = json.loads(path.read_text())
-    return content, {key: tuple(shape) for key, shape in content["keys"].items()}
-
-
-@pytest.fixture
-def tiny():
-    """folder -> its weights"""
-    if not ROOT.exists():
-        pytest.skip(f"no fixtures at {ROOT}; set AR_JAX_PARITY")
-    return lambda folder: load_file(ROOT / folder / "weights.safetensors")
-
-
-@pytest.mark.parametrize("path", manifests(ours=True))
-def test_released_checkpoints_have_exactly_these_keys_and_sizes(path):
-    content, shapes = manifest(path)
+@pytest.mark.parametrize("name", names("llamagen"))
+def test_released_checkpoints_have_exactly_these_keys_and_sizes(name):
+    content, shapes = released(name)
     sizes = content["hyperparameters"]
     found = identify(shapes, size=sizes.get("image_size", 0))
     buffers = {key: shapes[key] for key in content["buffers"] if key not in found.source.FIXED}
@@ -81,37 +46,10 @@ def test_released_checkpoints_have_exactly_these_keys_and_sizes(path):
         assert f"{sizes['n_layer']} layers" in words
 
 
-@pytest.mark.parametrize("path", manifests(ours=False))
-def test_other_checkpoints_are_refused(path):
-    if path.stem in ("D-AR-L", "D-AR-XL"):
-        pytest.skip("it is a network of LlamaGen's, key for key")
-    with pytest.raises(ValueError, match=r"not a checkpoint of a known family|looks like a \w+ of \w+, but"):
-        identify(manifest(path)[1], size=256)
-
-
-def torch_file(path, weights):
-    """What torch.save({"model": weights}) writes."""
-    tensors, storages = OrderedDict(), {}
-    kinds = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage"}
-    for i, (key, value) in enumerate(weights.items()):
-        strides = tuple(int(np.prod(value.shape[axis + 1 :])) for axis in range(value.ndim))
-        storage = Storage(str(i), kinds[str(value.dtype)])
-        tensors[key] = Tensor(storage, 0, value.shape, strides, False, OrderedDict())
-        storages[str(i)] = value
-    return save(path, {"model": tensors, "steps": 3}, storages)
-
-
-def assert_same(found, want):
-    assert found.keys() == want.keys()
-    for key, value in want.items():
-        assert found[key].dtype == value.dtype, key
-        np.testing.assert_array_equal(found[key], value, err_msg=key)
-
-
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("folder", TINY)
-def test_there_and_back_changes_no_bit(tmp_path, tiny, folder, suffix, capsys):
-    weights = tiny(folder)
+def test_there_and_back_changes_no_bit(tmp_path, folder, suffix, capsys):
+    weights = weights_of(folder)
     file = tmp_path / f"weights{suffix}"
     if suffix == ".pt":
         torch_file(file, weights)
@@ -127,16 +65,11 @@ def test_there_and_back_changes_no_bit(tmp_path, tiny, folder, suffix, capsys):
     assert models.open_model(tmp_path / "model", kind).settings["origin"]["file"] == file.name
 
 
-def test_half_precision_is_widened(tmp_path, tiny):
-    half = {key: value.astype(ml_dtypes.bfloat16) for key, value in tiny("llamagen_gpt_c2i").items()}
+def test_half_precision_is_widened(tmp_path):
+    half = {key: value.astype(ml_dtypes.bfloat16) for key, value in weights_of("llamagen_gpt_c2i").items()}
     to_folder(torch_file(tmp_path / "a.pt", half), tmp_path / "model", size=48, heads=3)
     to_file(tmp_path / "model", tmp_path / "back.safetensors")
     assert_same(load_file(tmp_path / "back.safetensors"), {key: value.astype("f4") for key, value in half.items()})
-
-
-def change(weights, key, value):
-    changed = {**weights, key: value}
-    return {key: value for key, value in changed.items() if value is not None}
 
 
 @pytest.mark.parametrize(
@@ -152,8 +85,8 @@ def change(weights, key, value):
         ("llamagen_vq", "quantize.codebook_used", np.ones(3, "f4"), r"quantize\.codebook_used has shape"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_its_first_difference(tmp_path, tiny, folder, key, value, message):
-    save_file(change(tiny(folder), key, value), tmp_path / "a.safetensors")
+def test_what_does_not_fit_is_refused_by_its_first_difference(tmp_path, folder, key, value, message):
+    save_file(change(weights_of(folder), key, value), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=message):
         to_folder(tmp_path / "a.safetensors", tmp_path / "model", **TINY[folder])
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
@@ -166,8 +99,8 @@ def test_an_unknown_file_is_refused(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_the_image_size_comes_from_the_file_name_or_is_asked_for(tmp_path, tiny):
-    weights = tiny("llamagen_gpt_c2i")
+def test_the_image_size_comes_from_the_file_name_or_is_asked_for(tmp_path):
+    weights = weights_of("llamagen_gpt_c2i")
     save_file(weights, tmp_path / "c2i_T.safetensors")
     with pytest.raises(ValueError, match="--size 256"):
         to_folder(tmp_path / "c2i_T.safetensors", tmp_path / "model", heads=3)
@@ -178,8 +111,8 @@ def test_the_image_size_comes_from_the_file_name_or_is_asked_for(tmp_path, tiny)
     assert models.open_model(tmp_path / "model", "generator").module.spec.n == 24 * 24
 
 
-def test_nothing_is_overwritten(tmp_path, tiny):
-    save_file(tiny("llamagen_gpt_c2i"), tmp_path / "a.safetensors")
+def test_nothing_is_overwritten(tmp_path):
+    save_file(weights_of("llamagen_gpt_c2i"), tmp_path / "a.safetensors")
     (tmp_path / "model").mkdir()
     to_folder(tmp_path / "a.safetensors", tmp_path / "model", **TINY["llamagen_gpt_c2i"])  # an empty one is fine
     with pytest.raises(ValueError, match="already there"):
@@ -188,12 +121,12 @@ def test_nothing_is_overwritten(tmp_path, tiny):
         to_file(tmp_path / "model", tmp_path / "a.safetensors")
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, tiny, monkeypatch):
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("ar_jax.convert.__main__.save_params", full)
-    save_file(tiny("llamagen_gpt_c2i"), tmp_path / "a.safetensors")
+    save_file(weights_of("llamagen_gpt_c2i"), tmp_path / "a.safetensors")
     with pytest.raises(SystemExit, match="No space left"):
         main([str(tmp_path / "a.safetensors"), "--to", str(tmp_path / "model"), "--size", "48", "--heads", "3"])
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from released import assert_same, names, released, weights_of
 from safetensors.numpy import load_file, save_file
-from test_llamagen import ROOT, assert_same, manifest, tiny  # noqa: F401
 
 from ar_jax.convert.__main__ import main
 from ar_jax.convert.sources import identify
@@ -11,12 +11,9 @@ from ar_jax.files import codec, models
 from ar_jax.orders import Shuffled
 
 
-@pytest.mark.parametrize("name", ["kl16", "MAR-B", "MAR-L", "MAR-H"])
+@pytest.mark.parametrize("name", names("mar"))
 def test_released_checkpoints_have_exactly_these_keys_and_sizes(name):
-    path = ROOT / "manifests" / f"{name}.json"
-    if not path.exists():
-        pytest.skip(f"no manifest at {path}; set AR_JAX_PARITY")
-    content, shapes = manifest(path)
+    content, shapes = released(name)
     sizes, found = content["hyperparameters"], identify(shapes)
     assert found.keys == shapes
     assert found.trained == content["num_params"]
@@ -39,8 +36,8 @@ def test_released_checkpoints_have_exactly_these_keys_and_sizes(name):
     ("folder", "kind", "options"),
     [("kl16_vae", "tokenizer", ("--size", "64", "--groups", "4")), ("mar", "generator", ("--heads", "2"))],
 )
-def test_there_and_back_changes_no_bit(tmp_path, tiny, folder, kind, options, capsys):  # noqa: F811
-    weights = tiny(folder)
+def test_there_and_back_changes_no_bit(tmp_path, folder, kind, options, capsys):
+    weights = weights_of(folder)
     if kind == "tokenizer":  # what training left in the file is kept, but of no use
         weights["loss.discriminator.main.0.weight"] = np.ones((2, 3, 4, 4), np.float32)
     save_file(weights, tmp_path / "weights.safetensors")

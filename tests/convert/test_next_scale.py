@@ -1,12 +1,10 @@
 """Released VAR, FlexVAR and HMAR transformers, there and back."""
 
 import functools
-import json
-import os
-import pathlib
 
 import numpy as np
 import pytest
+from released import ROOT, names, released
 from safetensors.numpy import load_file, save_file
 
 from ar_jax.convert import next_scale
@@ -14,18 +12,15 @@ from ar_jax.convert.__main__ import to_file, to_folder
 from ar_jax.convert.sources import export, identify
 from ar_jax.files import models
 
-ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[3] / "shared" / "parity"))
-RELEASED = ["var_d16", "var_d36", "FlexVARd16-epo179", "hmar-d16", "hmar-d30"]
 TINY = {"var": (1, 2, 3, 4, 6), "var_shared_adaln": (1, 2, 3, 5), "flexvar": (1, 2, 3, 5), "hmar": (1, 2, 3, 4)}
 
 pytestmark = pytest.mark.skipif(not ROOT.exists(), reason=f"no fixtures at {ROOT}; set AR_JAX_PARITY")
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", names("next_scale"))
 def test_released_checkpoints_have_exactly_these_keys_and_sizes(name):
-    content = json.loads((ROOT / "manifests" / f"{name}.json").read_text())
-    shapes, sizes = {key: tuple(shape) for key, shape in content["keys"].items()}, content["hyperparameters"]
-    found = identify(shapes)
+    content, shapes = released(name)
+    sizes, found = content["hyperparameters"], identify(shapes)
     buffers = {key: shapes[key] for key in content["buffers"]}
     assert (found.family, found.kind, dict(found.buffers)) == ("next_scale", "generator", buffers)
     assert {**found.keys, **buffers} == shapes

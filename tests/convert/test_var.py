@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
+from released import assert_same, change, released, torch_file, weights_of
 from safetensors.numpy import load_file, save_file
-from test_llamagen import ROOT, assert_same, change, manifest, tiny, torch_file  # noqa: F401
 
 from ar_jax.convert.__main__ import main, to_file, to_folder
 from ar_jax.convert.names import to_weights
@@ -15,13 +15,6 @@ from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
 
 SETTINGS = {"size": 64, "groups": 2, "scales": (1, 2, 3, 4)}  # of the tiny fixture
 SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-
-
-def released(name):
-    path = ROOT / "manifests" / f"{name}.json"
-    if not path.exists():
-        pytest.skip(f"no manifest at {path}; set AR_JAX_PARITY")
-    return manifest(path)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +48,8 @@ def test_larger_images_have_their_published_scales_and_the_counted_hits_stay():
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_there_and_back_changes_no_bit(tmp_path, tiny, suffix, capsys):  # noqa: F811
-    weights = tiny("var_vqvae")
+def test_there_and_back_changes_no_bit(tmp_path, suffix, capsys):
+    weights = weights_of("var_vqvae")
     file = tmp_path / f"weights{suffix}"
     if suffix == ".pt":
         torch_file(file, weights)
@@ -108,8 +101,8 @@ def test_a_tokenizer_of_independent_scales_comes_back_as_one(tmp_path):
         ("decoder.up.0.attn.0.norm.bias", np.ones(4, "f4"), r"norm\.bias of shape \(4,\) is not part"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_its_first_difference(tmp_path, tiny, key, value, message):  # noqa: F811
-    save_file(change(tiny("var_vqvae"), key, value), tmp_path / "a.safetensors")
+def test_what_does_not_fit_is_refused_by_its_first_difference(tmp_path, key, value, message):
+    save_file(change(weights_of("var_vqvae"), key, value), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=message):
         to_folder(tmp_path / "a.safetensors", tmp_path / "model", **SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]

@@ -1,0 +1,85 @@
+"""What the tests of released checkpoints share: which there are, their keys, tiny ones with weights."""
+
+import json
+import os
+import pathlib
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from test_reader import Storage, Tensor, save
+
+ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[3] / "shared" / "parity"))
+
+# The manifests of the families that stand: family -> names of tokenizers, names of generators.
+FAMILIES = {
+    "llamagen": (
+        ("vq_ds16_c2i", "vq_ds16_t2i", "vq_ds8_c2i"),
+        (
+            *("c2i_B_256", "c2i_B_384", "c2i_L_256", "c2i_L_384", "c2i_XL_384", "c2i_XXL_384", "c2i_3B_384"),
+            *("t2i_XL_stage1_256", "t2i_XL_stage2_512"),
+        ),
+    ),
+    "var": (("vae_ch160v4096z32",), ()),
+    "flexvar": (("FlexVAE",), ()),
+    "next_scale": (
+        (),
+        (
+            *("var_d16", "var_d20", "var_d24", "var_d30", "var_d36"),
+            *("FlexVARd16-epo179", "FlexVARd20-epo249", "FlexVARd24-epo349"),
+            *("hmar-d16", "hmar-d20", "hmar-d24", "hmar-d30"),
+        ),
+    ),
+    "mar": (("kl16",), ("MAR-B", "MAR-L", "MAR-H")),
+    "flowar": ((), ("FlowAR-S", "FlowAR-L", "FlowAR-H")),
+    "xar": ((), ("xAR-B", "xAR-L", "xAR-H")),
+}
+# Checkpoints of other methods that have every key and shape of one of these, so that nothing in the file tells them apart.
+TWINS = {"D-AR-L": "c2i_L_256", "D-AR-XL": "c2i_XL_384"}
+
+
+def names(family):
+    """Of its manifests."""
+    return [name for kind in FAMILIES[family] for name in kind]
+
+
+def released(name):
+    """A manifest, and the shapes of its keys."""
+    path = ROOT / "manifests" / f"{name}.json"
+    if not path.exists():
+        pytest.skip(f"no manifest at {path}; set AR_JAX_PARITY")
+    content = json.loads(path.read_text())
+    return content, {key: tuple(shape) for key, shape in content["keys"].items()}
+
+
+def weights_of(folder):
+    """The weights of a parity folder."""
+    if not ROOT.exists():
+        pytest.skip(f"no fixtures at {ROOT}; set AR_JAX_PARITY")
+    return load_file(ROOT / folder / "weights.safetensors")
+
+
+def torch_file(path, weights):
+    """What torch.save({"model": weights}) writes."""
+    tensors, storages = OrderedDict(), {}
+    kinds = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage"}
+    for i, (key, value) in enumerate(weights.items()):
+        strides = tuple(int(np.prod(value.shape[axis + 1 :])) for axis in range(value.ndim))
+        storage = Storage(str(i), kinds[str(value.dtype)])
+        tensors[key] = Tensor(storage, 0, value.shape, strides, False, OrderedDict())
+        storages[str(i)] = value
+    return save(path, {"model": tensors, "steps": 3}, storages)
+
+
+def assert_same(found, want):
+    assert found.keys() == want.keys()
+    for key, value in want.items():
+        assert found[key].dtype == value.dtype, key
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+
+
+def change(weights, key, value):
+    """The weights with another entry, or without it if it is None."""
+    changed = {**weights, key: value}
+    return {key: value for key, value in changed.items() if value is not None}

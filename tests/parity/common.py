@@ -1,0 +1,343 @@
+"""What parity modules share: folders whose entries note that they were read, layouts, and every use of the sampling interfaces.
+
+Each other file of this folder computes one or more fixture folders: its CASES are {folder: Folder -> {output: array}}.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+from ar_jax.convert.names import to_params
+from ar_jax.decode.guidance import interval, linear
+from ar_jax.decode.guidance import ramp as rising
+from ar_jax.decode.sequential import Knobs, sample
+from ar_jax.decode.settings import Sampling, arrange, make_knobs
+from ar_jax.nets.conditioning import Cond, paired
+from ar_jax.orders import Order, scan_steps
+from ar_jax.typing import Batch, Params
+
+# What no output depends on, and why; every other entry of a folder has to be read.
+EXEMPT = {
+    **dict.fromkeys(("batch", "labels"), "the inputs show it"),
+    **dict.fromkeys(("sample_iters", "iters", "steps", "up", "lo", "const", "cfg_w"), "cases give it as an argument"),
+    **dict.fromkeys(("diff_upper_steps", "diff_lower_steps"), "cases give it as an argument"),
+    **dict.fromkeys(("class_dropout_prob", "cond_drop_rate", "drop_labels_probability"), "dropped labels are an input"),
+    **dict.fromkeys(("mask_ratio", "mask_ratio_min", "example_mask_ratio"), "masks are an input"),
+    **dict.fromkeys(("malib_ckpt", "scan"), "how the reference stores its parameters"),
+    "multiple_of": "what the hidden width is rounded to, which is given",
+    "mode": "what the function's name says",
+    "conditional_logits": "the name of an output",
+}
+
+
+class Noted(Mapping):
+    """Entries that note when they are read; entries that are mappings are such again."""
+
+    def __init__(self, entries: Mapping[str, Any]):
+        self.entries = {key: Noted(value) if isinstance(value, dict) else value for key, value in entries.items()}
+        self.read = set()
+
+    def __getitem__(self, key: str) -> Any:
+        value = self.entries[key]
+        self.read.add(key)
+        return value
+
+    def __contains__(self, key: object) -> bool:  # which is no reading
+        return key in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def unread(self) -> list[str]:
+        found = []
+        for key, value in self.entries.items():
+            if isinstance(value, Noted):
+                found += [f"{key}.{inner}" for inner in value.unread()]
+            elif key not in self.read and key not in EXEMPT:
+                found.append(key)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One test of a folder: a function, its inputs, outputs and fixed arguments; and its number."""
+
+    number: int
+    function: str
+    inputs: list[str]
+    outputs: list[str]
+    arguments: Noted
+
+
+class Folder:
+    """A fixture folder.
+
+    Attributes:
+      h: its hyperparameters.
+      cases: its tests.
+      io: its input arrays.
+      files: state dicts by file.
+      arrays: what meta.json says of every array.
+      want: the output arrays.
+      later: names of entries and outputs of methods that are not built yet.
+    """
+
+    def __init__(self, path: pathlib.Path, later: frozenset[str] = frozenset()):
+        meta = json.loads((path / "meta.json").read_text())
+        self.path, self.arrays, self.later = path, meta["arrays"], later
+        self.h, self.file_names = Noted(meta["hyperparameters"]), [entry["file"] for entry in meta["weights"]]
+        self.cases = [
+            Case(i, case["function"], case["inputs"], case["outputs"], Noted(case.get("arguments", {})))
+            for i, case in enumerate(meta["cases"])
+            if not set(case["outputs"]) <= later
+        ]
+
+    @functools.cached_property
+    def files(self) -> dict[str, Noted]:
+        return {file: Noted(load_file(self.path / file)) for file in self.file_names}
+
+    @functools.cached_property
+    def io(self) -> Noted:
+        return Noted(self._arrays("input"))
+
+    @functools.cached_property
+    def want(self) -> dict[str, np.ndarray]:
+        return self._arrays("output")
+
+    def _arrays(self, role):
+        stored = load_file(self.path / "io.safetensors")
+        return {name: stored[name] for name, array in self.arrays.items() if array["role"] == role}
+
+    @property
+    def weights(self) -> Noted:
+        return self.files["weights.safetensors"]
+
+    def of(self, function: str) -> list[Case]:
+        """The cases of a function, whose name may go on."""
+        return [case for case in self.cases if case.function.startswith(function)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.arrays[name]["shape"])
+
+    def outputs(self, prefix: str) -> list[str]:
+        """What follows a prefix in the names of the outputs."""
+        return [name.removeprefix(prefix) for name in self.want if name.startswith(prefix)]
+
+    def unread(self) -> list[str]:
+        """Everything nobody has read, in words."""
+        left = [f"hyperparameter {name}" for name in self.h.unread() if name.split(".")[0] not in self.later]
+        for case in self.cases:
+            left += [f"argument {name} of case {case.number}, {case.function}" for name in case.arguments.unread()]
+        left += [f"key {key} of {file}" for file, weights in self.files.items() for key in weights.unread()]
+        return left + [f"input {name}" for name in self.io.unread()]
+
+
+def fixed(entries: Mapping[str, Any], **values: Any) -> None:
+    """Entries of a folder that the library has one value of, or that say again what is known."""
+    for name, value in values.items():
+        if name in entries:
+            found = entries[name]
+            assert found == value, f"{name} is {found}, but the library has {value}"
+
+
+def nchw(x):
+    return jnp.moveaxis(jnp.asarray(x), -1, 1)
+
+
+def nhwc(x):
+    return jnp.moveaxis(jnp.asarray(x), 1, -1)
+
+
+def loaded(module: nn.Module, weights: Mapping[str, np.ndarray], family: ModuleType) -> tuple[Params, Callable]:
+    """Parameters from a state dict, which holds nothing else but the family's buffers; and the module's methods on them."""
+    shapes = jax.eval_shape(module.init_params, jax.random.key(0))
+    buffers = family.buffers(module, {key: np.shape(value) for key, value in weights.items()}).keys() & weights.keys()
+    kept = {key: weights[key] for key in buffers}
+    params = to_params(weights, shapes, family.rules(module), kept)
+    params = jax.tree.map(jnp.asarray, params)
+    return params, functools.partial(module.apply, {"params": params})
+
+
+def with_head(generator: nn.Module, **fields: Any) -> nn.Module:
+    return generator.clone(head=generator.head.clone(**fields))
+
+
+# Noise that is given ----------------------------------------------------------------------------------------
+
+
+class Given:
+    """Takes noise from a table [images ranks 1+steps c]; a key's two words are image and rank."""
+
+    def noise(self, keys, s):
+        image, rank = jnp.moveaxis(jax.random.key_data(keys), -1, 0)
+        return jnp.asarray(self.table)[image, rank, s]
+
+
+def numbered(images, ranks):
+    """Keys for `Given`, [b m]."""
+    image, rank = jnp.broadcast_arrays(jnp.arange(images)[:, None], jnp.asarray(ranks)[None])
+    return jax.random.wrap_key_data(jnp.stack([image, rank], -1).astype(jnp.uint32))
+
+
+# The sampling interfaces, which are used nowhere else in this folder -----------------------------------------
+
+
+def constant_knobs(guidance: Any, temperature: float = 1.0) -> Knobs:
+    """One weight per step, and one temperature for all."""
+    guidance = np.asarray(guidance, np.float32)
+    return Knobs(guidance, np.full(len(guidance), temperature, np.float32))
+
+
+def weights_of(rule: str, scale: float, order: Order, last: int = -1) -> np.ndarray:
+    """Guidance of every step of an order: "linear" (MAR), "ramp" (VAR), or "constant" up to the step `last`."""
+    steps = len(order.sizes)
+    if rule == "linear":
+        return linear(scale, order.sizes)
+    return rising(scale, steps) if rule == "ramp" else interval(scale, steps, last)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A generator, its tokenizer and knobs, as settings of next-scale sampling arrange them."""
+
+    generator: nn.Module
+    tokenizer: nn.Module
+    order: Order
+    knobs: Knobs
+    guided: bool
+
+
+def by_settings(
+    generator: nn.Module, tokenizer: nn.Module, order: Callable, *, guidance: float, ramp: bool = True, reach: int = 0,
+    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, scales: tuple = (), largest: int = 0,
+) -> Drawn:  # fmt: skip
+    settings = Sampling(
+        guidance=guidance, guidance_rule="ramp" if ramp else "interval", guidance_reach=reach, temperature=temperature,
+        top_k=top_k, top_p=top_p, scales=scales, largest=largest,
+    )  # fmt: skip
+    generator, tokenizer = arrange(settings, generator, tokenizer)
+    order = order(generator.spec)
+    return Drawn(generator, tokenizer, order, *make_knobs(settings, order, generator.spec.scales))
+
+
+def guided_rows(generator: nn.Module, params: Params, batch: Batch, guided: bool = True) -> Cond:
+    """The condition of every image, beside that without it if they are guided."""
+    images = len(next(iter(batch.values())))
+    rows = functools.partial(generator.apply, {"params": params}, batch, method="condition")
+    cond = rows(jnp.zeros(images, bool))
+    return paired(cond, rows(jnp.ones(images, bool))) if guided else cond
+
+
+def draws(
+    generator: nn.Module, params: Params, batch: Batch, order: Callable, knobs: Knobs, guided: bool,
+    tokenizer: nn.Module | None = None, frozen: Params | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Tokens of the library's own sampler, in slot order; `frozen` are the tokenizer's parameters."""
+    keys = jax.random.split(jax.random.key(0), len(next(iter(batch.values()))))
+    return np.asarray(_sampler(generator, order, guided, tokenizer)(params, frozen, batch, knobs, keys))
+
+
+@functools.cache
+def _sampler(generator, order, guided, tokenizer):
+    @jax.jit
+    def run(params, frozen, batch, knobs, keys):
+        laid_out, params = generator.unrolled(params)
+        call = tokenizer and functools.partial(tokenizer.apply, {"params": frozen})
+        order_of = order(generator.spec)
+        return sample(laid_out, params, batch, order_of, tokenizer=call, knobs=knobs, keys=keys, guided=guided)
+
+    return run
+
+
+def step_of(module: nn.Module, state: Any, i: Any, first: Any, size: int, **given: Any) -> Any:
+    """One step of a bound generator: cond, order, knobs, keys, tokenizer."""
+    return module.step(state, i, first, size, **given)
+
+
+def from_noise(
+    generator: nn.Module, params: Params, cond: Cond, order: Order, knobs: Knobs, images: int, tokenizer: Any = None
+):
+    """Tokens in rank order of the library's steps, with `Given` noise."""  # fmt: skip
+    call, n = functools.partial(generator.apply, {"params": params}), order.n
+
+    def step(state, i, first, size):
+        keys = numbered(images, jnp.minimum(first + jnp.arange(size), n - 1))
+        given = {"cond": cond, "order": order, "knobs": knobs, "keys": keys, "tokenizer": tokenizer}
+        return call(state, i, first, size, **given, method=step_of)
+
+    grow = lambda state, ranks: call(state, ranks, cond, method="grow")  # noqa: E731
+    state = call(cond, order, images, method="begin")
+    return scan_steps(order.sizes, step, state, rooms=order.rooms, grow=grow).tokens
+
+
+def along(
+    generator: nn.Module, params: Params, batch: Batch, order: Callable, tokens: Any, readout: Callable, *,
+    guided: bool = True, tokenizer: nn.Module | None = None, frozen: Params | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Readouts [B n ...] of the cached steps along given tokens [b n k]: conditional rows first, then those without.
+
+    Args:
+      readout: bound generator, hidden rows -> their readouts.
+    """
+    rows = np.asarray(
+        _stepper(generator, order, readout, guided, tokenizer)(params, frozen, batch, jnp.asarray(tokens))
+    )
+    return by_way(rows) if guided else rows
+
+
+@functools.cache
+def _stepper(generator, order_of, readout, guided, tokenizer):
+    order = order_of(generator.spec)
+
+    @jax.jit
+    def run(params, frozen, batch, tokens):
+        laid_out, params = generator.unrolled(params)
+        frozen = tokenizer and functools.partial(tokenizer.apply, {"params": frozen})
+        call = functools.partial(laid_out.apply, {"params": params})
+        cond = guided_rows(laid_out, params, batch, guided)
+        state = call(cond, order, len(tokens), method="begin").replace(tokens=tokens)
+
+        def row(self, state, first, size):
+            h, cache = self.rows(state, first, size, cond, order, frozen)
+            return readout(self, h), state.replace(cache=cache)
+
+        if set(order.sizes) == {1}:
+            state = call(state, order.n, cond, method="grow")
+
+            def one(state, rank):
+                out, state = call(state, rank, 1, method=row)
+                return state, out[:, 0]
+
+            return jnp.moveaxis(jax.lax.scan(one, state, jnp.arange(order.n))[1], 0, 1)
+        parts, first = [], 0
+        for size in order.sizes:
+            state = call(state, first + size, cond, method="grow")
+            out, state = call(state, first, size, method=row)
+            parts.append(out)
+            first += size
+        return jnp.concatenate(parts, axis=1)
+
+    return run
+
+
+def logits(generator: nn.Module, h: Any) -> Any:
+    """Of hidden rows; of a bound generator."""
+    return generator.head(h)
+
+
+def by_way(x):
+    """Guided rows as neighbours to conditional ones first."""
+    return np.concatenate([x[0::2], x[1::2]])
