@@ -18,10 +18,12 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ar_jax.convert.names import to_params
-from ar_jax.decode.guidance import interval, linear
-from ar_jax.decode.guidance import ramp as rising
-from ar_jax.decode.sequential import Knobs, sample
-from ar_jax.decode.settings import Sampling, arrange, make_knobs
+from ar_jax.decode.guidance import Interval, Linear, Ramp
+from ar_jax.decode.logits import Filter
+from ar_jax.decode.sampling import Sampling
+from ar_jax.decode.sequential import Sequential, Task
+from ar_jax.decode.temperature import Constant, KnownScales
+from ar_jax.generators.base import Knobs, Setting, Step
 from ar_jax.nets.conditioning import Cond, paired
 from ar_jax.orders import Order, scan_steps
 from ar_jax.typing import Batch, Params
@@ -203,10 +205,8 @@ def constant_knobs(guidance: Any, temperature: float = 1.0) -> Knobs:
 
 def weights_of(rule: str, scale: float, order: Order, last: int = -1) -> np.ndarray:
     """Guidance of every step of an order: "linear" (MAR), "ramp" (VAR), or "constant" up to the step `last`."""
-    steps = len(order.sizes)
-    if rule == "linear":
-        return linear(scale, order.sizes)
-    return rising(scale, steps) if rule == "ramp" else interval(scale, steps, last)
+    rules = {"linear": Linear(scale), "ramp": Ramp(scale), "constant": Interval(scale, last)}
+    return rules[rule](order, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,13 +224,16 @@ def by_settings(
     generator: nn.Module, tokenizer: nn.Module, order: Callable, *, guidance: float, ramp: bool = True, reach: int = 0,
     temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, scales: tuple = (), largest: int = 0,
 ) -> Drawn:  # fmt: skip
-    settings = Sampling(
-        guidance=guidance, guidance_rule="ramp" if ramp else "interval", guidance_reach=reach, temperature=temperature,
-        top_k=top_k, top_p=top_p, scales=scales, largest=largest,
-    )  # fmt: skip
-    generator, tokenizer = arrange(settings, generator, tokenizer)
+    sampling = Sampling(
+        Ramp(guidance, reach, largest) if ramp else Interval(guidance),
+        KnownScales(temperature, largest) if largest else Constant(temperature),
+        Filter(top_k, top_p),
+        fields=(("tokenizer.scales", scales),) if scales else (),
+    )
+    generator, tokenizer, order = sampling.adapted(generator, tokenizer, order)
     order = order(generator.spec)
-    return Drawn(generator, tokenizer, order, *make_knobs(settings, order, generator.spec.scales))
+    knobs = sampling.knobs(order, generator.spec)
+    return Drawn(generator, tokenizer, order, knobs, bool((knobs.guidance != 1).any()))
 
 
 def guided_rows(generator: nn.Module, params: Params, batch: Batch, guided: bool = True) -> Cond:
@@ -257,29 +260,32 @@ def _sampler(generator, order, guided, tokenizer):
         laid_out, params = generator.unrolled(params)
         call = tokenizer and functools.partial(tokenizer.apply, {"params": frozen})
         order_of = order(generator.spec)
-        return sample(laid_out, params, batch, order_of, tokenizer=call, knobs=knobs, keys=keys, guided=guided)
+        return Sequential()(Task(laid_out, params, batch, order_of, knobs, keys, guided, call))[0]
 
     return run
 
 
-def step_of(module: nn.Module, state: Any, i: Any, first: Any, size: int, **given: Any) -> Any:
-    """One step of a bound generator: cond, order, knobs, keys, tokenizer."""
-    return module.step(state, i, first, size, **given)
+def step_of(module: nn.Module, state: Any, i: Any, first: Any, keys: Any, setting: Setting) -> Any:
+    """One step of a bound generator."""
+    return module.step(state, Step(i, first, keys), setting)
 
 
 def from_noise(
     generator: nn.Module, params: Params, cond: Cond, order: Order, knobs: Knobs, images: int, tokenizer: Any = None
 ):
     """Tokens in rank order of the library's steps, with `Given` noise."""  # fmt: skip
-    call, n = functools.partial(generator.apply, {"params": params}), order.n
+    call, n, setting = (
+        functools.partial(generator.apply, {"params": params}),
+        order.n,
+        Setting(cond, order, knobs, tokenizer),
+    )
 
     def step(state, i, first, size):
         keys = numbered(images, jnp.minimum(first + jnp.arange(size), n - 1))
-        given = {"cond": cond, "order": order, "knobs": knobs, "keys": keys, "tokenizer": tokenizer}
-        return call(state, i, first, size, **given, method=step_of)
+        return call(state, i, first, keys, setting, method=step_of)
 
-    grow = lambda state, ranks: call(state, ranks, cond, method="grow")  # noqa: E731
-    state = call(cond, order, images, method="begin")
+    grow = lambda state, ranks: call(state, ranks, setting, method="grow")  # noqa: E731
+    state = call(setting, images, method="begin")
     return scan_steps(order.sizes, step, state, rooms=order.rooms, grow=grow).tokens
 
 
@@ -308,14 +314,15 @@ def _stepper(generator, order_of, readout, guided, tokenizer):
         frozen = tokenizer and functools.partial(tokenizer.apply, {"params": frozen})
         call = functools.partial(laid_out.apply, {"params": params})
         cond = guided_rows(laid_out, params, batch, guided)
-        state = call(cond, order, len(tokens), method="begin").replace(tokens=tokens)
+        setting = Setting(cond, order, constant_knobs(np.ones(len(order.sizes))), frozen)
+        state = call(setting, len(tokens), method="begin").replace(tokens=tokens)
 
         def row(self, state, first, size):
-            h, cache = self.rows(state, first, size, cond, order, frozen)
+            h, cache = self.rows(state, first, size, setting)
             return readout(self, h), state.replace(cache=cache)
 
         if set(order.sizes) == {1}:
-            state = call(state, order.n, cond, method="grow")
+            state = call(state, order.n, setting, method="grow")
 
             def one(state, rank):
                 out, state = call(state, rank, 1, method=row)
@@ -324,7 +331,7 @@ def _stepper(generator, order_of, readout, guided, tokenizer):
             return jnp.moveaxis(jax.lax.scan(one, state, jnp.arange(order.n))[1], 0, 1)
         parts, first = [], 0
         for size in order.sizes:
-            state = call(state, first + size, cond, method="grow")
+            state = call(state, first + size, setting, method="grow")
             out, state = call(state, first, size, method=row)
             parts.append(out)
             first += size

@@ -27,7 +27,7 @@ from ar_jax.generators.causal import Causal
 from ar_jax.generators.inputs import NextLatent
 from ar_jax.heads.integrate import annealed, integrate, schedule
 from ar_jax.heads.joint_flow import JointFlow
-from ar_jax.nets.attention import visible
+from ar_jax.nets.attention import Rows, visible
 from ar_jax.nets.conditioning import Label, widen
 from ar_jax.nets.gated import EPS, EncoderDecoder
 from ar_jax.nets.positions import stretched
@@ -109,7 +109,7 @@ def trained(folder, generator, params, tokenizer):
             x, coords = self.inputs(tokens, cond, order, frozen, 0, order.n)
             net = self.backbone
             x = net.input_norm(x + net.tables[0])
-            return net.encoder(x, order.step, stretched(coords, spec.scales, net.span), mod=cond.mod)[0]
+            return net.encoder(x, Rows(order.step, stretched(coords, spec.scales, net.span)), mod=cond.mod)[0]
 
         def velocity(self):
             return self.head.net(x, at[:, None], cond, np.zeros(len(places), np.int32), places)

@@ -9,6 +9,7 @@ from parity.common import by_settings, by_way, fixed, guided_rows, loaded, step_
 from parity.var import batch_of, build, drawn, looks, residual_pyramid, stepped, teacher_forced
 
 from ar_jax.convert import next_scale, var
+from ar_jax.generators.base import Setting
 from ar_jax.generators.hmar import Hmar
 from ar_jax.nets.attention import visible
 from ar_jax.orders import scales as by_scale
@@ -84,7 +85,8 @@ def watched(drawing, params, labels, call):
     def run(params):
         apply, scales, masks = functools.partial(net.apply, {"params": params}), [], []
         cond = guided_rows(net, params, batch_of(labels))
-        state = apply(cond, order, len(labels), method="begin")
+        setting = Setting(cond, order, knobs, call)
+        state = apply(setting, len(labels), method="begin")
         keys = jax.random.split(jax.random.key(0), (len(labels), order.n))
 
         def rows(module, tokens, masked, _, *rest):
@@ -93,9 +95,8 @@ def watched(drawing, params, labels, call):
             return h[::2]
 
         def step(module, state, i, first, size):
-            scales.append(module.head(module.rows(state, first, size, cond, order, call)[0]))
-            given = {"cond": cond, "order": order, "knobs": knobs, "tokenizer": call}
-            return step_of(module, state, i, first, size, keys=keys[:, first : first + size], **given), (scales, masks)
+            scales.append(module.head(module.rows(state, first, size, setting)[0]))
+            return step_of(module, state, i, first, keys[:, first : first + size], setting), (scales, masks)
 
         Hmar.masked_rows, first = rows, 0
         try:

@@ -13,6 +13,7 @@ from ar_jax.convert.names import to_weights
 from ar_jax.generators.block_flow import BlockFlow
 from ar_jax.heads.flow import uniform
 from ar_jax.heads.integrate import annealed, schedule
+from ar_jax.nets.attention import Rows
 from ar_jax.nets.conditioning import Label, widen
 from ar_jax.orders import Cells, to_ranks, to_slots
 from ar_jax.tokens import TokenSpec, grid
@@ -62,7 +63,11 @@ def trained(folder, generator, params, order):
             net, coords = self.backbone, jnp.asarray(spec.coords)[order.slot]
             x = net.input_norm(self.input(noisy) + net.tables[0][order.slot])
             mod = cond.mod.replace(vector=vector, sizes=order.sizes)
-            return vector, net.encoder(x, order.step, coords, mod=mod)[0], self.velocity(noisy, t, cond, order, 0)[0]
+            return (
+                vector,
+                net.encoder(x, Rows(order.step, coords), mod=mod)[0],
+                self.velocity(noisy, t, cond, order, 0)[0],
+            )
 
         loss, grads = jax.value_and_grad(objective)(params)
         vector, encoded, velocity = generator.apply({"params": params}, method=inside)
