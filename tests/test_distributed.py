@@ -253,7 +253,7 @@ def test_a_failure_of_one_process_ends_the_other(place, tmp_path):
 
 def test_a_folder_that_is_not_shared_is_refused(tmp_path):
     code = (
-        "import sys, pathlib, jax, tyro; from ar_jax import distributed\n"
+        "import sys, pathlib, jax, tyro; from ar_jax.machine import distributed\n"
         "with distributed.command('test'):\n"
         "    distributed.join(tyro.cli(distributed.Launch, args=[a.replace('launch.', '') for a in sys.argv[2:]]))\n"
         "    distributed.check_shared(pathlib.Path(sys.argv[1]) / str(jax.process_index()), patience=0.5)\n"
