@@ -32,6 +32,7 @@ from tqdm import tqdm
 from ar_jax.data.images import read_image
 from ar_jax.files.images import save_png, tile
 from ar_jax.files.models import image_shape, write_json
+from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
 from ar_jax.machine.distributed import Launch
@@ -71,8 +72,8 @@ class Options(Sampler):
 def main(arguments: list[str]) -> None:
     if not arguments:
         raise SystemExit(__doc__)
-    options = tyro.cli(Options, args=arguments, prog="sample.py", description=__doc__)
     with distributed.command("sample.py"):
+        options = tyro.cli(Options, args=taken(arguments), prog="sample.py", description=__doc__)
         distributed.join(options.launch)
         keep_compiled()
         sample(options)

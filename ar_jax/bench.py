@@ -34,6 +34,7 @@ from ar_jax.decode.sequential import sample
 from ar_jax.decode.settings import arrange, make_knobs
 from ar_jax.files.images import to_uint8
 from ar_jax.files.models import untrained
+from ar_jax.files.trust import taken
 from ar_jax.machine.flops import model_flops, with_fields, without_remat
 from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.orders import in_steps
@@ -74,8 +75,8 @@ class Options:
 
 
 def main(arguments: list[str]) -> None:
-    options = tyro.cli(Options, args=arguments, prog="python -m ar_jax.bench", description=__doc__)
     try:
+        options = tyro.cli(Options, args=taken(arguments), prog="python -m ar_jax.bench", description=__doc__)
         experiment = load_config(options.config)
         measure = {"sample": bench_sample, "train": bench_train}[options.what]
         for name, value in measure(experiment, options).items():

@@ -14,7 +14,6 @@ from ar_jax.data import label_ids
 from ar_jax.decode.edit import Edit, free_slots
 from ar_jax.decode.sequential import sample_images
 from ar_jax.decode.settings import Sampling, arrange, make_knobs, read_settings
-from ar_jax.files import codec
 from ar_jax.files.images import to_float, to_uint8
 from ar_jax.files.models import Model, open_model
 from ar_jax.machine.flops import with_fields
@@ -140,7 +139,7 @@ class Drawer(NamedTuple):
         generator = with_fields(self.generator, dtype=dtype)
         params = self.model.params(dtype=dtype, average=options.average)
         frozen = self.tokenizer.params(average=options.average)
-        order_fn = in_steps(codec.decode(self.model.settings["order"]), options.steps)
+        order_fn = in_steps(self.model.order, options.steps)
         by_token = set(order_fn(generator.spec, jax.random.split(jax.random.key(0), 1), 1, 0).sizes) == {1}
         if by_token if options.unroll is None else options.unroll:
             generator, params = generator.unrolled(params)

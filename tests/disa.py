@@ -15,7 +15,6 @@ import numpy as np
 from agreement import flat, judge
 from tqdm import tqdm
 
-from ar_jax.files import codec
 from ar_jax.heads.integrate import annealed
 from ar_jax.machine.sharding import MeshShape, make_mesh
 from ar_jax.sampler import Sampler, condition_table, open_drawer
@@ -42,7 +41,7 @@ def main():
     mean = {round(annealed(*rule, 64).mean()) for rule in rules[1:4]}
     rules[4:4] = [("constant", count, count) for count in sorted(mean)]
     key = jax.random.split(jax.random.key(0), 1)
-    decode_steps = len(codec.decode(plain.model.settings["order"])(plain.generator.spec, key, 1, 0).sizes)
+    decode_steps = len(plain.model.order(plain.generator.spec, key, 1, 0).sizes)
     mesh, classes, seconds, right, draws, calls = (
         make_mesh(MeshShape()), len(classifier.classes_), {}, {}, {}, {}
     )  # fmt: skip

@@ -19,7 +19,6 @@ from ar_jax.data import Data, batches, open_source
 from ar_jax.decode.edit import Edit, free_slots
 from ar_jax.decode.sequential import sample_images
 from ar_jax.decode.settings import arrange, make_knobs, read_settings
-from ar_jax.files import codec
 from ar_jax.files.images import save_png, tile, to_float, to_uint8
 from ar_jax.files.models import open_model
 from ar_jax.orders import known_first
@@ -42,7 +41,7 @@ def main():
     free = np.zeros(image.shape[:3], bool)
     height, width = image.shape[1:3]
     free[:, height // 2 :, width // 4 : width - width // 4] = True
-    order_fn = codec.decode(model.settings["order"])
+    order_fn = model.order
     known = np.asarray(~free_slots(tokenizer.spec, free[:1]))[0]
 
     @jax.jit
