@@ -34,9 +34,9 @@ from flax import traverse_util
 from ar_jax.config import Experiment, GeneratorStage, load_config, parse
 from ar_jax.decode.sampling import Sampling
 from ar_jax.decode.sequential import Sequential
-from ar_jax.files import codec
 from ar_jax.files.images import to_uint8
 from ar_jax.files.models import untrained
+from ar_jax.files.trust import taken
 from ar_jax.machine.flops import model_flops, with_fields, without_remat
 from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.orders import OrderFn
@@ -73,6 +73,7 @@ class Options:
 def main(arguments: list[str]) -> None:
     prog = "python -m ar_jax.bench"
     try:
+        arguments = taken(arguments)
         if "--help" in arguments or "-h" in arguments or len(arguments) < 2:
             tyro.cli(Options, args=["--help"], prog=prog, description=__doc__)
         options, rest = tyro.cli(Options, args=arguments, prog=prog, return_unknown_args=True)
@@ -140,7 +141,7 @@ def of_run(options: Options, rest: list[str]) -> Subject:
     model, sampling = drawer.model, drawer.sampling
     return Subject(
         with_fields(model.module, dtype=jnp.dtype(options.dtype).type), drawer.tokenizer.module, model.params(),
-        drawer.tokenizer.params(), codec.decode(model.settings["order"]), sampling,
+        drawer.tokenizer.params(), model.order, sampling,
     )  # fmt: skip
 
 

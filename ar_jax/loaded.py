@@ -14,7 +14,6 @@ import numpy as np
 from ar_jax.data import Info
 from ar_jax.decode.sampling import Sampling, adjustable
 from ar_jax.decode.sequential import Account
-from ar_jax.files import codec
 from ar_jax.files.images import to_float, to_uint8
 from ar_jax.files.models import holds, open_model
 from ar_jax.machine.flops import with_fields
@@ -200,7 +199,7 @@ def load(
     params = {"tokenizer": drawer.tokenizer.params(average=average), "generator": model.params(kind, average)}
     generator = with_fields(model.module, dtype=kind)
     return Loaded(
-        drawer.tokenizer.module, generator, params, model.info, drawer.sampling, codec.decode(model.settings["order"])
+        drawer.tokenizer.module, generator, params, model.info, drawer.sampling, model.order
     )
 
 

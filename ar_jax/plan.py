@@ -28,6 +28,7 @@ import tyro
 from ar_jax.config import Experiment, Stage, load_config, parse
 from ar_jax.decode.sequential import Sequential
 from ar_jax.files.models import untrained
+from ar_jax.files.trust import taken
 from ar_jax.machine.chips import Chip, chip
 from ar_jax.machine.flops import model_flops, with_fields
 from ar_jax.machine.hlo import Program, Work
@@ -66,6 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if not arguments:
             raise SystemExit(__doc__)
+        arguments = taken(arguments)
         if "--help" in arguments or "-h" in arguments:
             tyro.cli(Options, args=["--help"], prog=prog, description=__doc__)
         options, overrides = tyro.cli(Options, args=arguments, prog=prog, return_unknown_args=True)

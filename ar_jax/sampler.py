@@ -18,7 +18,6 @@ import tyro
 from ar_jax.data import Info, label_ids
 from ar_jax.decode.edit import Edit, free_slots
 from ar_jax.decode.sampling import Sampling, adjustable, read_sampling
-from ar_jax.files import codec
 from ar_jax.files.images import to_float, to_uint8
 from ar_jax.files.models import Model, open_model
 from ar_jax.machine.flops import with_fields
@@ -222,7 +221,7 @@ def open_drawer(run: str, options: Sampler) -> Drawer:
     """
     model, tokenizer = open_models(run, options)
     sampling = options.sampling or own_sampling(model, options.parts)
-    parts = model.module, tokenizer.module, codec.decode(model.settings["order"])
+    parts = model.module, tokenizer.module, model.order
     sampling = dataclasses.replace(sampling, fields=changes(sampling, parts, options.fields))
     generator, decoder, order = sampling.adapted(*parts)
     makes, takes = generator.spec, decoder.spec
@@ -294,7 +293,7 @@ def options_of(arguments: list[str], prefix: str = "") -> tuple[Sampler, list[st
     except ValueError:  # said again, in full, by `open_drawer`
         return Sampler(), arguments
     sampling = own_sampling(model, given["sampling"] or "")
-    parts = model.module, tokenizer.module, codec.decode(model.settings["order"])
+    parts = model.module, tokenizer.module, model.order
     sampler = Sampler(sampling=sampling, fields=_fields(sampling, parts))
     return sampler, _spelt_out(arguments, prefix, sampler)
 

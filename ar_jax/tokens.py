@@ -10,6 +10,8 @@ import numpy as np
 
 from ar_jax.typing import Array
 
+FARTHEST = 2**16  # levels, rows and columns are fewer
+
 Scale = int | tuple[int, int]  # p is p x p, else height and width
 
 
@@ -26,6 +28,15 @@ class TokenSpec:
     coords: np.ndarray
     codes: tuple[int, ...] = ()
     channels: int = 0
+
+    def __post_init__(self):
+        coords = self.coords
+        if coords.ndim != 2 or coords.shape[1] != 3 or coords.dtype.kind != "i":
+            raise ValueError(f"coords are {coords.dtype.name} {list(coords.shape)}; they must be int32 [n 3]")
+        if coords.size and (coords.min() < 0 or coords.max() >= FARTHEST):
+            raise ValueError(f"coords go from {coords.min()} to {coords.max()}; they must be 0 to {FARTHEST - 1}")
+        if min(self.codes, default=1) < 1:
+            raise ValueError(f"codes is {self.codes}; codebooks have at least one code")
 
     @property
     def n(self) -> int:

@@ -18,7 +18,6 @@ from scipy.ndimage import maximum_filter
 from ar_jax.data import Data, batches, open_source
 from ar_jax.decode.edit import Edit, free_slots
 from ar_jax.decode.sampling import read_sampling
-from ar_jax.files import codec
 from ar_jax.files.images import save_png, tile, to_float, to_uint8
 from ar_jax.files.models import open_model
 from ar_jax.orders import known_first
@@ -34,7 +33,7 @@ def main():
     model, coder = (open_model(arguments.run, kind) for kind in ("generator", "tokenizer"))
     sampling = read_sampling(model.settings.get("sampling", {}), model.module)
     generator, tokenizer, order_fn = sampling.adapted(
-        model.module, coder.module, codec.decode(model.settings["order"])
+        model.module, coder.module, model.order
     )
     params, frozen = model.params(), coder.params()
     data = Data(name=arguments.data, split="test", size=32)

@@ -1,7 +1,10 @@
 import dataclasses
 import importlib
 import json
+import os
 import sys
+from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -9,14 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ar_jax.config import Sampling
+from ar_jax.config import Experiment
 from ar_jax.data import Info
 from ar_jax.decode.logits import Filter
-from ar_jax.files import codec
+from ar_jax.files import codec, models, trust
+from ar_jax.generators.block_flow import BlockFlow, Until
 from ar_jax.generators.causal import Causal
+from ar_jax.heads.flow import Flow, Times, uniform
 from ar_jax.nets.conditioning import Caption, Label
+from ar_jax.nets.gated import EncoderDecoder
 from ar_jax.nets.transformer import Transformer
-from ar_jax.orders import raster
+from ar_jax.orders import Cells, Order, OrderFn, Shuffled, known_first, raster, scales
 from ar_jax.tokenizers.quantize import VectorLoss
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import TokenSpec, grid
@@ -29,8 +35,15 @@ def causal(conditioning=Label(16), layers=2, dtype=jnp.bfloat16):
     return module.complete(SPEC, Info(classes=3, captions=True, text_rows=4, text_width=6))
 
 
-def there_and_back(value):
-    return codec.decode(json.loads(json.dumps(codec.encode(value))))
+@pytest.fixture(autouse=True)
+def nobody_is_trusted(monkeypatch):
+    monkeypatch.setattr(trust, "_trusted", set())
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delenv(trust.VARIABLE, raising=False)
+
+
+def there_and_back(value, kind=Any):
+    return codec.decode(json.loads(json.dumps(codec.encode(value))), kind)
 
 
 def test_a_generator_comes_back_with_its_tokens():
@@ -60,12 +73,23 @@ def test_a_tokenizer_comes_back_with_its_nested_settings():
 
 @pytest.mark.parametrize(
     "value",
-    [None, True, 3, 2.5, "text", (), (1, ("a", None)), VectorLoss(commit=0.5), Sampling(filter=Filter(3)), raster],
+    [None, True, 3, 2.5, "text", (), (1, ("a", None)), VectorLoss(commit=0.5), Filter(top_k=3)],
 )
-def test_plain_values_dataclasses_and_functions_come_back_equal(value):
+def test_plain_values_and_dataclasses_come_back_equal(value):
     back = there_and_back(value)
     assert back == value
     assert type(back) is type(value)
+
+
+@pytest.mark.parametrize("order", [raster, scales, Shuffled(5), Cells(2)])
+def test_orders_come_back_equal(order):
+    assert there_and_back(order, OrderFn) == order
+
+
+@pytest.mark.parametrize("grid", [uniform, Until(0.1), Times((1.0, 0.5, 0.0))])
+def test_functions_in_fields_come_back(grid):
+    for module in (Flow(grid=grid), BlockFlow(EncoderDecoder(1, 16, 2), Label(16), grid=grid)):
+        assert there_and_back(module, nn.Module) == module
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
@@ -93,73 +117,400 @@ def test_the_first_difference_is_named():
     assert "type is 'ar_jax.tokenizers.vqgan:VQGAN' there" in codec.difference(codec.encode(VQGAN()), a)
 
 
-@dataclasses.dataclass(frozen=True)
-class Outside:
-    size: int = 1
-
-
-@pytest.mark.parametrize("value", [Outside(), nn.Dense(3), lambda x: x, np.linalg.norm])
-def test_what_lies_outside_the_package_is_not_written(value):
-    with pytest.raises(ValueError, match=r"lies outside ar_jax|cannot be written to JSON"):
-        codec.encode(value)
-
-
-@pytest.mark.parametrize("value", [object(), {"a": 1}, {1, 2}])
+@pytest.mark.parametrize("value", [object(), {"a": 1}, {1, 2}, np.linalg.norm])
 def test_what_has_no_form_is_not_written(value):
     with pytest.raises(ValueError, match="cannot be written to JSON"):
         codec.encode(value)
 
 
-HOSTILE = [
-    {"type": "os:system", "command": "touch hacked"},
-    {"function": "os:system"},
-    {"function": "subprocess:run"},
-    {"type": "builtins:eval"},
-    {"type": "this:that"},
-    {"type": "ar_jaxx:Model"},
-    {"type": "ar_jax"},
-    {"type": "ar_jax.files.codec:importlib.import_module"},
-    {"type": 3},
-    {},
-]
+# Whose names are looked up ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", HOSTILE)
-def test_names_outside_the_package_are_refused(value):
-    with pytest.raises(ValueError, match="only things inside ar_jax are allowed"):
-        codec.decode([{"type": "ar_jax.tokenizers.quantize:VectorLoss", "commit": value}])
+@dataclasses.dataclass(frozen=True)
+class Outside:
+    size: int = 1
+    places: tuple[int, ...] = (-1,)
 
 
-def test_a_refused_module_is_not_even_imported():
-    sys.modules.pop("this", None)
-    with pytest.raises(ValueError, match="'this:that'; only things inside ar_jax"):
-        codec.decode({"type": "this:that"})
-    assert "this" not in sys.modules
+def diagonal(spec: TokenSpec, keys: Any = None, images: int = 1, train_step: Any = 0) -> Order:
+    return raster(spec)
+
+
+def unsaid(spec, keys, images, train_step):
+    return raster(spec)
+
+
+HERE = Outside.__module__
+
+
+def made(name, module, **fields):
+    """A value of a dataclass that says to lie in a module."""
+    kind = dataclasses.make_dataclass(name, list(fields))
+    kind.__module__ = module
+    return kind(**fields)
+
+
+def test_names_from_outside_are_written_and_this_process_trusts_what_it_wrote():
+    written = codec.encode([Outside(2, (-5,)), diagonal])
+    assert written == [{"type": f"{HERE}:Outside", "size": 2, "places": [-5]}, {"function": f"{HERE}:diagonal"}]
+    assert codec.decode(written[0], Outside) == Outside(2, (-5,))
+    assert codec.decode(written[1], OrderFn) is diagonal
+    assert codec.files(written) == {HERE: os.path.realpath(__file__)}
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("make", "message"),
     [
-        ({"type": "ar_jax.files.codec:importlib"}, "which is no dataclass"),
-        ({"function": "ar_jax.files.codec:json"}, "which this version of ar_jax does not have"),
-        ({"type": "ar_jax.files.models:os"}, "which is no dataclass"),
-        ({"function": "ar_jax.files.models:os"}, "which is no function"),
-        ({"type": "ar_jax.data.base:Unreadable"}, "which is no dataclass"),
-        ({"function": "ar_jax.tokenizers.vqgan:VQGAN"}, "which is no function"),
-        ({"type": "ar_jax.orders:raster"}, "which is no dataclass"),
-        ({"type": "ar_jax.no_such_file:Thing"}, "which this version of ar_jax does not have"),
-        ({"type": "ar_jax.orders:Spiral"}, "which this version of ar_jax does not have"),
-        ({"type": "ar_jax.config:Sampling", "guidnce": 1.0}, "Sampling: .*guidnce"),
+        (lambda: lambda x: x, "<lambda> cannot be found again by its name"),
+        (lambda: nn.Dense(3), "init cannot be found again by its name"),  # a function made by another one
+        (lambda: type("Gone", (Outside,), {})(), "Gone cannot be found again by its name"),
+        (
+            lambda: made("A", "__main__"),
+            "A lies in the script that runs; put it into",
+        ),
+        (lambda: made("A", "mine"), r"A lies in mine\.py, which is a config"),
+        (lambda: made("A", HERE, type=1), "has a field named type"),
     ],
 )
-def test_names_inside_the_package_must_be_of_the_right_kind(value, message):
+def test_what_could_not_be_found_again_is_not_written(make, message):
     with pytest.raises(ValueError, match=message):
-        codec.decode(value)
+        codec.encode(make())
 
 
-@pytest.mark.parametrize("value", [{"function": "ar_jax.typing:beartype"}])
-def test_names_that_a_module_of_ours_merely_imports_are_refused(value):
-    module, _, name = next(iter(value.values())).partition(":")
-    assert hasattr(importlib.import_module(module), name), "take another example"
-    with pytest.raises(ValueError, match=r"which is no (function|dataclass) of it"):
-        codec.decode(value)
+HOSTILE = [
+    ({"type": "os:system", "command": "touch hacked"}, "'os:system' lies outside ar_jax"),
+    ({"function": "os:system"}, "'os:system' lies outside ar_jax"),
+    ({"function": "subprocess:run"}, "'subprocess:run' lies outside ar_jax"),
+    ({"type": "builtins:eval"}, "'builtins:eval' lies outside ar_jax"),
+    ({"type": "this:that"}, "'this:that' lies outside ar_jax"),
+    ({"type": "ar_jaxx:Model"}, "'ar_jaxx:Model' lies outside ar_jax"),
+    ({"type": "ar_jax"}, "no name of a class or function"),
+    ({"type": "ar_jax.files.codec:importlib.import_module"}, "no name of a class or function"),
+    ({"type": "ar_jax.tokens:TokenSpec.zeros"}, "no name of a class or function"),
+    ({"type": "..os:system"}, "no name of a class or function"),
+    ({"type": 3}, "is named 3"),
+    ({"function": ["os:system"]}, "is named .'os:system'"),
+    ({}, "it must be a finite number"),
+    ({"type": "ar_jax.files.codec:importlib"}, "no part of a model"),
+    ({"type": "ar_jax.files.models:Model"}, "no part of a model"),
+    ({"function": "ar_jax.train.checkpoint:_set_aside"}, "no part of a model"),
+    ({"function": "ar_jax.files.models:write_json"}, "no part of a model"),
+    ({"type": "ar_jax.config:Experiment"}, "no part of a model"),
+    ({"type": "ar_jax.orders_evil:Thing"}, "no part of a model"),
+    ({"function": "ar_jax.typing:beartype"}, "no part of a model"),
+    ({"type": "ar_jax.orders:dataclasses"}, "is not defined there"),
+    ({"type": "ar_jax.nets.transformer:TokenSpec"}, "is not defined there"),
+    ({"type": "ar_jax.orders:raster"}, "which is no dataclass"),
+    ({"function": "ar_jax.tokenizers.vqgan:VQGAN"}, "which is no function"),
+    ({"type": "ar_jax.generators.no_such_file:Thing"}, "is not in this version of ar_jax"),
+    ({"type": "ar_jax.orders:Spiral"}, "does not exist in this version of ar_jax"),
+    ({"type": "ar_jax.decode.logits:Filter", "top_q": 1.0}, "has 'top_q', which is no field of Filter; it has top_k"),
+    ({"type": "ar_jax.nets.transformer:Transformer"}, r"value\.commit\.layers is missing"),
+    ({"function": "ar_jax.orders:raster"}, "it must be a finite number"),  # no function is expected there
+    ({"type": "\x1b[2J" + "x" * 10**6 + ":y"}, r"'\\x1b\[2Jx+\.\.\.x+:y' is no name"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), HOSTILE)
+def test_names_that_a_file_has_no_right_to_are_refused(value, message):
+    with pytest.raises(ValueError, match=r"^value\[0\]\.commit"):
+        codec.decode([{"type": "ar_jax.tokenizers.quantize:VectorLoss", "commit": value}], Any)
+    with pytest.raises(
+        ValueError, match=r"^value\.commit: |^value\.commit"
+    ) as caught:  # and so where anything may stand
+        codec.decode(value, Any, "value.commit")
+    assert caught.match(message)
+    assert len(str(caught.value)) < 500
+
+
+def test_nothing_is_imported_that_is_not_trusted(tmp_path, monkeypatch):
+    package = tmp_path / "strange_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("import pathlib; pathlib.Path(__file__).with_name('ran').touch()")
+    (package / "net.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(trust.Untrusted, match="runs the code of strange_package"):
+        codec.decode({"type": "strange_package.net:Net"}, nn.Module)
+    assert not (package / "ran").exists()
+    assert "strange_package" not in sys.modules
+
+
+METHOD = """
+import dataclasses
+import os
+from os.path import join
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    size: int = 1
+    class Inner: pass
+
+def whole(spec, *rest) -> "Order": ...
+"""
+
+
+@pytest.fixture
+def method(tmp_path, monkeypatch):
+    """A file with a method, that no path leads to yet, and one beside it whose name begins alike."""
+    for name in ("my_method", "my_method_evil"):
+        (tmp_path / f"{name}.py").write_text(METHOD)
+    yield tmp_path / "my_method.py"
+    for name in ("my_method", "my_method_evil"):
+        sys.modules.pop(name, None)
+
+
+def test_what_to_give_is_said_word_for_word_and_works(method, monkeypatch):
+    value = {"type": "my_method:Part", "size": 3}
+    asked = (
+        "value: 'my_method:Part' lies outside ar_jax, and to open this model runs the code of my_method. If you trust that "
+        "code, give --trust {0} or set AR_JAX_TRUST={0}"
+    )
+    with pytest.raises(trust.Untrusted) as caught:
+        codec.decode(value, Any)
+    assert str(caught.value) == asked.format("my_method")
+    for hint in ("/no/such/my_method.py", str(method.with_name("my_method_evil.py")), 3, f"{method}\n", "\0"):
+        with pytest.raises(trust.Untrusted) as caught:
+            codec.decode(value, Any, hints={"my_method": hint})
+        assert str(caught.value) == asked.format("my_method")
+    with pytest.raises(trust.Untrusted) as caught:
+        codec.decode(value, Any, hints={"my_method": str(method)})
+    assert str(caught.value) == asked.format(method)
+    assert trust.taken(["a", "--trust", "my_method", "b"]) == ["a", "b"]
+    with pytest.raises(ValueError, match=r"it cannot be found here; give its path, --trust PATH/my_method\.py"):
+        codec.decode(value, Any)
+    assert trust.taken(["a", f"--trust={method}", "b"]) == ["a", "b"]
+    assert codec.decode(value, Any).size == 3
+
+
+def test_the_environment_may_say_it_too(method, monkeypatch):
+    monkeypatch.setenv(trust.VARIABLE, f"other,{method}")
+    assert codec.decode({"type": "my_method:Part"}, Any).size == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_method_evil:Part", "'my_method_evil:Part' lies outside ar_jax"),
+        ("my_method:os", "is not defined there"),
+        ("my_method:join", "is not defined there"),
+        ("my_method:os.system", "no name of a class or function"),
+        ("my_method:Part.Inner", "no name of a class or function"),
+        ("my_method.os:system", r"needs the module my_method\.os, but"),
+        ("my_method:Gone", "does not exist there"),
+        ("my_method:whole", "which is no dataclass"),
+    ],
+)
+def test_trust_in_a_module_is_trust_in_what_it_defines(method, name, message):
+    trust.trust(str(method))
+    with pytest.raises(ValueError, match=message):
+        codec.decode({"type": name}, Any)
+
+
+def test_trust_needs_a_name(tmp_path):
+    for arguments in (["--trust"], ["--trust", "--seed"], ["--trust="]):
+        with pytest.raises(ValueError, match="--trust needs a name"):
+            trust.taken(arguments)
+    with pytest.raises(ValueError, match="there is no such file, and no package"):
+        trust.trust(str(tmp_path / "gone.py"))
+    with pytest.raises(ValueError, match=r"--trust 'my-package' is no module"):
+        trust.trust("my-package")
+
+
+def test_code_that_fails_when_imported_is_named(method):
+    method.write_text("1 / 0")
+    trust.trust(str(method))
+    with pytest.raises(ValueError, match="needs the module my_method, but ZeroDivisionError: division by zero"):
+        codec.decode({"type": "my_method:Part"}, Any)
+
+
+def test_moved_names_are_found(monkeypatch):
+    monkeypatch.setitem(codec.MOVED, "ar_jax.old:Losses", "ar_jax.tokenizers.quantize:VectorLoss")
+    assert codec.decode({"type": "ar_jax.old:Losses", "commit": 0.5}, Any) == VectorLoss(commit=0.5)
+    for name in codec.MOVED.values():
+        module, _, attribute = name.partition(":")
+        assert hasattr(importlib.import_module(module), attribute)
+
+
+# What may stand where --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"function": "ar_jax.orders:known_first"},  # four arguments, an order comes back, but it is made of another one
+        {"function": "ar_jax.orders:grouped"},
+        {"function": "ar_jax.orders:to_ranks"},
+        {"function": "ar_jax.heads.flow:uniform"},
+        {"type": "ar_jax.generators.block_flow:Until"},
+        {"type": "ar_jax.tokenizers.vqgan:VQGAN"},
+        {"function": f"{HERE}:unsaid"},
+        {"type": f"{HERE}:Outside"},
+        "ar_jax.orders:raster",
+        None,
+    ],
+)
+def test_an_order_is_what_is_annotated_as_one(value):
+    assert known_first.__module__ == "ar_jax.orders"
+    trust.trust(HERE)
+    with pytest.raises(
+        ValueError, match=r"it must be Callable\[\[ar_jax\.tokens\.TokenSpec, .*ar_jax\.orders\.Order\]$"
+    ):
+        codec.decode(value, OrderFn)
+
+
+@dataclasses.dataclass(frozen=True)
+class Many:
+    number: float = 0.0
+    choice: Literal["a", 1] = "a"
+    pair: tuple[int, str] | None = None
+    rule: Callable[[int], np.ndarray] = uniform
+    anything: Callable | None = None
+    array: np.ndarray | None = None
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("number", "1", "it must be a finite number"),
+        ("number", True, "it must be a finite number"),
+        ("choice", "b", "it must be one of 'a', 1"),
+        ("choice", True, "it must be one of 'a', 1"),
+        ("pair", [1], "it must be tuple.int, str. or null"),
+        ("pair", [1, 2], r"\[1\] is 2; it must be text"),
+        ("rule", {"function": "ar_jax.orders:raster"}, r"it must be Callable\[\[int\]"),
+        ("anything", {"function": "ar_jax.orders:raster"}, "it must be"),  # nothing says that it is of use there
+        ("array", {"array": [[1], [2, 3]], "dtype": "int32"}, "no array of numbers"),
+        ("array", {"array": ["1"], "dtype": "int32"}, "no array of numbers"),
+        ("array", {"array": "1" * 1000, "dtype": "int32"}, "no array of numbers"),
+        ("array", {"array": [300], "dtype": "int8"}, "numbers that int8 cannot hold"),
+        ("array", {"array": [1.5], "dtype": "int32"}, "numbers that int32 cannot hold"),
+        ("array", {"array": [2**70], "dtype": "int32"}, "no array of numbers"),
+        ("array", {"array": [1], "dtype": "U1000000000"}, "dtype is 'U1000000000'; it must be one of"),
+        ("array", {"array": [1], "dtype": ["O"]}, r"dtype is \['O'\]; it must be one of"),
+        ("array", {"dtype": "float32"}, "it must be ndarray or null"),
+    ],
+)
+def test_fields_are_held_to_their_annotations(field, value, message):
+    trust.trust(HERE)
+    with pytest.raises(ValueError, match=rf"^value\.{field}.*{message}"):
+        codec.decode({"type": f"{HERE}:Many", field: value}, Many)
+
+
+def test_what_fits_the_annotations_comes_back():
+    value = Many(1, 1, (2, "b"), Until(), diagonal, np.float32([0.5]))
+    back = there_and_back(value, Many)
+    np.testing.assert_array_equal(back.array, value.array)
+    assert dataclasses.replace(back, array=None) == dataclasses.replace(value, array=None)
+
+
+# model.json ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    settings = {"tokenizer": "../tokenizer", "order": codec.encode(raster), "sampling": {}, "data": {"size": 32}}
+    models.describe(tmp_path, "generator", causal(), Info(classes=3), settings)
+    return tmp_path
+
+
+WRONG = {
+    "module.backbone.layers": ("2", 2.0, [2], 10**9, 0, -1, float("nan"), None, True, {"dtype": "int32"}),
+    "module.backbone.width": ("16", -16, 0),
+    "module.backbone.remat": ("some", 1),
+    "module.backbone.dtype": ({"dtype": "object"}, {"dtype": 3}),
+    "module.backbone": (None, 3, {"type": "ar_jax.heads.categorical:Categorical"}, {"type": "ar_jax.orders:Cells"}),
+    "module.head": ({"type": "ar_jax.orders:Cells"}, {"function": "ar_jax.orders:raster"}),
+    "module.dropout": ("0.1", float("inf"), float("nan")),
+    "module.spec.codes": (11, ["11"], [-1], [10**9]),
+    "module.spec.coords": ([[0, 0, 0]], {"array": [0, 0, 0], "dtype": "int32"}, {"array": [[0, 0, 2**24]], "dtype": "int32"}),
+    "module.conditioning.classes": (10**9, -3, "3"),
+    "module": (None, [], {"type": "ar_jax.tokenizers.vqgan:VQGAN"}, {"type": "ar_jax.orders:Cells"}),
+    "info.classes": ("3", 10**9, -1, 2.5),
+    "info.class_names": ("abc", [1, 2, 3], ["a"]),
+    "info.surplus": (1,),
+    "info": (None, []),
+    "settings.order": ({"function": "ar_jax.train.checkpoint:_set_aside"}, {"type": "ar_jax.orders:Shuffled", "steps": "8"}, []),
+    "settings.tokenizer": (3, ["a"]),
+    "settings.sampling": ([], "x"),
+    "settings.data.size": ("32", 0, -1, 10**9),
+    "settings.data.surplus": (1,),
+    "settings": (None, []),
+    "kind": ("tokeniser", None, []),
+    "format": (2, None, "1"),
+    "code": ([],),
+}  # fmt: skip
+
+
+def changed(folder, name, value):
+    content = json.loads((folder / "model.json").read_text())
+    *inside, last = name.split(".")
+    place = content
+    for part in inside:
+        place = place[part]
+    place[last] = value
+    (folder / "model.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_fields_of_wrong_kinds_are_one_sentence_that_names_file_and_field(folder, name):
+    whole = (folder / "model.json").read_text()
+    for value in WRONG[name]:
+        (folder / "model.json").write_text(whole)
+        changed(folder, name, value)
+        with pytest.raises(ValueError, match="no model description") as caught:
+            models.open_model(folder, "generator")
+        said = str(caught.value)
+        assert said.startswith(f"{folder / 'model.json'} is no model description: "), said
+        assert "\n" not in said
+        assert len(said) < 700
+        number = isinstance(value, float) and not np.isfinite(value)  # no JSON at all
+        owner, _, field = name.rpartition(".")
+        assert number or name in said or (owner in said and field in said), said
+
+
+def test_networks_of_senseless_sizes_are_one_sentence(folder):
+    whole = (folder / "model.json").read_text()
+    for name, value, message in (
+        ("module.backbone.heads", 7, "cannot be built"),
+        ("module.head.codes", 0, r"has a parameter head/readout/kernel of shape \(16, 0\)"),
+        ("module.spec", None, "cannot be built"),
+    ):
+        (folder / "model.json").write_text(whole)
+        changed(folder, name, value)
+        with pytest.raises(ValueError, match=rf"model\.json: the network of its module {message}") as caught:
+            models.open_model(folder, "generator").fixed()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "Expecting value"),
+        (b"[]", "not an object"),
+        (b"{", "Expecting"),
+        (b"\xff\xfe", "can't decode byte"),
+        (b"[" * 10**5 + b"]" * 10**5, "nested too deeply|not an object"),
+        (b"9" * 10**4, "Exceeds the limit|not an object"),
+        (b" " * (codec.LONGEST + 1), "more than 33554432 bytes"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_files_that_are_no_description_are_one_sentence(tmp_path, content, message):
+    (tmp_path / "model.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"model\.json is no model description: .*({message})"):
+        models.open_model(tmp_path, "generator")
+
+
+def test_a_pipe_in_the_place_of_a_file_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "model.json")
+    with pytest.raises(ValueError, match=r"holds no model\.json"):
+        models.open_model(tmp_path, "generator")
+    with pytest.raises(ValueError, match="it is no regular file"):
+        codec.read_json(tmp_path / "model.json")
+
+
+def test_what_could_not_be_opened_again_is_not_described(tmp_path):
+    with pytest.raises(ValueError, match=r"settings\.order is .*; it must be Callable"):
+        models.describe(tmp_path, "generator", causal(), Info(classes=3), {"order": codec.encode(unsaid)})
+    assert not list(tmp_path.iterdir())
+    codec.encode(Experiment())  # what says how a run came about may name more than a model folder

@@ -143,36 +143,38 @@ def read_sampling(written: Mapping[str, Any], generator: Any = None) -> Sampling
       written: from `codec.encode`, or of an earlier version.
       generator: whose settings they are.
     Raises:
-      ValueError: settings that this version does not know.
+      ValueError: settings that this version does not know, or that are none.
     """
-    if "type" in written:
-        sampling = codec.decode(dict(written))
-        if not isinstance(sampling, Sampling):
-            raise ValueError(f"sampling is {written['type']!r}, which is no Sampling")
-        return sampling
-    given = {name: _tuples(value) for name, value in written.items()}
-    weight, rule = given.pop("guidance", 1.0), given.pop("guidance_rule", "interval")
-    last, reach = given.pop("guidance_last", -1), given.pop("guidance_reach", 0)
-    largest, known = given.pop("largest", 0), given.pop("known", ())
-    rules = {
-        "interval": lambda: Interval(weight, last), "ramp": lambda: Ramp(weight, reach, largest), "linear": lambda: Linear(weight)
-    }  # fmt: skip
-    if rule not in rules:
-        raise ValueError(f"sampling.guidance_rule is {rule!r}; it must be interval, ramp or linear")
-    value = given.pop("temperature", 1.0)
-    temperature = KnownScales(value, largest, known) if largest or known else Constant(value)
-    kept = Filter(given.pop("top_k", 0), given.pop("top_p", 1.0), given.pop("banned", ()))
-    soft = given.pop("soft", False)
-    inner = "generator" if hasattr(generator, "anneal") else "generator.head"
+    if "type" not in written:
+        written = _parts(dict(written), "generator" if hasattr(generator, "anneal") else "generator.head")
+    return codec.decode(dict(written), Sampling, "settings.sampling")
+
+
+def _parts(flat, inner):
+    """Settings of versions before there were parts, as those of this one; `inner` has the denoising steps."""
+
+    def part(kind, **fields):
+        given = {field: flat.pop(name) for field, name in fields.items() if name in flat}
+        return {"type": f"{kind.__module__}:{kind.__qualname__}", **given}
+
+    rule, largest, known = flat.pop("guidance_rule", "interval"), flat.pop("largest", 0), flat.pop("known", [])
+    if rule == "ramp":
+        guidance = part(Ramp, weight="guidance", reach="guidance_reach") | {"largest": largest}
+    elif rule in ("interval", "linear"):
+        more = {"last": "guidance_last"} if rule == "interval" else {}
+        guidance = part(Interval if more else Linear, weight="guidance", **more)
+    else:
+        raise ValueError(f"settings.sampling.guidance_rule is {codec.shown(rule)}; it must be interval, ramp or linear")
+    temperature = part(KnownScales if largest or known else Constant, value="temperature")
+    temperature |= {"largest": largest, "known": known} if largest or known else {}
+    kept = part(Filter, top_k="top_k", top_p="top_p", banned="banned")
     names = {
         "scales": "tokenizer.scales", "refine": "generator.refine", "anneal": f"{inner}.anneal",
         "inner_steps": f"{inner}.steps", "last_inner_steps": f"{inner}.last_steps",
     }  # fmt: skip
-    fields = tuple((field, value) for name, field in names.items() if (value := given.pop(name, None)))
-    if given:
-        raise ValueError(f"the model's sampling settings have {sorted(given)}, which this version does not know")
-    return Sampling(rules[rule](), temperature, kept, soft=soft, fields=fields)
-
-
-def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+    fields = [[field, value] for name, field in names.items() if (value := flat.pop(name, None))]
+    value = part(Sampling, soft="soft")
+    flat.pop("guidance_last", None), flat.pop("guidance_reach", None)  # of rules that do not ask for them
+    if flat:
+        raise ValueError(f"settings.sampling has {codec.shown(sorted(flat))}, which this version does not know")
+    return value | {"guidance": guidance, "temperature": temperature, "filter": kept, "fields": fields}

@@ -1,22 +1,51 @@
-"""Modules to JSON and back, so that a checkpoint folder says what it holds without running anybody's code."""
+"""Modules to JSON and back, so that a checkpoint folder says what it holds without running anybody's code.
 
+What may stand in a place is decided by the place: by the annotation of the field, or by the type that the caller of
+`decode` expects. Names of classes and functions are looked up in those packages of `ar_jax` that hold parts of models, and
+in modules that the user trusts (`trust`).
+"""
+
+import collections.abc
 import dataclasses
-import importlib
+import functools
+import inspect
+import json
+import math
+import reprlib
+import sys
 import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-PACKAGE = "ar_jax"
+from ar_jax.files import trust
+from ar_jax.files.trust import PACKAGE
+
+HOMES = ("decode", "generators", "heads", "nets", "orders", "tokenizers", "tokens")  # of parts of models in ar_jax
+MOVED: dict[str, str] = {}  # "module:name" as earlier versions wrote it -> as it is now
+LARGEST = 2**24  # a whole number in a model's description is no larger; sizes beyond it are damage or malice
+LONGEST = 2**25  # bytes of a JSON file
+DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32",
+          "float64", "bfloat16")  # fmt: skip
+
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = 100
+shown = _shown.repr  # a stranger's value in a message: short, and on one line
 
 
 def encode(value: Any) -> Any:
     """JSON-able form of a module: nested dataclasses, functions by name, dtypes, arrays, plain values.
 
+    Names outside `ar_jax` are written too. What is encoded is part of this program already, so this process trusts its
+    modules from then on: a training goes on with its config's own methods without being told to trust them.
+
     Raises:
-      ValueError: something that has no such form, or a class or function outside this package.
+      ValueError: something that has no such form, or that could not be found again by its name.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -27,59 +56,331 @@ def encode(value: Any) -> Any:
     if isinstance(value, types.FunctionType):
         return {"function": _name(value)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hidden = ("parent", "name") if isinstance(value, nn.Module) else ()
-        fields = [field.name for field in dataclasses.fields(value) if field.init and field.name not in hidden]
+        if "type" in (fields := _fields(type(value))):
+            raise ValueError(
+                f"{type(value).__name__} has a field named type, which its JSON keeps for the class; rename it"
+            )
         return {"type": _name(type(value)), **{name: encode(getattr(value, name)) for name in fields}}
     try:
         return {"dtype": jnp.dtype(value).name}
     except TypeError:
-        raise ValueError(f"{value!r} cannot be written to JSON") from None
-
-
-def decode(value: Any) -> Any:
-    """The inverse of `encode`; lists become tuples. Only names inside this package are looked up.
-
-    Raises:
-      ValueError: an unknown name or field.
-    """
-    if isinstance(value, list):
-        return tuple(decode(item) for item in value)
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {"array", "dtype"}:
-        return np.array(value["array"], value["dtype"])
-    if value.keys() == {"dtype"}:
-        return jnp.dtype(value["dtype"]).type
-    if value.keys() == {"function"}:
-        return _find(value["function"], types.FunctionType)
-    kind = _find(value.get("type", ""), type)
-    try:
-        return kind(**{name: decode(field) for name, field in value.items() if name != "type"})
-    except TypeError as error:
-        raise ValueError(f"{value['type']}: {error}") from None
+        raise ValueError(f"{value!r} cannot be written to JSON; functions and dataclasses can") from None
 
 
 def _name(thing):
-    name = f"{thing.__module__}:{thing.__qualname__}"
-    if thing.__module__.split(".")[0] != PACKAGE:
-        raise ValueError(f"{name} lies outside {PACKAGE}; a checkpoint can only name what the package holds")
+    name, module = f"{thing.__module__}:{thing.__qualname__}", sys.modules.get(thing.__module__)
+    if thing.__module__ == "__main__" or module is None:
+        where = "the script that runs" if module else f"{thing.__module__}.py, which is a config"
+        raise ValueError(
+            f"{thing.__qualname__} lies in {where}; put it into a file beside that one and import it, so that a model "
+            "folder can name it"
+        )
+    if getattr(module, thing.__qualname__, None) is not thing:
+        raise ValueError(f"{name} cannot be found again by its name; give a class or function at the top of a module")
+    if not _ours(thing.__module__):
+        trust.trust(thing.__module__)
     return name
 
 
-def _find(name, kind):
-    module, _, attribute = str(name).partition(":")
-    if module.split(".")[0] != PACKAGE or not attribute.isidentifier():
-        raise ValueError(f"a checkpoint names {name!r}; only things inside {PACKAGE} are allowed")
-    try:
-        thing = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError):
-        raise ValueError(f"a checkpoint names {name!r}, which this version of {PACKAGE} does not have") from None
-    ours = getattr(thing, "__module__", "").split(".")[0] == PACKAGE  # not merely imported by a module of ours
-    if not ours or not isinstance(thing, kind) or (kind is type and not dataclasses.is_dataclass(thing)):
+def files(encoded: Any) -> dict[str, str]:
+    """Files (of packages, folders) of the top-level modules outside `ar_jax` that an encoded value names."""
+    if isinstance(encoded, list):
+        return {name: file for item in encoded for name, file in files(item).items()}
+    if not isinstance(encoded, dict):
+        return {}
+    found = files(list(encoded.values()))
+    package = str(encoded.get("type") or encoded.get("function") or PACKAGE).partition(":")[0].split(".")[0]
+    file = None if package == PACKAGE else getattr(sys.modules.get(package), "__file__", None)
+    if file:
+        path = Path(file).resolve()
+        found[package] = str(path.parent if path.name == "__init__.py" else path)
+    return found
+
+
+def decode(value: Any, kind: Any, where: str = "value", hints: collections.abc.Mapping[str, str] | None = None) -> Any:
+    """The inverse of `encode`; lists become tuples.
+
+    Args:
+      value: from JSON, perhaps a stranger's.
+      kind: the type that is expected, as a field is annotated: a class, of which the value must be (a subclass counts, and
+        any module from outside where a module is expected); `Callable[[A, ...], R]`, a function or dataclass annotated
+        so; numbers, text, tuples, arrays, unions; `Any`, everything but functions. Fields of dataclasses are held to
+        their annotations in turn; a plain `Callable` means a callable like the field's default.
+      where: what the value is, for messages.
+      hints: see `files`; told to the user where a module is not trusted.
+    Raises:
+      ValueError: a name that does not exist or may not stand there, an unknown or missing field, or a value of another
+        kind; with where it stands. `trust.Untrusted` for names of modules that are not trusted.
+    """
+    return _decode(value, kind, where, hints or {}, -LARGEST)
+
+
+def _decode(value, kind, where, hints, least):
+    options = _options(kind)
+    if isinstance(value, dict):
+        return _thing(value, kind, options, where, hints)
+    for option in options:
+        if isinstance(value, list | tuple) and (each := _items(option, len(value))) is not None:
+            pairs = enumerate(zip(value, each))
+            return tuple(_decode(item, inner, f"{where}[{i}]", hints, least) for i, (item, inner) in pairs)
+        if not isinstance(value, list | tuple) and _plain(value, option, least):
+            return value
+    raise ValueError(f"{where} is {shown(value)}; it must be {_words(kind, least)}")
+
+
+def _thing(value, kind, options, where, hints):
+    """What a JSON object stands for: an array, a dtype, a function, or a dataclass with its fields."""
+    if value.keys() == {"array", "dtype"}:
+        if not {np.ndarray, Any} & set(options):
+            raise ValueError(f"{where} is an array; it must be {_words(kind)}")
+        return _array(value, where)
+    if value.keys() == {"dtype"}:
+        if Any not in options or value["dtype"] not in DTYPES:
+            raise ValueError(f"{where} is {shown(value)}; it must be {_words(kind)}")
+        return jnp.dtype(value["dtype"]).type
+    if value.keys() == {"function"}:
+        found = _find(value["function"], where, hints)
+        if not isinstance(found, types.FunctionType):
+            raise ValueError(f"{where} is {shown(value['function'])}, which is no function")
+        if not any(_called_like(found, option) for option in options):
+            raise ValueError(f"{where} is {shown(value['function'])}; it must be {_words(kind)}")
+        return found
+    if "type" not in value:
+        raise ValueError(f"{where} is {shown(value)}; it must be {_words(kind)}")
+    found = _find(value["type"], where, hints)
+    if not isinstance(found, type) or not dataclasses.is_dataclass(found):
+        raise ValueError(f"{where} is {shown(value['type'])}, which is no dataclass")
+    if not any(_is_a(found, option) for option in options):
+        raise ValueError(f"{where} is {shown(value['type'])}; it must be {_words(kind)}")
+    return build(found, {name: field for name, field in value.items() if name != "type"}, where, hints)
+
+
+def build(kind: type, values: Any, where: str, hints: collections.abc.Mapping[str, str] | None = None) -> Any:
+    """A dataclass from the JSON of its fields; see `decode`."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is {shown(values)}; it must be the fields of {kind.__name__}")
+    fields = _fields(kind)
+    if unknown := [name for name in values if name not in fields]:
         raise ValueError(
-            f"a checkpoint names {name!r}, which is no {'dataclass' if kind is type else 'function'} of it"
+            f"{where} has {shown(unknown[0])}, which is no field of {kind.__name__}; it has {', '.join(fields)}"
         )
-    return thing
+    made = {}
+    for name, (annotation, default) in fields.items():
+        required = default is dataclasses.MISSING
+        if name not in values:
+            if required:
+                raise ValueError(f"{where}.{name} is missing")
+            continue
+        # sizes of our own: those without a default are needed, others may be 0, and only what is by default may be negative
+        negative = not _ours(kind.__module__) or (isinstance(default, int) and default < 0)
+        least = -LARGEST if negative else int(required)
+        made[name] = _decode(values[name], _like(annotation, default), f"{where}.{name}", hints or {}, least)
+    try:
+        return kind(**made)
+    except Exception as error:  # what its own checks raise
+        raise ValueError(f"{where}: {error}") from error
+
+
+@functools.cache
+def _fields(kind):
+    """Annotation and default of every field that is given to a dataclass."""
+    hidden = ("parent", "name") if issubclass(kind, nn.Module) else ()
+    try:
+        hints = typing.get_type_hints(kind)
+    except Exception:  # names that exist for type checkers only
+        hints = {}
+    found = {}
+    for field in dataclasses.fields(kind):
+        if field.init and field.name not in hidden:
+            made = field.default_factory is not dataclasses.MISSING
+            found[field.name] = hints.get(field.name, Any), field.default_factory() if made else field.default
+    return found
+
+
+# Names -----------------------------------------------------------------------------------------------------
+
+
+def _ours(module):
+    return module.split(".")[0] == PACKAGE
+
+
+def _find(name, where, hints):
+    """The class or function that a file names: defined where the name says, and not merely imported there."""
+    if not isinstance(name, str):
+        raise ValueError(f"{where} is named {shown(name)}; a name is text such as {PACKAGE}.orders:raster")
+    module, _, attribute = MOVED.get(name, name).partition(":")
+    named = f"{where}: {shown(name)}"
+    if not attribute.isidentifier():
+        raise ValueError(f"{named} is no name of a class or function, such as {PACKAGE}.orders:raster")
+    if _ours(module) and not any(f"{module}.".startswith(f"{PACKAGE}.{home}.") for home in HOMES):
+        raise ValueError(f"{named} is no part of a model; those lie in {PACKAGE}.{', '.join(HOMES)}")
+    found = getattr(trust.load(module, named, hints.get(module.split(".")[0], "")), attribute, None)
+    if found is None:
+        raise ValueError(f"{named} does not exist " + (f"in this version of {PACKAGE}" if _ours(module) else "there"))
+    if getattr(found, "__module__", None) != module:
+        raise ValueError(f"{named} is not defined there")
+    return found
+
+
+# Kinds -----------------------------------------------------------------------------------------------------
+
+
+def _options(kind):
+    """The alternatives of an annotation."""
+    if typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return [option for part in typing.get_args(kind) for option in _options(part)]
+    return [Any if kind in (Any, object) or isinstance(kind, typing.TypeVar) else kind]
+
+
+def _like(annotation, default):
+    """The annotation of a field; a plain `Callable` is one like the default."""
+    if annotation not in (Callable, typing.Callable):
+        return annotation
+    return _signature(default) if callable(default) else Callable
+
+
+def _signature(function) -> Any:
+    """`Callable[[...], R]` of a function, a class of callables or one of them; `Callable` if not annotated, None if not one."""
+    skip = 0
+    if not isinstance(function, types.FunctionType):
+        kind, skip = function if isinstance(function, type) else type(function), 1
+        if not any("__call__" in vars(base) for base in kind.__mro__):
+            return None
+        function = kind.__call__
+    try:
+        hints = typing.get_type_hints(function)
+        parameters = list(inspect.signature(function).parameters.values())[skip:]
+    except (TypeError, NameError, ValueError):
+        return Callable
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if "return" not in hints or len(positional) < len([p for p in parameters if p.default is p.empty]):
+        return Callable  # or takes others as well, such as *numbers
+    return Callable[[hints.get(name, Any) for name in positional], hints["return"]]
+
+
+def _called_like(thing, wanted):
+    """Whether a function or a class of callables takes and returns what `wanted` says.
+
+    The number of arguments, the first of them and what is returned have to agree; others may be annotated more widely.
+    """
+    has = _signature(thing)
+    if wanted in (Callable, typing.Callable):
+        return has is not None and not _ours(thing.__module__)  # nothing says what it is for
+    if typing.get_origin(wanted) is not collections.abc.Callable:
+        return False
+    if typing.get_origin(has) is not collections.abc.Callable:
+        return False
+    (takes, gives), (given, returned) = typing.get_args(wanted), typing.get_args(has)
+    return gives == returned and (takes is ... or (len(takes) == len(given) and takes[:1] == given[:1]))
+
+
+def _is_a(kind, option):
+    """Whether a dataclass may stand where an annotation says `option`."""
+    if option is Any:
+        return True
+    if isinstance(option, type) and typing.get_origin(option) is None:
+        other = not _ours(kind.__module__) and issubclass(option, nn.Module)  # one's own module in the place of ours
+        return issubclass(kind, nn.Module if other else option)
+    return _called_like(kind, option)
+
+
+def _items(option, count):
+    """Annotations of so many items of a list, or None if an annotation wants no such list."""
+    origin, inner = typing.get_origin(option) or option, typing.get_args(option)
+    if option is Any or origin in (list, collections.abc.Sequence) or (origin is tuple and not inner):
+        return [inner[0] if inner else Any] * count
+    if origin is not tuple:
+        return None
+    if len(inner) == 2 and inner[1] is ...:
+        return [inner[0]] * count
+    return list(inner) if len(inner) == count else None
+
+
+def _plain(value, option, least):
+    """Whether a number, a text or None is of a kind."""
+    if isinstance(value, bool):
+        return option in (bool, Any) or _literal(value, option)
+    if isinstance(value, int):
+        within = abs(value) <= 2**53 if option is float else option in (int, Any) and least <= value <= LARGEST
+        return within or _literal(value, option)
+    if isinstance(value, float):
+        return option in (float, Any) and math.isfinite(value)
+    if isinstance(value, str):
+        return option in (str, Any) or _literal(value, option)
+    return value is None and option in (types.NoneType, None, Any)
+
+
+def _literal(value, option):
+    return typing.get_origin(option) is typing.Literal and (type(value), value) in [
+        (type(known), known) for known in typing.get_args(option)
+    ]
+
+
+def _words(kind, least=-LARGEST):
+    """An annotation in words."""
+
+    def word(option):
+        if option is int:
+            return f"a whole number from {least} to {LARGEST}"
+        plain = {float: "a finite number", str: "text", bool: "true or false", types.NoneType: "null"}
+        if option in plain:
+            return plain[option]
+        if typing.get_origin(option) is typing.Literal:
+            return "one of " + ", ".join(repr(value) for value in typing.get_args(option))
+        if option is Any:
+            return "a finite number no larger than 2^24, text, a list, a dtype, an array or part of a model"
+        if isinstance(option, type) and typing.get_origin(option) is None:
+            return option.__name__
+        return str(option).replace("collections.abc.", "").replace("typing.", "")
+
+    return " or ".join(dict.fromkeys(map(word, _options(kind))))
+
+
+def _array(value, where):
+    numbers, name = value["array"], value["dtype"]
+    if name not in DTYPES or name == "bfloat16":
+        raise ValueError(f"{where}.dtype is {shown(name)}; it must be one of {', '.join(DTYPES[:-1])}")
+    try:
+        raw = np.array(numbers)
+        if raw.size and raw.dtype.kind not in "biuf":
+            raise ValueError(f"it holds {raw.dtype.name} values")
+        array = raw.astype(name)
+        if not np.isfinite(array).all() or (array.dtype.kind != "f" and (array != raw).any()):
+            raise ValueError(f"it holds numbers that {name} cannot hold")
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{where} is no array of numbers: {error}") from None
+    return array
+
+
+# Files -----------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, finite: bool = True) -> Any:
+    """The content of a JSON file, which may be a stranger's.
+
+    Args:
+      finite: refuse NaN and infinity.
+    Raises:
+      ValueError: it is no regular file, or too large, or no JSON.
+    """
+
+    def constant(name):
+        if finite:
+            raise ValueError(f"it holds {name}, which is no number")
+        return float(name)
+
+    if not path.is_file():
+        raise ValueError("it is no regular file")
+    with path.open("rb") as file:
+        content = file.read(LONGEST + 1)
+    if len(content) > LONGEST:
+        raise ValueError(f"it has more than {LONGEST} bytes")
+    try:
+        return json.loads(content.decode(), parse_constant=constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def difference(a: Any, b: Any, where: str = "module") -> str:

@@ -4,8 +4,10 @@ Run folders and converted checkpoints are both of this kind, so every command ta
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,20 @@ import jax.numpy as jnp
 
 from ar_jax import __version__
 from ar_jax.config import Experiment
-from ar_jax.data import Info, read_info
+from ar_jax.data import Data, Info
 from ar_jax.files import codec
+from ar_jax.files.trust import Untrusted
+from ar_jax.orders import OrderFn
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.train import checkpoint
 from ar_jax.typing import Params
 
 FORMAT = 1
 IMAGENET = Info(classes=1000, captions=True, text="flan-t5-xl", text_rows=120, text_width=2048)  # and captions of it
-KINDS = ("tokenizer", "generator")
+KINDS = {  # and what a module of the kind has
+    "tokenizer": ("spec", "init_params", "encode", "embed", "decode"),
+    "generator": ("spec", "complete", "init_params", "condition", "loss", "begin", "step"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +63,45 @@ class Model:
         Raises:
           ValueError: there is no such checkpoint, or it is of another model.
         """
-        like = jax.eval_shape(self.module.init_params, jax.random.key(0))
-        if not jax.tree.leaves(like):
-            return like
+        if not jax.tree.leaves(self.shapes):
+            return self.shapes
         folder, part = self.place(average)
-        params = checkpoint.load_params(folder, like, part)
+        params = checkpoint.load_params(folder, self.shapes, part)
         return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
+
+    @functools.cached_property
+    def shapes(self) -> Params:
+        """Shapes of the parameters.
+
+        Raises:
+          ValueError: no such network can be built.
+        """
+        path = self.folder / "model.json"
+        try:
+            found = jax.eval_shape(self.module.init_params, jax.random.key(0))
+        except Exception as error:  # whatever a network of senseless sizes raises
+            what = str(error).strip().partition("\n")[0][:300]
+            raise ValueError(
+                f"{path}: the network of its module cannot be built: {type(error).__name__}: {what}"
+            ) from error
+        for name, leaf in jax.tree_util.tree_leaves_with_path(found):
+            if not math.prod(leaf.shape):
+                name = jax.tree_util.keystr(name, simple=True, separator="/")
+                raise ValueError(f"{path}: the network of its module has a parameter {name} of shape {leaf.shape}")
+        return found
+
+    @property
+    def order(self) -> OrderFn:
+        """What a generator predicts next.
+
+        Raises:
+          ValueError: the folder does not say.
+        """
+        if "order" not in self.settings:
+            raise ValueError(
+                f"{self.folder / 'model.json'}: settings.order is missing; a generator is drawn in an order"
+            )
+        return codec.decode(self.settings["order"], OrderFn, "settings.order")
 
     def place(self, average: bool = True) -> tuple[Path, str]:
         """Folder and part that `checkpoint.load_params` reads the parameters from."""
@@ -73,7 +113,7 @@ class Model:
 
     def fixed(self) -> "Model":
         """The same, with the step of its checkpoint: a training that goes on makes newer ones."""
-        if not jax.tree.leaves(jax.eval_shape(self.module.init_params, jax.random.key(0))):
+        if not jax.tree.leaves(self.shapes):
             return self  # a network without parameters has no checkpoints
         if not (self.folder / "params").exists():
             step = checkpoint.find_step(self.folder / "checkpoints", self.checkpoint)
@@ -130,11 +170,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def describe(folder: Path, kind: str, module: nn.Module, info: Info, settings: dict[str, Any]) -> Model:
-    """Writes the `model.json` of a folder."""
+    """Writes the `model.json` of a folder.
+
+    Raises:
+      ValueError: something in it that could not be read again.
+    """
+    encoded = codec.encode(module)
     content = {
-        "format": FORMAT, "kind": kind, "module": codec.encode(module), "info": dataclasses.asdict(info),
+        "format": FORMAT, "kind": kind, "module": encoded, "info": dataclasses.asdict(info),
         "settings": settings, "versions": versions(),
     }  # fmt: skip
+    if files := codec.files([encoded, settings]):
+        content["code"] = files  # where code from outside lay: for the message that asks for trust, and nothing else
+    _parsed(folder, content)
     write_json(folder / "model.json", content)
     return Model(folder, kind, module, info, settings)
 
@@ -146,11 +194,12 @@ def open_model(folder: str | os.PathLike, kind: str, checkpoint: str = "newest")
       checkpoint: whose parameters are meant, if it is a run: "newest", "best", or a step.
 
     Raises:
-      ValueError: there is none, or its `model.json` cannot be understood.
+      ValueError: there is none, or its `model.json` cannot be understood; `Untrusted` if it names code from outside that
+        the user has not trusted (see `trust`).
     """
     folder = Path(folder)
     if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; it must be one of {KINDS}")
+        raise ValueError(f"kind is {kind!r}; it must be one of {tuple(KINDS)}")
     for place in (folder, folder / kind):
         if (place / "model.json").is_file():
             found = _read(place)
@@ -170,10 +219,39 @@ def holds(folder: str | os.PathLike, kind: str) -> bool:
 def _read(folder):
     path = folder / "model.json"
     try:
-        content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']} is not {FORMAT}, the one this version reads")
-        module = codec.decode(content["module"])
-        return Model(folder, content["kind"], module, read_info(content["info"]), content["settings"])
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, ValueError) as error:
+        return _parsed(folder, codec.read_json(path))
+    except Untrusted as error:
+        raise Untrusted(f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no model description: {error}") from error
+
+
+def _parsed(folder, content):
+    """The model that a description speaks of; everything that commands use of it is looked at."""
+    if not isinstance(content, dict):
+        raise ValueError(f"it is {codec.shown(content)}, not an object with a format")
+    if content.get("format") != FORMAT:
+        raise ValueError(f"format is {codec.shown(content.get('format'))}, not {FORMAT}, the one this version reads")
+    if missing := {"kind", "module", "info", "settings"} - content.keys():
+        raise ValueError(f"{min(missing)} is missing")
+    kind, settings, hints = content["kind"], content["settings"], content.get("code", {})
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"kind is {codec.shown(kind)}; it must be one of {tuple(KINDS)}")
+    if not isinstance(hints, dict):
+        raise ValueError(f"code is {codec.shown(hints)}; it must be paths by the names of modules")
+    module = codec.decode(content["module"], nn.Module, "module", hints)
+    if lacks := [name for name in KINDS[kind] if not hasattr(type(module), name)]:
+        raise ValueError(f"module is a {type(module).__name__}, which is no {kind}: it has no {lacks[0]}")
+    info = codec.build(Info, content["info"], "info")
+    if info.class_names and len(info.class_names) != info.classes:
+        raise ValueError(f"info.class_names are {len(info.class_names)}, but info.classes is {info.classes}")
+    if not isinstance(settings, dict):
+        raise ValueError(f"settings is {codec.shown(settings)}; it must be an object")
+    for name, kinds in (("tokenizer", str), ("measured", str), ("order", OrderFn)):
+        if name in settings:
+            codec.decode(settings[name], kinds, f"settings.{name}", hints)
+    if not isinstance(settings.get("sampling", {}), dict):
+        raise ValueError(f"settings.sampling is {codec.shown(settings['sampling'])}; it must be an object")
+    if "data" in settings:
+        codec.build(Data, settings["data"], "settings.data")
+    return Model(folder, kind, module, info, settings)

@@ -25,6 +25,7 @@ from ar_jax.data import Data, Info, Source, batches, open_source
 from ar_jax.evals.training import Evaluation
 from ar_jax.files import codec
 from ar_jax.files.models import Model, describe, open_model, versions, write_json
+from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
 from ar_jax.machine.huge_pages import use_huge_pages
@@ -45,8 +46,8 @@ def main(arguments: list[str]) -> None:
     if arguments[0] in ("-h", "--help"):
         print(__doc__)
         return
-    config, overrides = arguments[0], arguments[1:]
     with distributed.command("train.py"):
+        config, *overrides = taken(arguments) or [""]
         experiment = parse(load_config(config), overrides, f"train.py {config}", __doc__)
         distributed.join(experiment.launch, notices=True)
         keep_compiled()
@@ -58,7 +59,12 @@ def main(arguments: list[str]) -> None:
 
 
 def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
-    """Runs both stages of an experiment."""
+    """Runs both stages of an experiment.
+
+    The config's code has run when this is called, so the modules of what it configures are trusted in this process (see
+    `codec.encode`): a run with methods of one's own goes on without `--trust`.
+    """
+    written = codec.encode(experiment)
     run = Path(experiment.out) / experiment.name
     distributed.check_shared(run)
     mesh = make_mesh(experiment.mesh)
@@ -91,7 +97,7 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
             "config": config,
             "overrides": overrides,
             "versions": versions(),
-            "experiment": codec.encode(experiment),
+            "experiment": written,
         }
         write_json(run / "run.json", facts)
 

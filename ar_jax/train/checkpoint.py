@@ -15,6 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
+from ar_jax.files.codec import read_json
 from ar_jax.machine.distributed import barrier
 from ar_jax.train.state import TrainState
 from ar_jax.typing import Params
@@ -251,28 +252,28 @@ def _set_aside(path, found):
 def damage(folder: Path) -> str:
     """What a checkpoint lost since it was saved, in words; "" if it is whole."""
     try:
-        files = _contents(folder)["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        files = [(name, int(size), checksum) for name, (size, checksum) in _contents(folder)["files"].items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {CONTENTS} is missing, as in earlier versions, or damaged"
-    for name, (size, checksum) in files.items():
+    for name, size, checksum in files:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if (found := path.stat().st_size) != size:
             return f"{name} has {found} bytes, not {size}"
-        if checksum is not None and zlib.crc32(path.read_bytes()) != checksum:
+        if checksum is not None and size <= SUMMED and zlib.crc32(path.read_bytes()) != checksum:
             return f"{name} has other content"
     return ""
 
 
 def _contents(folder):
-    return json.loads((folder / CONTENTS).read_text())
+    return read_json(folder / CONTENTS, finite=False)  # a figure may be NaN
 
 
 def _figures(folder):
     try:
-        return _contents(folder)["figures"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return {str(name): float(value) for name, value in _contents(folder)["figures"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
