@@ -72,7 +72,7 @@ def track(extra: Params, seen: Metrics, tokenizer: Any) -> tuple[Params, Metrics
     spec, books = tokenizer.spec, codebooks(tokenizer)
     tokens, level = seen["tokens"], spec.coords[:, 0]
     count = count_codes(tokens, spec)
-    used = jnp.concatenate([_of(spec, book, count) for book in books])
+    used = jnp.concatenate([_uses(spec, book, count) for book in books])
     extra = extra | {
         "age": jnp.where(used > 0, 0, extra["age"] + 1),
         "frequency": MEMORY * extra["frequency"] + (1 - MEMORY) * count / tokens[..., 0].size,
@@ -131,7 +131,7 @@ def _ages(spec, books, age):
     return jnp.split(age, np.cumsum([_size(spec, book) for book in books])[:-1])
 
 
-def _of(spec, book, count):
+def _uses(spec, book, count):
     """How often a codebook's codes were used, int [v]."""
     each = jnp.split(count, np.cumsum(spec.codes)[:-1], axis=1)
     levels = np.array(book.levels or range(len(count)))

@@ -184,28 +184,29 @@ def training_pass(
     (recon, own, seen), inside = tokenizer.apply(
         {"params": params}, image, key=key, method="autoencode", capture_intermediates=kept, mutable=["intermediates"]
     )
+    shown = {name: x for name, x in seen.items() if not isinstance(x, tuple)}  # not latents of several codebooks
     made = {}
     for name in sorted(names):
-        found = recon if name == "image" else seen.get(name)
+        found = recon if name == "image" else shown.get(name)
         if found is None and name != "image":
             found = inside.get("intermediates", {})
             for part in name.split("/"):
                 found = found.get(part, {})
             found = found["__call__"][-1] if "__call__" in found else None
         if found is None:
-            raise ValueError(_missing(type(tokenizer).__name__, name, seen))
+            raise ValueError(_missing(type(tokenizer).__name__, name, shown))
         made[name] = found
     return made, own, seen
 
 
-def _missing(tokenizer, name, seen):
+def _missing(tokenizer, name, shown):
     if name == "image":
         return (
             f"{tokenizer} reconstructs no image in training, so its losses can look at none: set "
             "losses.reconstruction_weight, losses.lpips and losses.adversarial to 0"
         )
     return (
-        f"a loss looks at {name!r}, but {tokenizer} shows {', '.join(seen) or 'nothing'} and has no module of that path; "
+        f"a loss looks at {name!r}, but {tokenizer} shows {', '.join(shown) or 'nothing'} and has no module of that path; "
         'give one of these, or a path such as "decoder/mid_1"'
     )
 

@@ -6,9 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
+import flax.linen as nn
 import hosts
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from evals.tiny import tiny_network
@@ -26,6 +29,7 @@ from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
 from ar_jax.orders import raster
 from ar_jax.tokenizers.vqgan import VQGAN
+from ar_jax.tokens import TokenSpec, grid
 from ar_jax.train.checkpoint import save_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -304,6 +308,25 @@ def test_letters_are_misread_where_they_blur():
     found = judging.text(Blur())
     assert found["letter_errors_8px"] > 0.5
     assert found["letter_errors_8px"] > found["letter_errors_24px"]
+
+
+class Pairs(nn.Module):
+    """Tokens of two sub-codes, of which the image is a sum."""
+
+    spec = TokenSpec(grid(1, 1), codes=(3, 5))
+
+    def embed(self, tokens):
+        return 10.0 + jnp.stack([tokens[..., 0] ** 2, 0 * tokens[..., 0], -tokens[..., 1]], -1)
+
+
+def test_nearest_codes_are_those_of_every_sub_code_by_itself():
+    judged = types.SimpleNamespace(module=Pairs(), spec=Pairs.spec, params={}, remarks=[])
+    first, second = judging.Judged._tables(judged)
+    np.testing.assert_array_equal(first - first[0], [[0, 0, 0], [1, 0, 0], [4, 0, 0]])
+    np.testing.assert_array_equal(judging.nearest_codes(second, 2)[[0, 4]], [[0, 1], [4, 3]])
+    judged.spec = TokenSpec(grid(1, 1), channels=2)
+    assert judging.Judged._tables(judged) == []
+    assert judged.remarks == ["no pFD: its tokens are continuous"]
 
 
 def test_perturbation():

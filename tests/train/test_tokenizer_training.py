@@ -394,6 +394,8 @@ def test_parts_look_at_modules_inside_the_tokenizer():
         ValueError, match="a loss looks at 'decoder/mid_7', but VQGAN shows latents, tokens and has no module"
     ):
         jax.eval_shape(lambda params: training_pass(vqgan, params, REAL, None, frozenset({"decoder/mid_7"}))[0], params)
+    with pytest.raises(ValueError, match="a loss looks at 'latents', but Product shows tokens, map and has no"):
+        tokenizer_recipe(stage(Product(), teacher=Teacher(0.1, network=Pooled())), Product())
 
 
 def test_a_teachers_map_is_brought_to_the_size_of_what_is_looked_at():
