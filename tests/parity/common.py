@@ -262,6 +262,11 @@ def _sampler(generator, order, guided, tokenizer):
     return run
 
 
+def begin(module: nn.Module, cond: Cond, order: Order, images: int) -> Any:
+    """The state before the first step of a bound generator, with room for all ranks."""
+    return module.grow(module.begin(cond, order, images), order.n, cond)
+
+
 def step_of(module: nn.Module, state: Any, i: Any, first: Any, size: int, **given: Any) -> Any:
     """One step of a bound generator: cond, order, knobs, keys, tokenizer."""
     return module.step(state, i, first, size, **given)
