@@ -200,6 +200,16 @@ def test_another_tokenizer_is_refused(place, tmp_path):
         tokenize.check_cache(data, wider)
 
 
+def test_a_cache_written_before_a_field_came_is_read(place, tmp_path, monkeypatch):
+    cache(place, tmp_path / "out")
+    data = Data(name="tokens", path=str(tmp_path / "out"))
+    source = tokenize.tokens(data)
+    for part in source.parts:
+        del part.info["tokenizer"]["module"]["l2_norm"]
+    monkeypatch.setattr(tokenize, "tokens", lambda data: source)
+    tokenize.check_cache(data, models.open_model(place / "vq", "tokenizer"))
+
+
 def test_unreadable_images_are_refused_or_left_out(place, tmp_path, capsys):
     images = shutil.copytree(place / "images", tmp_path / "images")
     (images / "class1" / "03.png").write_bytes(b"broken")

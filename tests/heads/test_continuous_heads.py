@@ -75,10 +75,23 @@ def test_annealing_goes_from_many_steps_to_few():
         annealed("step", 10, 2, 4)
 
 
-@pytest.mark.parametrize("spacing", ["", "0", "ten", "ddim", "ddim3,4", "600,600", "1001", "-4"])
+@pytest.mark.parametrize("spacing", ["", "0", "0,0", "ten", "ddim", "ddim0", "ddim3,4", "600,600", "1001", "-4"])
 def test_spacings_that_mean_nothing_are_refused(spacing):
     with pytest.raises(ValueError, match=r"head\.steps is"):
         kept_steps(spacing)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "kept"),
+    [
+        ("3,0", [0, 250, 499]),
+        ("0,1,2", [334, 667, 999]),
+        ("2,1,0,3", [0, 249, 250, 750, 874, 999]),
+        ("ddim3", [0, 334, 668]),
+    ],
+)
+def test_sections_keep_their_numbers_of_steps(spacing, kept):
+    np.testing.assert_array_equal(kept_steps(spacing), kept)
 
 
 def test_a_chain_over_fewer_levels_keeps_their_noise():

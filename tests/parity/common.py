@@ -265,6 +265,11 @@ def _sampler(generator, order, guided, tokenizer):
     return run
 
 
+def begin(module: nn.Module, setting: Setting, images: int) -> Any:
+    """The state before the first step of a bound generator, with room for all ranks."""
+    return module.grow(module.begin(setting, images), setting.order.n, setting)
+
+
 def step_of(module: nn.Module, state: Any, i: Any, first: Any, keys: Any, setting: Setting) -> Any:
     """One step of a bound generator."""
     return module.step(state, Step(i, first, keys), setting)

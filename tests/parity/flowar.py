@@ -153,14 +153,17 @@ def sampled(folder, generator, params, tokenizer, name, given):
         tokens = from_noise(given, params, cond, order, constant_knobs(weight), images, frozen)
         hidden = call(widen(tokens, 1 + guided), cond, order, frozen, method="hidden")
 
-        def follow(h, x, k):
-            return call(h, method=lambda self, h: integrate(self.head.field(h, k), x, times[k][0], steps=alone[k]))
+        def follow(k):
+            """Where all rows end that run on their own."""
+            h = jnp.concatenate([hidden[i::2, spans[k]] for i in range(2)])
+            velocity = lambda self, h: integrate(self.head.field(h, k), noise[k], times[k][0], steps=alone[k])  # noqa: E731
+            return jnp.split(call(h, method=velocity), 2)
 
         ends = []
         for k, span in enumerate(spans):
             sample = tokens[:, span]
             if guided:
-                with_, without = (follow(hidden[i::2, span], noise[k][i * images :][:images], k) for i in range(2))
+                with_, without = follow(k)
                 without = without + sample - with_ if alone[k] < times[k][1] else without
                 sample = jnp.concatenate([sample, without])
             ends.append(sample)

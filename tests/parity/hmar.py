@@ -1,11 +1,13 @@
 """HMAR: both predictors, the joint model, and its sampler."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from parity.common import by_settings, by_way, fixed, guided_rows, loaded, step_of
+import pytest
+from parity.common import begin, by_settings, by_way, fixed, guided_rows, loaded, step_of
 from parity.var import batch_of, build, drawn, looks, residual_pyramid, stepped, teacher_forced
 
 from ar_jax.convert import next_scale, var
@@ -59,19 +61,17 @@ def hmar(folder):
     joint, params = build(folder, folder.weights)
     assert type(joint) is Hmar
     assert h["mask_refinement_cfg_ratio"] < 1e-5, "the library redraws without guidance"
-    for name, refine in (("hmar_", tuple(map(tuple, h["mask_schedule"]))), ("hmar_no_mask_", ())):
-        drawing = generate(joint.clone(refine=refine), top_k=h["top_k"], top_p=h["top_p"])
-        made, out, redraws = watched(drawing, params, io["gen_labels"], call)
-        sums, image = looks(tokenizer, frozen, made[..., None])
-        outputs |= {
-            f"{name}ns_logits": out,
-            f"{name}tokens": made,
-            f"{name}fhat_per_scale": sums,
-            f"{name}image": image,
-        }
-        if redraws is not None:
-            outputs[f"{name}mask_logits"] = redraws
-        np.testing.assert_array_equal(made, drawn(drawing, params, frozen, io["gen_labels"])[..., 0])
+    joint = generate(joint.clone(refine=tuple(map(tuple, h["mask_schedule"]))), top_k=h["top_k"], top_p=h["top_p"])
+    once = dataclasses.replace(joint, generator=joint.generator.clone(refine=()))
+    made, scales, redraws = watched(joint, params, io["gen_labels"], call)
+    np.testing.assert_array_equal(made, drawn(joint, params, frozen, io["gen_labels"]))
+    made_once = drawn(once, params, frozen, io["gen_labels"])
+    outputs["hmar_mask_logits"] = redraws
+    outputs["hmar_ns_logits"] = scales
+    outputs["hmar_no_mask_ns_logits"] = stepped(once, params, frozen, io["gen_labels"], made_once)
+    for name, tokens in (("hmar_", made), ("hmar_no_mask_", made_once)):
+        sums, image = looks(tokenizer, frozen, tokens)
+        outputs |= {f"{name}tokens": tokens, f"{name}fhat_per_scale": sums, f"{name}image": image}
     return outputs
 
 
@@ -80,36 +80,41 @@ def watched(drawing, params, labels, call):
 
     The library redraws with the conditional rows only; here its function is given the unconditional ones too.
     """
-    net, order, knobs, original = drawing.generator, drawing.order, drawing.knobs, Hmar.masked_rows
+    net, order, knobs = drawing.generator, drawing.order, drawing.knobs
+    rows, masked_rows = Hmar.rows, Hmar.masked_rows
 
+    @jax.jit
     def run(params):
-        apply, scales, masks = functools.partial(net.apply, {"params": params}), [], []
         cond = guided_rows(net, params, batch_of(labels))
         setting = Setting(cond, order, knobs, call)
-        state = apply(setting, len(labels), method="begin")
         keys = jax.random.split(jax.random.key(0), (len(labels), order.n))
 
-        def rows(module, tokens, masked, _, *rest):
-            h = original(module, jnp.repeat(tokens, 2, 0), jnp.repeat(masked, 2, 0), cond, *rest)
-            masks.append(module.mask_head(h))
-            return h[::2]
+        def watched(module):
+            scales, masks = [], []
 
-        def step(module, state, i, first, size):
-            scales.append(module.head(module.rows(state, first, size, setting)[0]))
-            return step_of(module, state, i, first, keys[:, first : first + size], setting), (scales, masks)
+            def watched_rows(module, *rest):
+                h, cache = rows(module, *rest)
+                scales.append(module.head(h))
+                return h, cache
 
-        Hmar.masked_rows, first = rows, 0
-        try:
-            for i, size in enumerate(order.sizes):
-                scales, masks = [*scales], [*masks]
-                state, (scales, masks) = apply(state, i, first, size, method=step)
-                first += size
-        finally:
-            Hmar.masked_rows = original
-        return state.tokens[..., 0], jnp.concatenate(scales, axis=1), jnp.concatenate(masks, axis=1) if masks else None
+            def watched_masked_rows(module, tokens, masked, _, *rest):
+                h = masked_rows(module, jnp.repeat(tokens, 2, 0), jnp.repeat(masked, 2, 0), cond, *rest)
+                masks.append(module.mask_head(h))
+                return h[::2]
 
-    tokens, scales, masks = jax.jit(run)(params)
-    return np.asarray(tokens), by_way(np.asarray(scales)), None if masks is None else by_way(np.asarray(masks))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Hmar, "rows", watched_rows)
+                patch.setattr(Hmar, "masked_rows", watched_masked_rows)
+                state, first = begin(module, setting, len(labels)), 0
+                for i, size in enumerate(order.sizes):
+                    state = step_of(module, state, i, first, keys[:, first : first + size], setting)
+                    first += size
+            return state.tokens, jnp.concatenate(scales, axis=1), jnp.concatenate(masks, axis=1)
+
+        return net.apply({"params": params}, method=watched)
+
+    tokens, scales, masks = map(np.asarray, run(params))
+    return tokens, by_way(scales), by_way(masks)
 
 
 CASES = {"hmar": hmar}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ar_jax.config import Losses, TokenizerStage
+from ar_jax.files import codec
 from ar_jax.nets.patchgan import PatchGan
 from ar_jax.tokenizers.continuous import draw, kl_divergence, patchify, unpatchify
 from ar_jax.tokenizers.givt_vae import GivtVAE
@@ -33,6 +34,10 @@ def test_numbers_of_a_patch_lie_channel_by_channel():
     assert tokens.shape == (1, 2, 8)
     np.testing.assert_array_equal(tokens[0, 1], [4, 6, 12, 14, 5, 7, 13, 15])
     np.testing.assert_array_equal(unpatchify(tokens, (1, 2), 2), x)
+    wide = patchify(x, (1, 2))
+    assert wide.shape == (1, 4, 4)
+    np.testing.assert_array_equal(wide[0, 1], [4, 6, 5, 7])
+    np.testing.assert_array_equal(unpatchify(wide, (2, 2), (1, 2)), x)
 
 
 def test_divergence_from_the_unit_gaussian_has_its_closed_form():
@@ -48,7 +53,9 @@ def test_draws_have_the_mean_and_spread_of_the_posterior():
     np.testing.assert_allclose([x.mean(), x.std()], [3, 0.5], atol=0.02)
 
 
-@pytest.mark.parametrize("make", [lambda: VAE, lambda: Patches((8, 16), 4), lambda: Patches((8, 16), 2, channels=1)])
+@pytest.mark.parametrize(
+    "make", [lambda: VAE, lambda: Patches((8, 16), (2, 4)), lambda: Patches((8, 16), 2, channels=1)]
+)
 def test_measured_tokens_have_mean_zero_and_variance_one_and_decode_alike(make):
     module = make()
     weights = params() if module is VAE else {}
@@ -87,14 +94,83 @@ def test_encoding_draws_only_with_a_key():
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match=r"tokenizer.size must be multiples of 4 pixels, got \(8, 10\)"):
         _ = VAE.clone(size=(8, 10)).spec
-    with pytest.raises(ValueError, match=r"multiples of tokenizer.patch = 3, got \(8, 16\)"):
+    with pytest.raises(ValueError, match=r"tokenizer.size must be multiples of 3 pixels, got \(8, 16\)"):
         _ = Patches((8, 16), 3).spec
+    with pytest.raises(ValueError, match=r"tokenizer.size must be multiples of 4x6 pixels, got \(8, 16\)"):
+        _ = VAE.clone(patch=(2, 3)).spec
 
 
 def test_givts_tokens_are_latents_as_they_are():
     vae = GivtVAE((8, 16), features=4, mult=(1, 2), res_blocks=1, latent=3, groups=2)
     assert vae.shift == (0.0,)
     assert vae.spec.n == 4 * 8
+    with pytest.raises(ValueError, match=r"are \(\(-1,\), \(\)\), but GivtVAE has no attention"):
+        jax.eval_shape(vae.clone(encoder_attention=(-1,)).init_params, jax.random.key(0))
+
+
+def test_givts_512_pixel_model_has_512_tokens_of_32_numbers():
+    spec = GivtVAE((512, 512), patch=(1, 2)).spec
+    assert (spec.n, spec.channels, spec.scales) == (512, 32, ((32, 16),))
+
+
+def test_tokens_of_two_columns_are_pairs_of_latents():
+    vae = GivtVAE((8, 16), features=4, mult=(1, 2), res_blocks=1, latent=3, groups=2)
+    weights = jax.jit(vae.init_params)(jax.random.key(0))
+
+    @jax.jit
+    def both(weights, image):
+        tokens, wide = (
+            net.apply({"params": weights}, image, method="encode") for net in (vae, vae.clone(patch=(1, 2)))
+        )
+        decoded = [net.apply({"params": weights}, x, method="decode")
+                   for net, x in ((vae, tokens), (vae.clone(patch=(1, 2)), wide))]  # fmt: skip
+        return tokens, wide, decoded
+
+    tokens, wide, decoded = both(weights, IMAGES[:2] / np.float32(127.5) - 1)
+    pairs = np.asarray(tokens).reshape(2, 4, 4, 2, 3)  # image, row, pair, place, channel
+    np.testing.assert_array_equal(wide, np.moveaxis(pairs, -1, -2).reshape(2, 16, 6))
+    np.testing.assert_allclose(*decoded, atol=1e-6)
+
+
+def attention_levels(params, side):
+    return sorted({name.split("_")[1] for name in params[side] if name.startswith("attn_")})
+
+
+def test_encoder_and_decoder_have_attention_where_they_say():
+    plain = KLVAE((8, 16), features=4, mult=(1, 2, 1), res_blocks=1, latent=3, groups=2)
+    shapes = lambda vae: jax.eval_shape(vae.init_params, jax.random.key(0))  # noqa: E731
+    assert [attention_levels(shapes(plain), side) for side in ("encoder", "decoder")] == [["2"], []]
+    vae = plain.clone(encoder_attention=(0, -2), decoder_attention=(1,))
+    assert [attention_levels(shapes(vae), side) for side in ("encoder", "decoder")] == [["0", "1"], ["1"]]
+    with pytest.raises(ValueError, match=r"attention is \(3,\); it must be levels, of which there are 3"):
+        shapes(plain.clone(decoder_attention=(3,)))
+
+
+def test_attention_that_adds_nothing_leaves_the_network_as_it_was():
+    bare = KLVAE((4, 8), features=4, mult=(1, 2), res_blocks=1, latent=2, groups=2, encoder_attention=())
+    full = bare.clone(encoder_attention=(0, 1), decoder_attention=(0,))
+    weights = jax.tree_util.tree_map_with_path(
+        lambda path, x: np.zeros_like(x) if "attn_" in str(path) and "proj_out" in str(path) else x,
+        jax.jit(full.init_params)(jax.random.key(0)),
+    )
+    fewer = {
+        side: {name: part for name, part in net.items() if not name.startswith("attn_")}
+        for side, net in weights.items()
+    }
+    image = IMAGES[:1, :4, :8] / np.float32(127.5) - 1
+    run = lambda vae: jax.jit(lambda p: vae.apply({"params": p}, image, method="autoencode")[0])  # noqa: E731
+    np.testing.assert_array_equal(run(full)(weights), run(bare)(fewer))
+    moved = jax.tree.map(lambda x: x + 0.1, weights)
+    apart = {side: {name: moved[side][name] for name in net} for side, net in fewer.items()}
+    assert np.abs(run(full)(moved) - run(bare)(apart)).max() > 1e-3
+
+
+def test_a_model_written_before_attention_had_levels_is_the_same_network():
+    written = codec.encode(VAE)
+    del written["encoder_attention"], written["decoder_attention"]
+    again = codec.decode(written)
+    assert again == VAE
+    assert attention_levels(jax.eval_shape(again.init_params, jax.random.key(0)), "encoder") == ["1"]
 
 
 def stage(**losses):
