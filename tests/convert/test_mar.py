@@ -8,7 +8,7 @@ from test_llamagen import ROOT, assert_same, manifest, tiny  # noqa: F401
 from ar_jax.convert.__main__ import main
 from ar_jax.convert.sources import identify
 from ar_jax.files import codec, models
-from ar_jax.orders import Shuffled
+from ar_jax.orders import OrderFn, Shuffled
 
 
 @pytest.mark.parametrize("name", ["kl16", "MAR-B", "MAR-L", "MAR-H"])
@@ -31,7 +31,7 @@ def test_released_checkpoints_have_exactly_these_keys_and_sizes(name):
     assert module.decoder.heads == sizes["decoder_num_heads"]
     assert (module.head.depth, module.head.width) == (sizes["diffloss_d"], sizes["diffloss_w"])
     assert module.buffer == sizes["buffer_size"]
-    assert codec.decode(settings["order"]) == Shuffled(64)
+    assert codec.decode(settings["order"], OrderFn) == Shuffled(64)
     assert settings["sampling"]["guidance"] > 2.5
 
 
