@@ -280,7 +280,7 @@ def check_cache(data: Data, tokenizer: Model) -> None:
             raise ValueError(
                 f"{part.folder} does not say which tokenizer made it; write it with python -m ar_jax.tokenize"
             )
-        written = codec.encode(codec.decode(made["module"]))  # fields that came later have their defaults
+        written = codec.encode(codec.decode(made["module"], nn.Module, "module"))  # fields that came later have their defaults
         written.pop("dtype", None)
         difference = codec.difference(written, ours["module"])
         if difference or made["parameters"] != ours["parameters"]:

@@ -26,6 +26,7 @@ from ar_jax.orders import Cells, Order, OrderFn, Shuffled, known_first, raster, 
 from ar_jax.tokenizers.quantize import VectorLoss
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import TokenSpec, grid
+from ar_jax.typing import Array, Float
 
 SPEC = TokenSpec(grid(2, 3), codes=(11,))
 
@@ -394,6 +395,23 @@ def test_fields_are_held_to_their_annotations(field, value, message):
     trust.trust(HERE)
     with pytest.raises(ValueError, match=rf"^value\.{field}.*{message}"):
         codec.decode({"type": f"{HERE}:Many", field: value}, Many)
+
+
+def halved(logits: Float[Array, "b v"]) -> Array:
+    return logits / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Filtered:
+    filter: Callable = Filter()
+
+
+def test_a_plain_callable_is_one_like_the_default():
+    for filter in (Filter(3), halved):
+        assert there_and_back(Filtered(filter), Filtered) == Filtered(filter)
+    for name in ("diagonal", "unsaid"):
+        with pytest.raises(ValueError, match=r"^value\.filter is '.*'; it must be Callable"):
+            codec.decode({"type": f"{HERE}:Filtered", "filter": {"function": f"{HERE}:{name}"}}, Filtered)
 
 
 def test_what_fits_the_annotations_comes_back():

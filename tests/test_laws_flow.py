@@ -5,6 +5,7 @@ Images are equal up to rounding: the products of a batch, of a shard and of a si
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -370,4 +371,4 @@ def test_a_latent_pyramid_has_the_parameters_of_its_base():
     np.testing.assert_allclose(tokens[:, 5:], want, atol=1e-5)
     recon, _, _ = module.apply({"params": params}, image, method="autoencode")
     np.testing.assert_allclose(module.apply({"params": params}, tokens, method="decode"), recon, atol=1e-5)
-    assert codec.encode(codec.decode(codec.encode(module))) == codec.encode(module)
+    assert codec.encode(codec.decode(codec.encode(module), nn.Module)) == codec.encode(module)

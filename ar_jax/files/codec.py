@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -263,7 +264,7 @@ def _signature(function) -> Any:
 def _called_like(thing, wanted):
     """Whether a function or a class of callables takes and returns what `wanted` says.
 
-    The number of arguments, the first of them and what is returned have to agree; others may be annotated more widely.
+    The number of arguments, the first of them (if it is annotated) and what is returned have to agree.
     """
     has = _signature(thing)
     if wanted in (Callable, typing.Callable):
@@ -273,7 +274,15 @@ def _called_like(thing, wanted):
     if typing.get_origin(has) is not collections.abc.Callable:
         return False
     (takes, gives), (given, returned) = typing.get_args(wanted), typing.get_args(has)
-    return gives == returned and (takes is ... or (len(takes) == len(given) and takes[:1] == given[:1]))
+    if takes is ... or not takes:
+        return _alike(gives, returned) and takes in (..., given)
+    return _alike(gives, returned) and len(takes) == len(given) and (given[0] is Any or _alike(takes[0], given[0]))
+
+
+def _alike(a, b):
+    """Whether two annotations are the same, or of arrays both."""
+    parts = [option for kind in (a, b) for option in _options(kind)]  # jaxtyping's are unions
+    return a == b or all(part in (jax.Array, np.ndarray) or hasattr(part, "array_type") for part in parts)
 
 
 def _is_a(kind, option):

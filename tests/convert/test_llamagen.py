@@ -1,5 +1,4 @@
 import itertools
-import json
 import os
 
 import jax
@@ -16,6 +15,7 @@ from ar_jax.files import models
 from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
+from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.train.checkpoint import save_params
 
@@ -156,8 +156,6 @@ def test_a_network_trained_here_has_a_way_back(tmp_path):
 
 def test_a_folder_of_two_models_is_ambiguous(tmp_path):
     run_folder(tmp_path / "generator", Label(16))
-    (tmp_path / "tokenizer").mkdir()
-    content = json.loads((tmp_path / "generator" / "model.json").read_text()) | {"kind": "tokenizer"}
-    (tmp_path / "tokenizer" / "model.json").write_text(json.dumps(content))
+    models.describe(tmp_path / "tokenizer", "tokenizer", VQGAN(), Info(), {})
     with pytest.raises(ValueError, match="holds two models"):
         to_file(tmp_path, tmp_path / "out.safetensors")

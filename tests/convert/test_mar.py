@@ -14,7 +14,7 @@ from ar_jax.generators.masked import Masked
 from ar_jax.heads.diffusion import Diffusion
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.vit import ViT
-from ar_jax.orders import Shuffled
+from ar_jax.orders import OrderFn, Shuffled
 from ar_jax.tokenizers.kl_vae import KLVAE
 from ar_jax.tokens import TokenSpec, grid
 
@@ -36,7 +36,7 @@ def test_released_checkpoints_have_exactly_these_keys_and_sizes(name):
     assert module.decoder.heads == sizes["decoder_num_heads"]
     assert (module.head.depth, module.head.width) == (sizes["diffloss_d"], sizes["diffloss_w"])
     assert module.buffer == sizes["buffer_size"]
-    assert codec.decode(settings["order"]) == Shuffled(64)
+    assert codec.decode(settings["order"], OrderFn) == Shuffled(64)
     assert settings["sampling"]["guidance"] > 2.5
 
 

@@ -1,5 +1,6 @@
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,7 +169,7 @@ def test_attention_that_adds_nothing_leaves_the_network_as_it_was():
 def test_a_model_written_before_attention_had_levels_is_the_same_network():
     written = codec.encode(VAE)
     del written["encoder_attention"], written["decoder_attention"]
-    again = codec.decode(written)
+    again = codec.decode(written, nn.Module)
     assert again == VAE
     assert attention_levels(jax.eval_shape(again.init_params, jax.random.key(0)), "encoder") == ["1"]
 
