@@ -5,9 +5,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from trees import random_params
 
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
@@ -47,20 +46,14 @@ class Case:
     @functools.cached_property
     def params(self):
         """Random everywhere: zero-initialised readouts would make the laws hold trivially."""
-        shapes = jax.eval_shape(self.generator.init_params, jax.random.key(0))
-        leaves, tree = jax.tree.flatten(shapes)
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        return tree.unflatten([0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+        return random_params(self.generator, 0.3)
 
     @functools.cached_property
     def tokenizer(self):
         """The frozen tokenizer's methods as one function, or None."""
         if self.pyramid is None:
             return None
-        shapes, random = jax.eval_shape(self.pyramid.init_params, jax.random.key(7)), np.random.default_rng(7)
-        with jax.ensure_compile_time_eval():  # whoever asks first may be tracing
-            params = jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.5, x.shape), jnp.float32), shapes)
-        return functools.partial(self.pyramid.apply, {"params": params})
+        return functools.partial(self.pyramid.apply, {"params": random_params(self.pyramid, 0.5, seed=7)})
 
     @functools.cached_property
     def tokens(self):

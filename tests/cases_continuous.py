@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from trees import random_params
 
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
@@ -34,10 +35,7 @@ class Case:
     @functools.cached_property
     def params(self):
         """Random everywhere: zero-initialised readouts would make the laws hold trivially."""
-        shapes = jax.eval_shape(self.generator.init_params, jax.random.key(0))
-        leaves, tree = jax.tree.flatten(shapes)
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        return tree.unflatten([0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+        return random_params(self.generator, 0.2)
 
     @functools.cached_property
     def tokens(self):

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from cases_continuous import CASES, MASKED, SPEC
+from trees import initial_params, never_moved
 
 from ar_jax.decode.edit import Source
 from ar_jax.decode.sequential import Sequential, Task
@@ -209,14 +210,13 @@ def test_loss_falls_and_every_parameter_moves(case):
         updates, opt = tx.update(grads, opt, params)
         return optax.apply_updates(params, updates), opt, loss
 
-    first = params = generator.init_params(jax.random.key(0))
-    opt, losses = tx.init(params), []
+    first = params = initial_params(generator)
+    opt, losses = jax.jit(tx.init)(params), []
     for step in range(60):
         params, opt, loss = update(params, opt, jax.random.key(step))
         losses.append(float(loss))
         if step == 4:
-            moved = jax.tree.map(lambda a, b: bool((a != b).any()), first, params)
-            still = {jax.tree_util.keystr(p) for p, m in jax.tree_util.tree_leaves_with_path(moved) if not m}
+            still = never_moved(first, params)
             assert all("uncond" in name for name in still), f"never moved: {still}"
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:3])
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from cases_flow import CASES, GRID, PYRAMID
+from trees import initial_params, never_moved
 
 from ar_jax.decode.sampling import Sampling
 from ar_jax.decode.sequential import Sequential, Task
@@ -231,14 +232,13 @@ def test_loss_falls_and_every_parameter_moves(case):
         updates, opt = tx.update(grads, opt, params)
         return optax.apply_updates(params, updates), opt, loss
 
-    first = params = generator.init_params(jax.random.key(0))
-    opt, losses = tx.init(params), []
+    first = params = initial_params(generator)
+    opt, losses = jax.jit(tx.init)(params), []
     for step in range(40):
         params, opt, loss = update(params, opt, jax.random.key(step))
         losses.append(float(loss))
         if step == 4:
-            moved = jax.tree.map(lambda a, b: bool((a != b).any()), first, params)
-            still = {jax.tree_util.keystr(p) for p, m in jax.tree_util.tree_leaves_with_path(moved) if not m}
+            still = never_moved(first, params)
             assert not still
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:3])
 
@@ -364,7 +364,7 @@ def test_calls_are_counted_as_the_loops_make_them(case):
 def test_a_latent_pyramid_has_the_parameters_of_its_base():
     base = KLVAE((8, 8), features=4, mult=(1, 2), res_blocks=1, latent=2, groups=2)
     module, image = LatentPyramid(base, (1, 2, 4)), jnp.linspace(-1, 1, 192).reshape(1, 8, 8, 3)
-    params = module.init_params(jax.random.key(0))
+    params = initial_params(module)
     inside = base.init(jax.random.key(0), image, method="autoencode")["params"]
     assert jax.tree.structure(params) == jax.tree.structure(inside)
     tokens, want = (net.apply({"params": params}, image, method="encode") for net in (module, base))

@@ -1,0 +1,23 @@
+"""Parameters for tests: random ones without a program per shape, initial ones by one program, and which of them moved."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def random_params(module: Any, scale: float, seed: int = 1) -> Any:
+    """Float32 parameters, normal with a standard deviation of `scale` everywhere: zeros would prove nothing."""
+    random, shapes = np.random.default_rng(seed), jax.eval_shape(module.init_params, jax.random.key(0))
+    return jax.tree.map(lambda x: random.normal(0, scale, x.shape).astype(np.float32), shapes)
+
+
+def initial_params(module: Any, seed: int = 0) -> Any:
+    """Those of `init_params`; outside of jit, each of its operations would be compiled by itself."""
+    return jax.jit(module.init_params)(jax.random.key(seed))
+
+
+def never_moved(before: Any, after: Any) -> set[str]:
+    """Names of the arrays that are equal in both."""
+    same = jax.tree.map(np.array_equal, jax.device_get(before), jax.device_get(after))
+    return {jax.tree_util.keystr(path) for path, equal in jax.tree_util.tree_leaves_with_path(same) if equal}
