@@ -1,8 +1,7 @@
 """The whole way of a method that lies outside ar_jax, in a file beside the user's config: the toy of `tests/own`.
 
 It trains, resumes, draws, evaluates, tokenizes and plans. Each command is called as in a process of its own: what another
-one imported and trusted is forgotten. Guidance rules and decoders of one's own join `PARTS` when they are parts of
-`Sampling`.
+one imported and trusted is forgotten.
 """
 
 import json
@@ -17,13 +16,12 @@ import pytest
 from evals.tiny import tiny_network
 from test_train_sample import quick  # noqa: F401  one device, and programs that are compiled once
 
-import sample
-import train
-from ar_jax import evaluate, plan, tokenize
+from ar_jax import evaluate, plan, sample, tokenize
 from ar_jax.config import load_config
 from ar_jax.files import trust
 from ar_jax.files.models import open_model
 from ar_jax.machine.sharding import MeshShape, make_mesh
+from ar_jax.train import __main__ as train
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 TOY = Path(__file__).parent / "own"
@@ -32,6 +30,8 @@ PARTS = {  # place in run.json's experiment -> the name that is written there
     ("generator", "module", "type"): "my_method:FrontLoaded",
     ("generator", "module", "head", "type"): "my_method:Smoothed",
     ("generator", "order", "function"): "my_method:backwards",
+    ("generator", "sampling", "guidance", "type"): "my_method:Late",
+    ("generator", "sampling", "decoder", "type"): "my_method:Twice",
 }
 TINY = (
     "--data.size 16 --tokenizer.module.size 16 16 --tokenizer.module.mult 1 1 --tokenizer.module.features 4 "
@@ -107,7 +107,7 @@ def test_it_resumes_without_being_trusted(run, place, another_process, tmp_path)
     assert sorted(steps)[-1] == "3"
 
 
-def test_it_is_drawn_from_by_those_who_trust_it(run, another_process, tmp_path):
+def test_it_is_drawn_from_by_those_who_trust_it(run, another_process, tmp_path, capsys):
     count = ["--count", 2, "--batch", 2, "--labels", 3, "--unroll", False]
     out = ["--out", tmp_path / "a.npz"]
     said = refused(sample.main, run, *count, *out)
@@ -117,6 +117,7 @@ def test_it_is_drawn_from_by_those_who_trust_it(run, another_process, tmp_path):
     (given,) = re.findall(r"give (--trust \S+) or set AR_JAX_TRUST=\S+$", said)
     sample.main([str(word) for word in (run, *count, *out, *given.split())])
     assert np.load(tmp_path / "a.npz")["arr_0"].shape == (2, 16, 16, 3)
+    assert "calls an image: 128 of the generator" in capsys.readouterr().out  # Twice: 64 tokens, drawn twice
 
 
 def test_the_name_of_the_module_is_enough_where_it_can_be_imported(run, another_process, monkeypatch):

@@ -4,9 +4,9 @@ python train.py tests/own/my_config.py
 python sample.py runs/mine --trust tests/own/my_method.py
 """
 
-from my_method import Bounded, FrontLoaded, Smoothed, backwards
+from my_method import Bounded, FrontLoaded, Late, Smoothed, Twice, backwards
 
-from ar_jax.config import Experiment, GeneratorStage, Losses, TokenizerStage
+from ar_jax.config import Experiment, GeneratorStage, Losses, Sampling, TokenizerStage
 from ar_jax.data import Data
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
@@ -24,7 +24,7 @@ def get_config() -> Experiment:
         ),
         generator=GeneratorStage(
             module=FrontLoaded(Transformer(layers=4, width=128, heads=4, hidden=384), Label(128), Smoothed()),
-            order=backwards,
+            order=backwards, sampling=Sampling(Late(1.5), decoder=Twice()),
             steps=500, batch=64, optim=Optim(lr=2e-3, ema=0.99),
         ),
     )  # fmt: skip
