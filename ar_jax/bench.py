@@ -209,6 +209,8 @@ def bench_sample(subject: Subject, options: Options) -> Bench:
     def decode(frozen, tokens):
         return to_uint8(tokenizer.apply({"params": frozen}, tokens, method="decode"))
 
+    if options.repeat:
+        laid_out = laid_out.lower(subject.params).compile()
     batch, keys = conditions(generator, images), jax.random.split(jax.random.key(1), images)
     arguments = (params, frozen, batch, keys)
     loop = Timer(jax.jit(program(sampling)), *arguments)
@@ -268,6 +270,8 @@ def bench_train(subject: Subject, options: Options) -> Bench:
     plain = generator_loss(without_remat(generator), tokenizer, order, stage.drop)
     flops = model_flops(jax.grad(plain, has_aux=True), params, frozen, batch, key, 0)
     state = jax.eval_shape(begin, params)
+    if options.repeat:
+        begin = begin.lower(params).compile()
     step = Timer(jax.jit(update, donate_argnums=0), state, frozen, batch, key, carry=True)
     facts = {
         "images": images, "tokens": images * spec.n, "compile": step.compile, "memory": step.memory, "operations": flops,

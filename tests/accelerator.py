@@ -2,22 +2,26 @@
 
     python tests/accelerator.py --out FOLDER [--budget 440] [--flags XLA_FLAGS] [--parity FOLDER] [--tiny]
 
-Writes `results.json` and `table.md` into FOLDER, anew after every figure, so that a run which is cut short leaves what it found. A check
-or measurement that fails is an entry with its error. Parts:
+Writes `results.json` and `table.md` into FOLDER, anew after every figure, so that a run which is cut short leaves what it
+found. A check or measurement that fails is an entry with its error. Parts:
 
-    checks    in a process of its own, with deterministic operations and products in full float32: images do not depend on their
-              neighbours, Jacobi draws what one by one draws, a training resumes bit for bit, parity with the published models
-    speed     peak of products and bandwidth of copies; then steps of training and sampling of the published configs in bfloat16,
-              random weights, against both. Programs are compiled in threads, a round at a time, and run one after the other.
+    checks    in a process of its own, with deterministic operations and products in full float32: images do not depend
+              on their neighbours, Jacobi draws what one by one draws, a training resumes bit for bit, parity with the
+              published models
+    speed     peak of products and bandwidth of copies; then steps of training and sampling of the published configs in
+              bfloat16, random weights, against both. Programs are compiled in threads, a round at a time, and run one
+              after the other.
 
 --tiny takes networks that a CPU runs in seconds, to test this script.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import functools
+import io
 import itertools
 import json
 import os
@@ -74,12 +78,12 @@ def jobs(*words: str) -> tuple[Job, ...]:
 
 ROUNDS = (
     jobs(
-        "LlamaGen-B | train | 64", "LlamaGen-L | train | 32", "VAR-d16 | train | 16", "MAR-B, 64 steps | train | 64",
-        "xAR-B | train | 32", "LlamaGen-B | sample | 1", "LlamaGen-B | sample | 64", "VAR-d16 | sample | 64",
+        "LlamaGen-B | train | 64", "LlamaGen-B | sample | 1", "LlamaGen-B | sample | 64", "LlamaGen-L | train | 32",
+        "VAR-d16 | train | 16", "VAR-d16 | sample | 64", "MAR-B, 64 steps | train | 64", "xAR-B | train | 32",
     ),
     jobs(
-        "LlamaGen-XL | sample | 1", "LlamaGen-XL | sample | 64", "VAR-d30 | sample | 64", "MAR-B, 64 steps | sample | 64",
-        "VAR-d16 | sample | 1", "VAR-d30 | sample | 1", "MAR-B, 64 steps | sample | 1",
+        "LlamaGen-XL | sample | 1", "LlamaGen-XL | sample | 64", "VAR-d30 | sample | 64", "VAR-d30 | sample | 1",
+        "MAR-B, 64 steps | sample | 64", "MAR-B, 64 steps | sample | 1", "VAR-d16 | sample | 1",
     ),
     jobs(
         "LlamaGen-B | sample | 8", "LlamaGen-XL | sample | 8", "VAR-d16 | sample | 8", "VAR-d30 | sample | 8",
@@ -143,7 +147,7 @@ class Report:
         self.add(part, name, **found, seconds=round(time.monotonic() - start, 1))
 
 
-# ---------------------------------------------------------------------------------------------------------------- checks
+# ---------------------------------------------------------------------------------------------------------- checks
 
 
 def checks(report: Report, options: argparse.Namespace) -> None:
@@ -205,10 +209,11 @@ def resume() -> dict[str, Any]:
         mesh = ("--mesh.data", "1") if jax.device_count() == 1 else ()
         data = ("--data.name", "image_folder", "--data.path", str(place / "images"))
         command = [str(place / "tiny.py"), "--out", str(place), *QUIET, *data, *mesh]
-        train(command)
-        shutil.copytree(place / "whole", place / "again")
-        shutil.rmtree(place / "again" / "generator" / "checkpoints" / "6")
-        train([*command, "--name", "again"])
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            train(command)
+            shutil.copytree(place / "whole", place / "again")
+            shutil.rmtree(place / "again" / "generator" / "checkpoints" / "6")
+            train([*command, "--name", "again"])
         whole, again = (arrays(place / name, "generator") for name in ("whole", "again"))
     return {"holds": whole == again, "arrays": len(whole), "flags": os.environ.get("XLA_FLAGS", "")}
 
@@ -219,9 +224,13 @@ def parity(folder: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     import test_parity
 
     def compared(cases):
+        wrong = []
         for values in cases:
-            test_parity.test_parity(*values)
-        return {"holds": True, "outputs": sum(len(outputs) for _, _, outputs in cases)}
+            try:
+                test_parity.test_parity(*values)
+            except AssertionError as error:
+                wrong.append(" ".join(str(error).split())[:300])
+        return {"holds": not wrong, "cases": len(cases), "wrong": wrong}
 
     every = [param.values for param in test_parity._outputs()]
     for name, cases in itertools.groupby(every, key=lambda values: values[0]):
@@ -229,7 +238,7 @@ def parity(folder: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
             yield name, functools.partial(compared, list(cases))
 
 
-# ----------------------------------------------------------------------------------------------------------------- speed
+# ----------------------------------------------------------------------------------------------------------- speed
 
 
 def speed(report: Report, options: argparse.Namespace) -> None:
@@ -262,10 +271,12 @@ def machine(device: Any, options: argparse.Namespace) -> dict[str, Any]:
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
         said = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     published = chip(device)
+    limits = (
+        f"{published.flops / 1e12:.0f} TFLOP/s, {published.bandwidth / 1e12:.2f} TB/s" if published else unknown(device)
+    )
     return {
-        "driver": said or "none", "jax": jax.__version__, "cores": os.cpu_count(), "flags": os.environ.get("XLA_FLAGS", ""),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"), "dtype": options.dtype,
-        "published": f"{published.flops / 1e12:.0f} TFLOP/s, {published.bandwidth / 1e12:.2f} TB/s" if published else unknown(device),
+        "driver": said or "none", "jax": jax.__version__, "cores": os.cpu_count(),
+        "flags": os.environ.get("XLA_FLAGS", ""), "published": limits, "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"), "dtype": options.dtype,
     }  # fmt: skip
 
 
@@ -299,38 +310,31 @@ def start_checks(options: argparse.Namespace, budget: float) -> tuple[subprocess
 
 
 def measure_round(report, options, jobs_of_round, models, subjects, limits, beside) -> None:
-    """Compiles all programs of a round, waits for what else runs, then measures one by one, in the order of the models."""
+    """Compiles all programs of a round in threads, waits until nothing else runs, then measures one by one."""
+    pool, weights = concurrent.futures.ThreadPoolExecutor(options.threads), {}
     for model in dict.fromkeys(job.model for job in jobs_of_round):
-        if model not in subjects:
-            report_of = functools.partial(subject_of, models[model], options)
-            try:
-                subjects[model] = report_of()
-            except Exception as error:
-                report.add("speed", model, error=f"{type(error).__name__}: {error}")
-    pool = concurrent.futures.ThreadPoolExecutor(options.threads)
-    reserve = 3.0 * len(jobs_of_round) if not options.tiny else 0.0  # seconds to measure what is compiled
-    futures = {
-        job: pool.submit(compiled, job, subjects[job.model], options) for job in jobs_of_round if job.model in subjects
-    }
-    concurrent.futures.wait(futures.values(), timeout=max(report.left - reserve, 0))
+        try:
+            subject = subjects[model] = subjects.get(model) or subject_of(models[model], options)
+        except Exception as error:  # one failure must not cost the rest
+            report.add("speed", model, error=f"{type(error).__name__}: {error}")
+            continue
+        weights[model] = pool.submit(lambda weights: weights.func.lower(*weights.args).compile(), subject.weights)
+    jobs_of_round = [job for job in jobs_of_round if job.model in weights]
+    futures = [pool.submit(compiled, job, subjects[job.model], options) for job in jobs_of_round]
+    concurrent.futures.wait([*weights.values(), *futures], timeout=max(0.6 * report.left, 0))
     pool.shutdown(wait=False, cancel_futures=True)
     if beside:
         finish(report, *beside)
-    weights = None, None
-    for job in sorted(
-        futures, key=lambda job: jobs_of_round.index(next(j for j in jobs_of_round if j.model == job.model))
-    ):
-        future = futures[job]
-        if not future.done() or future.cancelled():
+    for job in jobs_of_round:
+        future, init = futures.pop(0), weights[job.model]
+        if not (future.done() and init.done()) or future.cancelled() or init.cancelled():
             report.add(job.what, job.name, skipped="not compiled in time")
             continue
-        if weights[0] != job.model:
-            weights = None, None  # frees those of the last model
-            weights = job.model, functools.cache(subjects[job.model].weights)
 
-        def measure(job=job, future=future, make=weights[1]):
-            figures = future.result().measure(make(), lambda size, dtype: limits)
-            return summary(job, figures, limits)
+        def measure(job=job, future=future, init=init, subject=subjects[job.model]):
+            figures = future.result().measure(init.result()(*subject.weights.args), lambda size, dtype: limits)
+            running = sum(not other.done() for other in futures)
+            return summary(job, figures, limits) | ({"still compiling": running} if running else {})
 
         report.attempt(job.what, job.name, measure)
 
