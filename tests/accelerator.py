@@ -276,7 +276,8 @@ def machine(device: Any, options: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "driver": said or "none", "jax": jax.__version__, "cores": os.cpu_count(),
-        "flags": os.environ.get("XLA_FLAGS", ""), "published": limits, "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"), "dtype": options.dtype,
+        "flags": os.environ.get("XLA_FLAGS", ""), "published": limits,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"), "dtype": options.dtype,
     }  # fmt: skip
 
 
