@@ -37,6 +37,7 @@ from ar_jax.decode.sequential import Sequential
 from ar_jax.files.images import to_uint8
 from ar_jax.files.models import untrained
 from ar_jax.files.trust import taken
+from ar_jax.machine.chips import peak_flops, unknown
 from ar_jax.machine.flops import model_flops, with_fields, without_remat
 from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.orders import OrderFn
@@ -80,9 +81,15 @@ def main(arguments: list[str]) -> None:
         if options.what == "sample" and Path(options.config).is_dir():
             subject = of_run(options, rest)
         else:
-            subject = of_config(parse(load_config(options.config), _spelt(rest), f"{prog} {options.config}", ""), options)
-        measure = {"sample": bench_sample, "train": bench_train}[options.what]
-        for name, value in measure(subject, options).items():
+            subject = of_config(
+                parse(load_config(options.config), _spelt(rest), f"{prog} {options.config}", ""), options
+            )
+        bench, rows = {"sample": (bench_sample, rows_of_sampling), "train": (bench_train, rows_of_training)}[
+            options.what
+        ]
+        compiled = bench(subject, options)
+        figures = compiled.measure(subject.weights()) if options.repeat else compiled.facts
+        for name, value in rows(figures).items():
             print(f"{name:<34}{value}")
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"ar_jax.bench: {error}") from error
@@ -93,7 +100,8 @@ class Subject(NamedTuple):
 
     Attributes:
       generator, tokenizer: the networks.
-      params, frozen: their parameters; without repetitions their shapes.
+      params, frozen: shapes of their parameters.
+      weights: () -> parameters of both.
       order: of decoding.
       sampling: how images are drawn.
       stage: of training; None for a run.
@@ -103,6 +111,7 @@ class Subject(NamedTuple):
     tokenizer: Any
     params: Params
     frozen: Params
+    weights: Callable[[], tuple[Params, Params]]
     order: OrderFn
     sampling: Sampling
     stage: GeneratorStage | None = None
@@ -123,12 +132,13 @@ def of_config(experiment: Experiment, options: Options) -> Subject:
         raise ValueError("the config has no generator")
     stage = experiment.generator
     generator = with_fields(generator, dtype=jnp.dtype(options.dtype).type)
-    make = (lambda init: jax.jit(init)) if options.repeat else (lambda init: functools.partial(jax.eval_shape, init))
-    params, frozen = (make(net.init_params)(jax.random.key(0)) for net in (generator, tokenizer))
+    init = jax.jit(lambda key: (generator.init_params(key), tokenizer.init_params(key)))
+    params, frozen = jax.eval_shape(init, jax.random.key(0))
     sampling = sampling_file(options.sampling, stage.sampling)
     if sampling.decoder == Sequential():  # for the bandwidth that the whole cache would cost
         sampling = dataclasses.replace(sampling, decoder=Sequential(4))
-    return Subject(generator, tokenizer, params, frozen, stage.order, sampling, stage)
+    weights = functools.partial(init, jax.random.key(0))
+    return Subject(generator, tokenizer, params, frozen, weights, stage.order, sampling, stage)
 
 
 def of_run(options: Options, rest: list[str]) -> Subject:
@@ -139,25 +149,54 @@ def of_run(options: Options, rest: list[str]) -> Subject:
     )
     drawer = open_drawer(options.config, dataclasses.replace(own, parts=options.sampling))
     model, sampling = drawer.model, drawer.sampling
+    params, frozen = model.params(), drawer.tokenizer.params()
     return Subject(
-        with_fields(model.module, dtype=jnp.dtype(options.dtype).type), drawer.tokenizer.module, model.params(),
-        drawer.tokenizer.params(), model.order, sampling,
+        with_fields(model.module, dtype=jnp.dtype(options.dtype).type), drawer.tokenizer.module, shapes(params),
+        shapes(frozen), lambda: (params, frozen), model.order, sampling,
     )  # fmt: skip
 
 
-def bench_sample(subject: Subject, options: Options) -> dict[str, str]:
+class Limits(NamedTuple):
+    """What the machine can do: operations of matrix products per second, and bytes per second."""
+
+    peak: float
+    bandwidth: float
+
+
+def limits(size: int, dtype: Any) -> Limits:
+    """Measured, the bandwidth by reading `size` bytes."""
+    return Limits(matmul_peak(dtype), read_bandwidth(size))
+
+
+class Bench(NamedTuple):
+    """Compiled programs.
+
+    Attributes:
+      facts: figures known without running, by name; seconds, bytes, operations.
+      measure: weights -> all figures. `limits` (bytes read a step, dtype -> Limits) is called beside every repetition.
+    """
+
+    facts: dict[str, Any]
+    measure: Callable[..., dict[str, Any]]
+
+
+def bench_sample(subject: Subject, options: Options) -> Bench:
     """The token loop and the image decoder, against reading the weights once per step."""
-    sampling, params, frozen = subject.sampling, subject.params, subject.frozen
+    sampling, frozen = subject.sampling, subject.frozen
     images, dtype = options.batch or 1, jnp.dtype(options.dtype)
-    shapes = jax.eval_shape if not options.repeat else lambda function, *arguments: function(*arguments)
-    params = shapes(lambda params: jax.tree.map(lambda x: x.astype(dtype), params), params)
     generator, tokenizer, order_fn = sampling.adapted(subject.generator, subject.tokenizer, subject.order)
     order = order_fn(generator.spec, jax.random.split(jax.random.key(0), images), images, 0)
-    steps = len(order.sizes)
-    if set(order.sizes) == {1} if options.unroll is None else options.unroll:
-        laid_out = []
-        params = shapes(lambda params: laid_out.append(generator.unrolled(params)) or laid_out[0][1], params)
-        generator = laid_out[0][0]
+    steps, stacked = len(order.sizes), generator
+    unroll = set(order.sizes) == {1} if options.unroll is None else options.unroll
+
+    @jax.jit
+    def laid_out(params):
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        return stacked.unrolled(params)[1] if unroll else params
+
+    if unroll:
+        generator = _unrolled(generator, subject.params)
+    params = jax.eval_shape(laid_out, subject.params)
     guided = bool((sampling.knobs(order, generator.spec).guidance != 1).any())
 
     def program(sampling):
@@ -171,62 +210,51 @@ def bench_sample(subject: Subject, options: Options) -> dict[str, str]:
     def decode(frozen, tokens):
         return to_uint8(tokenizer.apply({"params": frozen}, tokens, method="decode"))
 
+    if options.repeat:
+        laid_out = laid_out.lower(subject.params).compile()
     batch, keys = conditions(generator, images), jax.random.split(jax.random.key(1), images)
-    arguments, run = (params, frozen, batch, keys), options.repeat > 0
-    loop = Timer(jax.jit(program(sampling)), *arguments, run=run)
-    pixels = Timer(decode, frozen, loop.result[0], run=run)
+    arguments = (params, frozen, batch, keys)
+    loop = Timer(jax.jit(program(sampling)), *arguments)
+    pixels = Timer(decode, frozen, loop.result[0])
     # what stands beside every other decoder: one step after the other
     plain = (
         sampling if isinstance(sampling.decoder, Sequential) else dataclasses.replace(sampling, decoder=Sequential(4))
     )
-    beside = None if plain is sampling else Timer(jax.jit(program(plain)), *arguments, run=run)
+    beside = None if plain is sampling else Timer(jax.jit(program(plain)), *arguments)
     read, rows = step_bytes(params), images * (2 if guided else 1)
     operations = model_flops(lambda *arguments: program(plain)(*arguments)[0], *arguments)
-    of_decoder = model_flops(decode, frozen, jax.eval_shape(lambda x: x, loop.result[0]))
-    first = {
-        "images, rows, steps": f"{images}, {rows}, {steps}",
-        "decoder": repr(sampling.decoder),
-        "compile token loop, image decoder": f"{loop.compile:.1f} s, {pixels.compile:.1f} s",
-        "calls of the host in the loop": f"{len(HOST.findall(loop.text))}",
-        "operations of the loop, decoder": f"{operations / 1e9:.0f}, {of_decoder / 1e9:.0f} GFLOP",
-        "weights read a step": f"{read / 1e6:.0f} MB",
-    }
-    if not options.repeat:
-        return first
-    tokens, account = loop.result
-    first["calls an image"] = ", ".join(f"{np.mean(count):.4g} of the {name}" for name, count in account.calls.items())
-    if beside:
-        equal = np.mean(np.asarray(tokens) == np.asarray(beside.result[0]))
-        usual = ", ".join(f"{np.mean(count):.4g}" for count in beside.result[1].calls.values())
-        first["beside Sequential"] = (
-            f"{usual} calls, {equal:.2%} of the tokens equal (it claims {sampling.decoder.claim.value})"
-        )
-        first["tokens accepted a call"] = f"{tokens.shape[1] / np.mean(account.calls['generator']):.2f}"
-    bandwidth, peak, of_bandwidth, of_peak, decoder_of_peak, of_sequential = [], [], [], [], [], []
-    for _ in range(options.repeat):
-        bandwidth.append(read_bandwidth(read))
-        peak.append(matmul_peak(dtype))
-        seconds = loop.run()
-        of_bandwidth.append(steps * read / bandwidth[-1] / seconds)
-        of_peak.append(operations / peak[-1] / seconds)
-        decoder_of_peak.append(of_decoder / peak[-1] / pixels.run())
+    of_decoder = model_flops(decode, frozen, loop.result[0])
+    facts = {
+        "images": images, "rows": rows, "steps": steps, "decoder": repr(sampling.decoder), "claim": sampling.decoder.claim.value,
+        "compile": (loop.compile, pixels.compile), "host": len(HOST.findall(loop.text)),
+        "memory": max(loop.memory, pixels.memory), "operations": (operations, of_decoder), "read": read,
+    }  # fmt: skip
+
+    def measure(weights: tuple[Params, Params], limits: Callable = limits) -> dict[str, Any]:
+        weights, frozen = weights
+        run = (laid_out(weights), frozen, batch, keys)
+        tokens, account = loop.start(*run)
+        pixels.start(frozen, tokens)
+        found = {name: [] for name in ("bandwidth", "peak", "loop", "pixels", "beside")}
         if beside:
-            of_sequential.append(seconds / beside.run())
-    found = {
-        **first,
-        "token loop": f"{loop.best:.2f} s, {loop.best / steps * 1e3:.2f} ms a token step",
-        "image decoder": f"{pixels.best:.2f} s",
-        "images/s (both)": f"{images / (loop.best + pixels.best):.3f}",
-        "memory bandwidth, measured": f"{max(bandwidth) / 1e9:.1f} GB/s",
-        "matmul peak, measured": f"{max(peak) / 1e9:.0f} GFLOP/s",
-        "token loop, share of bandwidth": shares(of_bandwidth),
-        "token loop, share of matmul peak": shares(of_peak),
-        "decoder, share of matmul peak": shares(decoder_of_peak),
-    }
-    return found | ({"time beside Sequential": shares(of_sequential)} if beside else {})
+            usual, usually = beside.start(*run)
+            found["equal"] = float(np.mean(np.asarray(tokens) == np.asarray(usual)))
+            found["usual"] = {name: float(np.mean(count)) for name, count in usually.calls.items()}
+            found["accepted"] = tokens.shape[1] / float(np.mean(account.calls["generator"]))
+        for _ in range(options.repeat):
+            peak, bandwidth = limits(read, dtype)
+            found["peak"].append(peak)
+            found["bandwidth"].append(bandwidth)
+            found["loop"].append(loop.run())
+            found["pixels"].append(pixels.run())
+            if beside:
+                found["beside"].append(beside.run())
+        return facts | found | {"calls": {name: float(np.mean(count)) for name, count in account.calls.items()}}
+
+    return Bench(facts, measure)
 
 
-def bench_train(subject: Subject, options: Options) -> dict[str, str]:
+def bench_train(subject: Subject, options: Options) -> Bench:
     """One update of the generator on ready tokens, against the matmul peak."""
     images, stage, dtype = options.batch or 4, subject.stage, jnp.dtype(options.dtype)
     generator, tokenizer, params, frozen = subject[:4]
@@ -234,63 +262,144 @@ def bench_train(subject: Subject, options: Options) -> dict[str, str]:
     tx = make_optimiser(stage.optim, max(stage.steps, stage.optim.warmup + 1))
     loss = generator_loss(generator, tokenizer, order, stage.drop)
     update = make_update(gradients(loss), tx, ema=stage.optim.ema)
-    shapes = jax.eval_shape if not options.repeat else lambda function, *arguments: function(*arguments)
-    state = shapes(lambda params: create({"model": params}, {}, tx, stage.optim.ema), params)
+    begin = jax.jit(lambda params: create({"model": params}, {}, tx, stage.optim.ema))
     spec, shape = generator.spec, generator.spec.zeros(images).shape
     tokens = jax.random.normal(jax.random.key(2), shape)
     if spec.codes:
         tokens = jax.random.randint(jax.random.key(2), shape, 0, np.array(spec.codes))
-    batch = conditions(generator, images) | {"tokens": tokens}
+    batch, key = conditions(generator, images) | {"tokens": tokens}, jax.random.key(3)
     plain = generator_loss(without_remat(generator), tokenizer, order, stage.drop)
-    flops = model_flops(jax.grad(plain, has_aux=True), params, frozen, batch, jax.random.key(3), 0)
-    step = Timer(
-        jax.jit(update, donate_argnums=0), state, frozen, batch, jax.random.key(3), carry=True, run=options.repeat > 0
-    )
-    first = {
-        "images, tokens": f"{images}, {images * generator.spec.n}",
-        "compile": f"{step.compile:.1f} s",
-        "model operations a step": f"{flops / 1e9:.0f} GFLOP",
+    flops = model_flops(jax.grad(plain, has_aux=True), params, frozen, batch, key, 0)
+    state = jax.eval_shape(begin, params)
+    if options.repeat:
+        begin = begin.lower(params).compile()
+    step = Timer(jax.jit(update, donate_argnums=0), state, frozen, batch, key, carry=True)
+    facts = {
+        "images": images, "tokens": images * spec.n, "compile": step.compile, "memory": step.memory, "operations": flops,
+    }  # fmt: skip
+
+    def measure(weights: tuple[Params, Params], limits: Callable = limits) -> dict[str, Any]:
+        params, frozen = weights
+        step.start(begin(params), frozen, batch, key)
+        found = {"peak": [], "step": []}
+        for _ in range(options.repeat):
+            found["peak"].append(limits(0, dtype).peak)
+            found["step"].append(step.run())
+        return facts | found
+
+    return Bench(facts, measure)
+
+
+def rows_of_sampling(f: dict[str, Any]) -> dict[str, str]:
+    """The table of `bench_sample`, from its facts or all its figures."""
+    operations, of_decoder = f["operations"]
+    rows = {
+        "images, rows, steps": f"{f['images']}, {f['rows']}, {f['steps']}",
+        "decoder": f["decoder"],
+        "compile token loop, image decoder": "{:.1f} s, {:.1f} s".format(*f["compile"]),
+        "calls of the host in the loop": f"{f['host']}",
+        "operations of the loop, decoder": f"{operations / 1e9:.0f}, {of_decoder / 1e9:.0f} GFLOP",
+        "weights read a step": f"{f['read'] / 1e6:.0f} MB",
+        "memory of the larger program": f"{f['memory'] / 1e9:.2f} GB",
     }
-    if not options.repeat:
-        return first
-    peak, of_peak = [], []
-    for _ in range(options.repeat):
-        peak.append(matmul_peak(dtype))
-        of_peak.append(flops / peak[-1] / step.run())
-    return {
-        **first,
-        "step": f"{step.best:.2f} s",
-        "steps/s, images/s": f"{1 / step.best:.3f}, {images / step.best:.3f}",
-        "matmul peak, measured": f"{max(peak) / 1e9:.0f} GFLOP/s",
-        "share of matmul peak": shares(of_peak),
+    if "calls" not in f:
+        return rows
+    rows["calls an image"] = ", ".join(f"{count:.4g} of the {name}" for name, count in f["calls"].items())
+    if f["beside"]:
+        usual = ", ".join(f"{count:.4g}" for count in f["usual"].values())
+        rows["beside Sequential"] = f"{usual} calls, {f['equal']:.2%} of the tokens equal (it claims {f['claim']})"
+        rows["tokens accepted a call"] = f"{f['accepted']:.2f}"
+    loop, pixels, peak, bandwidth = (np.array(f[name]) for name in ("loop", "pixels", "peak", "bandwidth"))
+    rows |= {
+        "token loop": f"{loop.min():.3g} s, {loop.min() / f['steps'] * 1e3:.3g} ms a token step",
+        "image decoder": f"{pixels.min():.3g} s",
+        "images/s (both)": f"{f['images'] / (loop.min() + pixels.min()):.4g}",
+        "memory bandwidth, measured": f"{bandwidth.max() / 1e9:.1f} GB/s",
+        "matmul peak, measured": f"{peak.max() / 1e9:.0f} GFLOP/s",
+        "token loop, share of bandwidth": shares(f["steps"] * f["read"] / bandwidth / loop),
+        "token loop, share of matmul peak": shares(operations / peak / loop),
+        "decoder, share of matmul peak": shares(of_decoder / peak / pixels),
+        **published(operations, loop),
     }
+    return rows | ({"time beside Sequential": shares(loop / np.array(f["beside"]))} if f["beside"] else {})
+
+
+def rows_of_training(f: dict[str, Any]) -> dict[str, str]:
+    """The table of `bench_train`, from its facts or all its figures."""
+    rows = {
+        "images, tokens": f"{f['images']}, {f['tokens']}",
+        "compile": f"{f['compile']:.1f} s",
+        "model operations a step": f"{f['operations'] / 1e9:.0f} GFLOP",
+        "memory of the program": f"{f['memory'] / 1e9:.2f} GB",
+    }
+    if "step" not in f:
+        return rows
+    step, peak = np.array(f["step"]), np.array(f["peak"])
+    return rows | {
+        "step": f"{step.min():.3g} s",
+        "steps/s, images/s": f"{1 / step.min():.4g}, {f['images'] / step.min():.4g}",
+        "matmul peak, measured": f"{peak.max() / 1e9:.0f} GFLOP/s",
+        "share of matmul peak": shares(f["operations"] / peak / step),
+        **published(f["operations"], step),
+    }
+
+
+def published(operations: float, seconds: np.ndarray) -> dict[str, str]:
+    """MFU: the share of the bfloat16 peak that the maker of the chip publishes."""
+    device = jax.devices()[0]
+    peak = peak_flops(device)
+    said = f"{np.median(operations / seconds) / peak:.1%} of {peak / 1e12:.0f} TFLOP/s" if peak else unknown(device)
+    return {"share of the published peak (MFU)": said}
 
 
 class Timer:
-    """Compiles a function once and keeps its text and the best of its run times in seconds."""
+    """A function compiled for arguments of these shapes, run again and again.
 
-    def __init__(self, function: Callable, *arguments: Any, carry: bool = False, run: bool = True):
+    Attributes:
+      compile: seconds it took.
+      text: of the program.
+      memory: bytes that the program needs: arguments, results and temporaries.
+      result: of the last run; before any its shapes.
+    """
+
+    def __init__(self, function: Callable, *arguments: Any, carry: bool = False):
         start = time.perf_counter()
         self._function = function.lower(*arguments).compile()
-        self.compile, self.best, self.text = time.perf_counter() - start, float("inf"), self._function.as_text()
-        self._arguments, self._carry = arguments, carry
-        self.result = self._call() if run else jax.eval_shape(function, *arguments)
+        self.compile, self.text, self._carry = time.perf_counter() - start, self._function.as_text(), carry
+        need = self._function.memory_analysis()
+        self.memory = (
+            need.argument_size_in_bytes + need.output_size_in_bytes - need.alias_size_in_bytes + need.temp_size_in_bytes
+        )
+        self.result = jax.eval_shape(function, *arguments)
 
-    def run(self) -> float:
-        start = time.perf_counter()
-        self._call()
-        seconds = time.perf_counter() - start
-        self.best = min(self.best, seconds)
-        return seconds
-
-    def _call(self):
-        self.result = jax.block_until_ready(self._function(*self._arguments))
-        if self._carry:  # the first argument was donated
-            self._arguments = (self.result[0], *self._arguments[1:])
+    def start(self, *arguments: Any) -> Any:
+        """Takes the arguments and runs once; with `carry`, the first was donated and follows from the last result."""
+        self._arguments = arguments
+        self.run()
         return self.result
 
+    def run(self) -> float:
+        """Seconds of a run."""
+        start = time.perf_counter()
+        self.result = jax.block_until_ready(self._function(*self._arguments))
+        seconds = time.perf_counter() - start
+        if self._carry:
+            self._arguments = (self.result[0], *self._arguments[1:])
+        return seconds
 
-def shares(parts: list[float]) -> str:
+
+def _unrolled(generator: Any, params: Params) -> Any:
+    """The generator with its layers one by one."""
+    found = []
+    jax.eval_shape(lambda params: found.append(generator.unrolled(params)) or found[0][1], params)
+    return found[0][0]
+
+
+def shapes(tree: Any) -> Any:
+    return jax.eval_shape(lambda tree: tree, tree)
+
+
+def shares(parts: np.ndarray) -> str:
     return f"{np.median(parts):.0%} ({min(parts):.0%} to {max(parts):.0%})"
 
 
@@ -308,11 +417,20 @@ def step_bytes(params: Params) -> int:
 
 def matmul_peak(dtype: Any) -> float:
     """Fastest of several matrix products, in operations per second."""
-    best = 0.0
-    for m, k, n in ((2048, 2048, 2048), (1024, 768, 2304), (1024, 2048, 768), (4096, 1024, 1024)):
-        a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
-        best = max(best, 2 * m * k * n / _best_time(_matmul, a, b))
-    return best
+    return max(2 * m * k * n / product_time(m, k, n, dtype) for m, k, n in products())
+
+
+def products() -> tuple[tuple[int, int, int], ...]:
+    """Rows, inner size and columns of products, large enough that the machine shows what it can."""
+    if jax.default_backend() == "cpu":
+        return ((2048, 2048, 2048), (1024, 768, 2304), (1024, 2048, 768), (4096, 1024, 1024))
+    return ((8192, 8192, 8192), (16384, 4096, 4096), (4096, 4096, 4096), (32768, 1024, 4096))
+
+
+def product_time(m: int, k: int, n: int, dtype: Any) -> float:
+    """Seconds of a matrix product of random numbers: a GPU is faster on ones, which need less power."""
+    a, b = (_random(shape, jnp.dtype(dtype)) for shape in ((m, k), (k, n)))
+    return _best_time(_matmul, a, b)
 
 
 def read_bandwidth(size: int) -> float:
@@ -325,6 +443,11 @@ def read_bandwidth(size: int) -> float:
 @jax.jit
 def _matmul(a, b):
     return a @ b
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _random(shape, dtype):
+    return jax.random.normal(jax.random.key(0), shape, dtype)
 
 
 @jax.jit

@@ -29,7 +29,7 @@ from ar_jax.config import Experiment, Stage, load_config, parse
 from ar_jax.decode.sequential import Sequential
 from ar_jax.files.models import untrained
 from ar_jax.files.trust import taken
-from ar_jax.machine.chips import Chip, chip
+from ar_jax.machine.chips import Chip, chip, unknown
 from ar_jax.machine.flops import model_flops, with_fields
 from ar_jax.machine.hlo import Program, Work
 from ar_jax.machine.sharding import batch_sharding, make_mesh, replicated, shard
@@ -85,9 +85,7 @@ def plan(experiment: Experiment, options: Options, topology: str) -> bool:
     devices = topology_devices(topology)
     limits = chip(devices[0])
     if limits is None:
-        raise ValueError(
-            f"--topology {topology}: the figures of {devices[0].device_kind} are not in ar_jax/machine/chips.py"
-        )
+        raise ValueError(f"--topology {topology}: {unknown(devices[0])}")
     mesh = make_mesh(experiment.mesh, devices)
     compiled = compile_for(experiment, options, mesh)
     rows = {

@@ -13,7 +13,7 @@ from ar_jax.config import Experiment, GeneratorStage, Losses, Sampling, Tokenize
 from ar_jax.data import Data
 from ar_jax.decode.guidance import Interval
 from ar_jax.generators.causal import Causal
-from ar_jax.machine.chips import CHIPS, Chip, chip, peak_flops
+from ar_jax.machine.chips import CHIPS, Chip, chip, peak_flops, unknown
 from ar_jax.machine.sharding import MeshShape, make_mesh
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
@@ -136,7 +136,19 @@ def test_chips_are_known_by_their_kind():
     assert chip(device("TPU v5 lite")) == CHIPS["TPU v5 lite"]
     assert chip(device("TPU v5p")) == CHIPS["TPU v5"]
     assert chip(device("NVIDIA A100-SXM4-80GB")).hbm == 80e9
+    assert peak_flops(device("NVIDIA H100 80GB HBM3")) == 989e12
+    assert peak_flops(device("NVIDIA H100 PCIe")) == 756e12
+    assert chip(device("TPU v5e")) == CHIPS["TPU v5 lite"], "not a v5p, whose kind is TPU v5"
+    assert chip(device("NVIDIA H100 80GB HBM3 MIG 1g.10gb")) is None, "part of a chip"
     assert peak_flops(jax.devices()[0]) is None
+    assert unknown(jax.devices()[0]) == "no figures of cpu in ar_jax/machine/chips.py"
+
+
+def test_figures_of_chips_are_of_the_right_size():
+    for kind, known in CHIPS.items():
+        assert 1e14 < known.flops < 5e15, kind
+        assert 16e9 <= known.hbm <= 200e9, kind
+        assert 100 < known.flops / known.bandwidth < 700, f"{kind}: operations a byte"
 
 
 def test_a_slice_has_to_be_named():

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ar_jax.files.images import save_png, tile
-from ar_jax.machine.chips import peak_flops
+from ar_jax.machine.chips import peak_flops, unknown
 
 SHOWN = ("loss", "psnr", "usage", "images_per_second", "mfu", "input_wait", "memory_gib")  # beside the progress bar
 
@@ -33,6 +33,8 @@ class Log:
             self._board = _summary_writer()(str(folder))
         self._since, self._seen, self._spent = time.perf_counter(), first, {"input": 0.0, "aside": 0.0}
         self._shown = {}
+        if not peak_flops(device := jax.local_devices()[0]):
+            self.say(f"{name}: {unknown(device)}, so mfu is not logged")
 
     def step(self) -> None:
         self._bar.update()

@@ -55,10 +55,14 @@ def test_pace_counts_neither_previews_nor_saves_and_starts_anew_every_time(opene
     assert (figures["steps_per_second"], figures["input_wait"]) == (1, 0)
 
 
-def test_without_known_limits_neither_memory_nor_mfu_is_told(opened, clock):
+def test_without_known_limits_neither_memory_nor_mfu_is_told_and_it_says_so(tmp_path, clock, capsys):
+    opened = log.Log(tmp_path, "stage", first=10, steps=100)
+    said = capsys.readouterr()
+    assert "stage: no figures of cpu in ar_jax/machine/chips.py, so mfu is not logged" in said.out + said.err
     clock[0] += 1
     figures = opened.pace(step=11, batch=1)
     assert not {"mfu", "memory_gib", "memory_peak_gib"} & figures.keys()
+    opened.close()
 
 
 def test_lines_are_json_and_other_processes_write_nothing(opened, tmp_path, clock):
