@@ -157,7 +157,7 @@ class Codebook:
 @typed
 def look_up(codes: Float[Array, "v c"], tokens: Tokens) -> Float[Array, "b n c"]:
     """The codes of tokens with one sub-code; vectors in their place stay as they are."""
-    return tokens if jnp.issubdtype(tokens.dtype, jnp.floating) else codes[tokens[..., 0]]
+    return tokens if jnp.issubdtype(tokens.dtype, jnp.floating) else jnp.asarray(codes)[tokens[..., 0]]
 
 
 @typed

@@ -86,7 +86,7 @@ def transformer(folder):
         name = next(output for output in case.outputs if output.startswith("gen_tokens_")).removeprefix("gen_tokens_")
         settings = {"ramp": "flat" not in case.function, "guidance": h["cfg"]}
         if settings["ramp"]:
-            settings["reach"] = FLEXVAR_SAMPLING["guidance_reach"]
+            settings["reach"] = FLEXVAR_SAMPLING.guidance.reach
         if "scales other_patch_nums" in case.function:
             settings["scales"] = other
         if "max_pn as in the hyperparameters" in case.function:
