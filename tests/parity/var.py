@@ -1,5 +1,6 @@
 """VAR: its tokenizer, and its transformer in both forms."""
 
+import functools
 import re
 
 import jax
@@ -158,13 +159,17 @@ def stepped(drawing, params, frozen, labels, tokens):
 
 def looks(tokenizer, frozen, tokens):
     """The sums of scales [b l c h w] and the image [b c h w] of tokens [b n 1]."""
+    return _looks(tokenizer)(frozen, tokens)
 
+
+@functools.cache
+def _looks(tokenizer):
     @jax.jit
     def run(frozen, tokens):
         call = lambda method: tokenizer.apply({"params": frozen}, tokens, method=method)  # noqa: E731
         return jnp.stack([nchw(x) for x in call("sums")], 1), (nchw(call("decode")) + 1) / 2
 
-    return run(frozen, tokens)
+    return run
 
 
 def transformer(folder):
