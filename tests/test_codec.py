@@ -414,6 +414,19 @@ def test_a_plain_callable_is_one_like_the_default():
             codec.decode({"type": f"{HERE}:Filtered", "filter": {"function": f"{HERE}:{name}"}}, Filtered)
 
 
+def test_what_is_by_default_negative_may_be():
+    for places, least in (((-1,), -codec.LARGEST), ((1,), 0), (-1, -codec.LARGEST), (1, 0)):
+        kind = tuple[int, ...] if isinstance(places, tuple) else int
+        ours = dataclasses.make_dataclass("Ours", [("places", kind, places)])
+        ours.__module__ = "ar_jax.orders"
+        given = [-2] if isinstance(places, tuple) else -2
+        if least:
+            assert codec.build(ours, {"places": given}, "value").places in ((-2,), -2)
+        else:
+            with pytest.raises(ValueError, match=r"^value\.places.* is -2; it must be a whole number from 0 to"):
+                codec.build(ours, {"places": given}, "value")
+
+
 def test_what_fits_the_annotations_comes_back():
     value = Many(1, 1, (2, "b"), Until(), diagonal, np.float32([0.5]))
     back = there_and_back(value, Many)

@@ -159,7 +159,6 @@ def test_every_command_says_what_trust_is(capsys):
 def test_what_readme_shows_is_the_toy():
     readme = (TOY.parents[1] / "README.md").read_text()
     section = readme.partition("## Add a method")[2].partition("\n## ")[0]
-    assert len(section.strip().splitlines()) <= 60
     (shown,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     toy = "\n".join(file.read_text() for file in TOY.glob("my_*.py"))
     lines = [line for line in shown.splitlines() if line.strip() and not line.startswith("#")]

@@ -173,13 +173,19 @@ def build(kind: type, values: Any, where: str, hints: collections.abc.Mapping[st
                 raise ValueError(f"{where}.{name} is missing")
             continue
         # sizes of our own: those without a default are needed, others may be 0, and only what is by default may be negative
-        negative = not _ours(kind.__module__) or (isinstance(default, int) and default < 0)
+        negative = not _ours(kind.__module__) or _negative(default)
         least = -LARGEST if negative else int(required)
         made[name] = _decode(values[name], _like(annotation, default), f"{where}.{name}", hints or {}, least)
     try:
         return kind(**made)
     except Exception as error:  # what its own checks raise
         raise ValueError(f"{where}: {error}") from error
+
+
+def _negative(default):
+    if isinstance(default, tuple):
+        return any(map(_negative, default))
+    return isinstance(default, int) and default < 0
 
 
 @functools.cache
