@@ -16,12 +16,14 @@ class Layout(NamedTuple):
 
     Attributes:
       to_torch, from_torch: between our array and theirs.
-      part: (i, n), ours is the i-th of n equal parts of their entry's first axis.
+      part: (i, n), ours is the i-th of n equal parts of their entry, or of parts with the sizes n.
+      axis: of their entry, along which the parts lie.
     """
 
     to_torch: Callable
     from_torch: Callable
-    part: tuple[int, int] = (0, 1)
+    part: tuple[int, int | tuple[int, ...]] = (0, 1)
+    axis: int = 0
 
 
 PLAIN = Layout(lambda x: x, lambda x: x)
@@ -80,10 +82,7 @@ def to_params(
             if all(part.shape == want[1:] for part in parts):
                 params[path] = np.stack(parts)
         else:
-            entry, (i, n) = _get(weights, key, path), layout.part
-            if n > 1 and len(entry) % n == 0:  # else the shape below is wrong
-                entry = np.split(entry, n)[i]
-            params[path] = np.ascontiguousarray(layout.from_torch(entry))
+            params[path] = np.ascontiguousarray(layout.from_torch(_part(_get(weights, key, path), layout)))
         if path not in params or params[path].shape != want:
             raise ValueError(f"{key} (our {path}) has another shape than the model's {tuple(want)}")
     for key in weights:
@@ -100,11 +99,13 @@ def to_weights(params: Params, rules: list[Rule]) -> dict[str, np.ndarray]:
         value = np.asarray(flat[path])
         if "{}" in key:
             weights |= {key.format(i): np.ascontiguousarray(layout.to_torch(part)) for i, part in enumerate(value)}
-        elif layout.part[1] > 1:
-            parts.setdefault(key, {})[layout.part[0]] = layout.to_torch(value)
+        elif layout.part[1] != 1:
+            parts.setdefault(key, (layout.axis, {}))[1][layout.part[0]] = layout.to_torch(value)
         else:
             weights[key] = np.ascontiguousarray(layout.to_torch(value))
-    return weights | {key: np.concatenate([found[i] for i in sorted(found)]) for key, found in parts.items()}
+    return weights | {
+        key: np.concatenate([found[i] for i in sorted(found)], axis) for key, (axis, found) in parts.items()
+    }
 
 
 def key_shapes(shapes: Params, rules: list[Rule]) -> dict[str, tuple[int, ...]]:
@@ -115,9 +116,9 @@ def key_shapes(shapes: Params, rules: list[Rule]) -> dict[str, tuple[int, ...]]:
         leaf = flat[path]
         stacked = "{}" in key
         one = jax.ShapeDtypeStruct(leaf.shape[1:] if stacked else leaf.shape, leaf.dtype)
-        shape = jax.eval_shape(layout.to_torch, one).shape
-        if layout.part[1] > 1:
-            shape = (shape[0] * layout.part[1], *shape[1:])
+        shape, (n, axis) = jax.eval_shape(layout.to_torch, one).shape, (layout.part[1], layout.axis)
+        if n != 1:
+            shape = (*shape[:axis], sum(n) if isinstance(n, tuple) else shape[axis] * n, *shape[axis + 1 :])
         keys |= {key.format(i): shape for i in range(leaf.shape[0])} if stacked else {key: shape}
     return keys
 
@@ -132,6 +133,14 @@ def differences(want: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[i
         if tuple(want[key]) != tuple(found[key]):
             return f"{key} has shape {tuple(found[key])}, expected {tuple(want[key])}"
     return ""
+
+
+def _part(entry, layout):
+    """Our part of an entry; all of it if it has not the size of all parts, so that its shape is found to be wrong."""
+    (i, n), axis = layout.part, layout.axis
+    length = entry.shape[axis] if entry.ndim > axis else 0
+    ends = np.cumsum(n if isinstance(n, tuple) else (length // n,) * n)
+    return np.split(entry, ends[:-1], axis)[i] if 0 < length == ends[-1] else entry
 
 
 def _get(weights, key, path):

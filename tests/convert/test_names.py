@@ -1,0 +1,29 @@
+"""One entry of a file as several of our arrays."""
+
+import jax
+import numpy as np
+import pytest
+
+from ar_jax.convert.names import PLAIN, Layout, key_shapes, to_params, to_weights
+
+ROWS = Layout(lambda x: x[None], lambda x: x[0], axis=1)
+PARTS = {  # layout, sizes of the parts as rules say them, whole entry
+    "equal": (PLAIN, 3, (6, 4)),
+    "of sizes": (PLAIN, (1, 3, 2), (6, 4)),
+    "along another axis": (ROWS, (1, 3, 2), (1, 6, 4)),
+}
+
+
+@pytest.mark.parametrize(("layout", "sizes", "shape"), PARTS.values(), ids=PARTS.keys())
+def test_parts_of_an_entry_are_cut_out_and_put_together(layout, sizes, shape):
+    rules = [(name, "table", layout._replace(part=(i, sizes))) for i, name in enumerate("abc")]
+    each = sizes if isinstance(sizes, tuple) else (2, 2, 2)
+    ours = {name: jax.ShapeDtypeStruct((size, 4), np.float32) for name, size in zip("abc", each)}
+    assert key_shapes(ours, rules) == {"table": shape}
+    whole = np.arange(24, dtype=np.float32).reshape(shape)
+    params = to_params({"table": whole}, ours, rules)
+    np.testing.assert_array_equal(params["b"], whole.reshape(6, 4)[each[0] : each[0] + each[1]])
+    np.testing.assert_array_equal(to_weights(params, rules)["table"], whole)
+    for wrong in (whole[..., :3], whole.reshape(6, 4)[:5].reshape(*shape[:-2], 5, 4), whole.reshape(-1)[:5]):
+        with pytest.raises(ValueError, match=r"table \(our a\) has another shape than the model's"):
+            to_params({"table": wrong}, ours, rules)
