@@ -12,6 +12,7 @@ from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.hmar import Hmar
 from ar_jax.generators.inputs import NextScale, Upsampled
+from ar_jax.generators.rar import Aimed, Placed, StartLabel
 from ar_jax.heads.categorical import Categorical
 from ar_jax.nets.adaln import AdaLN
 from ar_jax.nets.conditioning import Caption, Label
@@ -87,6 +88,11 @@ def _scales(tokenizer, inputs=NextScale(channels=4), sees="past", **fields):
     return Case(generator.complete(tokenizer.spec, INFO), scales, pyramid=tokenizer)
 
 
+def _rar(order):
+    net = Placed(layers=2, width=16, heads=2, hidden=24)
+    return Case(Causal(net, StartLabel(16), Categorical(bias=True, std=0.02), Aimed()).complete(SPEC, INFO), order)
+
+
 NET = {"features": 4, "mult": (1, 2), "res_blocks": 1, "codes": 12, "code_features": 4, "groups": 2}
 RESIDUAL = ResidualPyramid(size=(6, 6), scales=(1, 2, 3), **NET)
 INDEPENDENT = Pyramid(size=(6, 6), scales=(1, 2, (1, 3), 3), latent=8, **NET)
@@ -97,6 +103,7 @@ CASES = {
     "llamagen_chunk": _causal(Caption(16), head=Categorical(chunk=5), remat="dots"),
     "causal_backwards": _causal(Label(16), backwards),
     "causal_order_per_image": _causal(Caption(16), shuffled),
+    "rar": _rar(shuffled),
     "var": _scales(RESIDUAL),
     "var_shared": _scales(RESIDUAL, shared=True, l2_norm=False, remat="dots"),
     "flexvar": _scales(INDEPENDENT, Upsampled(channels=4, side=4)),

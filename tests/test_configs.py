@@ -24,6 +24,8 @@ PUBLISHED = {  # variant -> manifest; the size of the image does not change the 
     "var:vq": "vae_ch160v4096z32",
     "flexvar:vq": "FlexVAE",
     "mar:kl16": "kl16",
+    "rar:vq": "maskgit-vqgan-imagenet-f16-256",
+    **{f"rar:{size}": f"rar_{size}" for size in ("b", "l", "xl", "xxl")},
     **{f"mar:{size}_256": f"MAR-{size.upper()}" for size in "blh"},
     **{f"var:d{depth}": f"var_d{depth}" for depth in (16, 20, 24, 30, 36)},
     "flexvar:d16": "FlexVARd16-epo179",

@@ -85,6 +85,7 @@ BUILT = {
     *("llamagen_vq", "llamagen_gpt_c2i", "llamagen_gpt_t2i", "lpips", "patchgan", "training_schedules"),
     *("var_vqvae", "var", "var_shared_adaln", "flexvar_vq", "flexvar", "hmar"),
     *("kl16_vae", "mar", "disa_mar", "givt_ar", "givt_masked", "givt_vae", "flowar", "flowar_cross", "xar"),
+    *("rar", "maskgit_vqgan"),
 }
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from ar_jax.convert import flexvar, flowar, llamagen, mar, next_scale, var, xar
+from ar_jax.convert import flexvar, flowar, llamagen, mar, next_scale, rar, var, xar
 from ar_jax.convert.names import Rule, differences, key_shapes
 from ar_jax.typing import Params
 
@@ -31,6 +31,7 @@ SOURCES: dict[str, ModuleType] = {
     "flowar": flowar,
     "xar": xar,
     "mar": mar,
+    "rar": rar,
 }  # the special before the general
 
 Shapes = Mapping[str, tuple[int, ...]]

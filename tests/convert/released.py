@@ -34,6 +34,7 @@ FAMILIES = {
     "mar": (("kl16",), ("MAR-B", "MAR-L", "MAR-H")),
     "flowar": ((), ("FlowAR-S", "FlowAR-L", "FlowAR-H")),
     "xar": ((), ("xAR-B", "xAR-L", "xAR-H")),
+    "rar": (("maskgit-vqgan-imagenet-f16-256",), ("rar_b", "rar_l", "rar_xl", "rar_xxl")),
 }
 # Checkpoints of other methods that have every key and shape of one of these, so that nothing in the file tells them apart.
 TWINS = {"D-AR-L": "c2i_L_256", "D-AR-XL": "c2i_XL_384"}

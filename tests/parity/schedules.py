@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ar_jax.generators.causal import lognorm
+from ar_jax.generators.rar import Annealed
 from ar_jax.tokens import TokenSpec, pyramid
 from ar_jax.train.optim import Optim, decay_schedule, schedule
 
@@ -27,10 +28,10 @@ def training_schedules(folder):
         "var_lr_cos": rates(v["total"], schedule="cosine", **common),
         "var_weight_decay": jax.vmap(decay_schedule(decay, v["total"]))(steps),
         "cosine_lr": rates(c["total"], lr=c["base_lr"], warmup=c["warmup"], schedule="cosine", end_lr=c["end_lr"]),
+        "rar_random_ratio": jax.vmap(Annealed(**h["rar_random_ratio"]).random)(steps),
         "hmar_loss_weight_lognorm": lognorm(spec),
         "hmar_loss_weight_equal": np.concatenate([np.full(h * w, 1 / (h * w)) for h, w in spec.scales]),
     }
 
 
 CASES = {"training_schedules": training_schedules}
-LATER = {"training_schedules": frozenset({"rar_random_ratio"})}  # of RAR, which is not here yet
