@@ -191,6 +191,37 @@ def laws() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield "llamagen_caption: Jacobi draws the tokens of one by one", jacobi
 
 
+def kernel() -> dict[str, Any]:
+    """Largest errors of attention and its gradients in bfloat16 against float32: by cuDNN, and written out."""
+    from ar_jax.nets.attention import attend, fused, visible
+
+    found, holds = {}, True
+    for name, sizes in (
+        ("triangle", (1,) * 256),
+        ("scales", tuple(side**2 for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))),
+    ):
+        step = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+        mask, keys = visible(step, step), jax.random.split(jax.random.key(0), 4)
+        exact = [jax.random.normal(key, (4, 12, len(step), 64)) for key in keys]
+
+        def both(attention, arrays):
+            out, pull = jax.vjp(attention, *arrays[:3])
+            return [x.astype(jnp.float32) for x in (out, *pull(arrays[3].astype(out.dtype)))]
+
+        arrays = [x.astype(jnp.bfloat16) for x in exact]
+        exact = [x.astype(jnp.float32) for x in arrays]
+        with jax.default_matmul_precision("highest"):
+            want = jax.jit(functools.partial(both, functools.partial(attend, mask=mask)))(exact)
+        given = None if name == "triangle" else mask
+        ways = {"cudnn": functools.partial(fused, mask=given), "written out": functools.partial(attend, mask=mask)}
+        for way, attention in ways.items():
+            got = jax.jit(functools.partial(both, attention))(arrays)
+            found[f"{name}, {way}"] = [float(jnp.abs(a - b).max()) for a, b in zip(got, want)]
+        pairs = zip(found[f"{name}, cudnn"], found[f"{name}, written out"])
+        holds &= all(a <= 2 * b for a, b in pairs)
+    return {"holds": bool(holds), **found}
+
+
 def resume() -> dict[str, Any]:
     """Trains a tiny tokenizer and generator; then once more from the generator's first checkpoint."""
     from kill_training import arrays
@@ -247,6 +278,8 @@ def speed(report: Report, options: argparse.Namespace) -> None:
     limits = {}
     report.attempt("limits", "matrix products", lambda: products(options, limits))
     report.attempt("limits", "bandwidth", lambda: bandwidth(options, limits))
+    if device.platform == "gpu":
+        report.attempt("checks", "attention by cuDNN is as exact as written out", kernel)
     if not {"peak", "bandwidth"} <= limits.keys():
         table(report, limits)
         raise SystemExit("accelerator.py: the limits of the machine could not be measured")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from ar_jax.machine.sharding import BATCH, platform
@@ -16,6 +17,7 @@ from ar_jax.typing import Array, Bool, Float, Index, Int, typed
 
 ATTENTION = "attention"  # name of the results, for policies of what a backward pass keeps
 LANES = 128  # of a TPU's vector registers
+FEW = 64  # rows for which a GPU's kernel is not worth it
 
 
 @typed
@@ -125,8 +127,10 @@ class Sight:
     Attributes:
       mask: bool [#B q r] for `attend`, or None.
       valid: bool [B q] or None, for `splash`.
-      step, keys: of the querying and of all rows, for `splash`; None takes `attend`.
+      step, keys: of the querying and of all rows, for `splash`; None takes `attend` or `fused`.
       own: rows see those of the same step only.
+      fuse: `fused` computes it where it can.
+      causal: the mask is the lower triangle.
     """
 
     mask: Array | None = None
@@ -134,8 +138,12 @@ class Sight:
     step: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
     keys: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
     own: bool = struct.field(pytree_node=False, default=False)
+    fuse: bool = struct.field(pytree_node=False, default=False)
+    causal: bool = struct.field(pytree_node=False, default=False)
 
     def __call__(self, q: Array, k: Array, v: Array, scale: float | None = None) -> Array:
+        if self.fuse and q.dtype in (jnp.bfloat16, jnp.float16):
+            return fused(q, k, v, None if self.causal else self.mask, scale)
         if self.step is None:
             return attend(q, k, v, self.mask, scale)
         step, keys = (np.array(x, np.int32) for x in (self.step, self.keys))
@@ -152,7 +160,7 @@ def sight(
     """What rows of these steps see.
 
     On a TPU `splash` computes it where the steps are known while tracing; with a cache, if the rows fill a kernel's block
-    and none of them is hidden.
+    and none of them is hidden. On a GPU `fused` does, in bfloat16 or float16, unless there are a few rows only.
 
     Args: as of `visible`; `keys` are the steps of a cache's rows.
     """
@@ -161,7 +169,33 @@ def sight(
     keys = step if keys is None else keys
     if known and worth and platform() == "tpu":
         return Sight(valid=valid, step=tuple(step.tolist()), keys=tuple(keys.tolist()), own=own)
-    return Sight(visible(step, keys, first, valid, own))
+    fuse = platform() == "gpu" and len(step) >= FEW
+    causal = known and valid is None and not own and keys is step and bool((np.diff(step) > 0).all())
+    return Sight(visible(step, keys, first, valid, own), fuse=fuse, causal=causal)
+
+
+@typed
+def fused(
+    q: Float[Array, "B h q e"],
+    k: Float[Array, "B h r e"],
+    v: Float[Array, "B h r e"],
+    mask: Bool[Array, "#B q r"] | None = None,
+    scale: float | None = None,
+    implementation: str = "cudnn",
+) -> Float[Array, "B h q e"]:
+    """`attend` by cuDNN's kernel, which keeps no logits in memory; without a mask, rows see those before and themselves.
+
+    Args:
+      implementation: "xla" runs JAX's own form of it on any device, for tests.
+    """
+    features, scale = q.shape[-1], _scale(q, scale)
+    wide = [(0, 0)] * 3 + [(0, -features % 8)]  # the kernel's channels come in eights
+    q, k, v = (jnp.moveaxis(jnp.pad(x, wide), 1, 2) for x in (q, k, v))
+    mask = None if mask is None else mask[:, None]
+    y = jax.nn.dot_product_attention(
+        q, k, v, mask=mask, scale=scale, is_causal=mask is None, implementation=implementation
+    )
+    return checkpoint_name(jnp.moveaxis(y, 1, 2)[..., :features], ATTENTION)
 
 
 @typed

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ar_jax.machine.sharding import MeshShape, make_mesh
-from ar_jax.nets.attention import attend, sight, splash, visible
+from ar_jax.nets import attention
+from ar_jax.nets.attention import Sight, attend, fused, sight, splash, visible
 
 CAUSAL = np.arange(-1, 150, dtype=np.int32)
 SCALES = np.repeat(np.arange(5, dtype=np.int32), [1, 4, 16, 36, 81])  # next-scale prediction: blocks see one another
@@ -68,3 +69,35 @@ def test_splash_divides_images_and_heads_over_a_mesh():
 def test_without_a_tpu_attention_is_plain():
     assert sight(CAUSAL).step is None
     assert sight(CAUSAL).mask.shape == (1, 151, 151)
+
+
+@pytest.mark.parametrize("step", [CAUSAL, SCALES], ids=["causal", "scales"])
+def test_the_gpus_kernel_gets_the_same_question(step):
+    """Its question in JAX's own form, with gradients; the kernel itself is compared by tests/accelerator.py."""
+    *qkv, cotangent = arrays(len(step), 20)
+    mask = visible(step, step)
+
+    def both(attention):
+        out, pull = jax.vjp(attention, *qkv)
+        return out, pull(cotangent)
+
+    plain = both(functools.partial(attend, mask=mask, scale=0.7))
+    fast = both(functools.partial(fused, mask=None if step is CAUSAL else mask, scale=0.7, implementation="xla"))
+    for want, got in zip(jax.tree.leaves(plain), jax.tree.leaves(fast)):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
+def test_a_gpu_takes_its_kernel_where_it_pays(monkeypatch):
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    asked = []
+    monkeypatch.setattr(attention, "fused", lambda *arguments: asked.append(arguments) or arguments[0])
+    q, k, v, _ = (x.astype(jnp.bfloat16) for x in arrays(len(CAUSAL), 16))
+    sight(CAUSAL)(q, k, v)
+    sight(SCALES)(*(x[:, :, : len(SCALES)] for x in (q, k, v)))
+    assert asked[0][3] is None, "the kernel knows the triangle without a mask"
+    assert asked[1][3].shape == (1, len(SCALES), len(SCALES))
+    few = sight(CAUSAL[-3:], CAUSAL, 148)
+    assert isinstance(few, Sight)
+    assert not few.fuse
+    sight(CAUSAL)(q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32))
+    assert len(asked) == 2, "float32 is attended plainly"
