@@ -576,6 +576,6 @@ def test_a_hostile_description_is_refused_and_nothing_of_it_is_imported(run, tmp
     if where == "order":
         save_params(folder / "params", open_model(run, "generator").params())
     said = refused(sample.main, folder, "--tokenizer", run)
-    assert f"a checkpoint names {next(iter(hostile.values()))!r}; only things inside ar_jax are allowed" in said
+    assert f": {next(iter(hostile.values()))!r} lies outside ar_jax, and to open this model runs the code of" in said
     assert not {"antigravity", "tensorflow"} & sys.modules.keys()
     assert not Path("hacked").exists()
