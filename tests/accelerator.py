@@ -217,8 +217,9 @@ def kernel() -> dict[str, Any]:
         for way, attention in ways.items():
             got = jax.jit(functools.partial(both, attention))(arrays)
             found[f"{name}, {way}"] = [float(jnp.abs(a - b).max()) for a, b in zip(got, want)]
-        pairs = zip(found[f"{name}, cudnn"], found[f"{name}, written out"])
-        holds &= all(a <= 2 * b for a, b in pairs)
+        largest = found[f"{name}, largest"] = [float(jnp.abs(x).max()) for x in want]
+        # a few roundings of the largest number
+        holds &= all(error <= 2**-7 * most for error, most in zip(found[f"{name}, cudnn"], largest))
     return {"holds": bool(holds), **found}
 
 
