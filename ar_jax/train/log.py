@@ -33,7 +33,8 @@ class Log:
             self._board = _summary_writer()(str(folder))
         self._since, self._seen, self._spent = time.perf_counter(), first, {"input": 0.0, "aside": 0.0}
         self._shown = {}
-        if not peak_flops(device := jax.local_devices()[0]):
+        device = jax.local_devices()[0]
+        if device.platform != "cpu" and not peak_flops(device):
             self.say(f"{name}: {unknown(device)}, so mfu is not logged")
 
     def step(self) -> None:

@@ -1,4 +1,5 @@
 import json
+import types
 
 import pytest
 
@@ -55,10 +56,8 @@ def test_pace_counts_neither_previews_nor_saves_and_starts_anew_every_time(opene
     assert (figures["steps_per_second"], figures["input_wait"]) == (1, 0)
 
 
-def test_without_known_limits_neither_memory_nor_mfu_is_told_and_it_says_so(tmp_path, clock, capsys):
+def test_without_known_limits_neither_memory_nor_mfu_is_told(tmp_path, clock):
     opened = log.Log(tmp_path, "stage", first=10, steps=100)
-    said = capsys.readouterr()
-    assert "stage: no figures of cpu in ar_jax/machine/chips.py, so mfu is not logged" in said.out + said.err
     clock[0] += 1
     figures = opened.pace(step=11, batch=1)
     assert not {"mfu", "memory_gib", "memory_peak_gib"} & figures.keys()
@@ -76,3 +75,13 @@ def test_lines_are_json_and_other_processes_write_nothing(opened, tmp_path, cloc
     assert other.pace(1, 1)["steps_per_second"] == 1
     other.close()
     assert not (tmp_path / "other").exists()
+
+
+def test_an_accelerator_whose_figures_are_not_known_is_named(tmp_path, capsys, monkeypatch):
+    for platform in ("cpu", "gpu"):
+        device = types.SimpleNamespace(platform=platform, device_kind="New Chip")
+        monkeypatch.setattr(log.jax, "local_devices", lambda device=device: [device])
+        log.Log(tmp_path / platform, "stage", first=10, steps=100)
+        said = capsys.readouterr()
+        named = "stage: no figures of New Chip in ar_jax/machine/chips.py, so mfu is not logged" in said.out + said.err
+        assert named == (platform == "gpu")
