@@ -228,10 +228,10 @@ class RunImages:
         if count < 1:
             raise ValueError(f"--count is {count}; give the number of images to draw from {run}")
         drawer = open_drawer(run, sampler)
-        model, tokenizer = drawer.model, drawer.tokenizer.fixed()
+        model, tokenizer = drawer.model, drawer.tokenizer
         self.names, self._conditions = condition_table(model.info, sampler)
         self._taken = {}
-        self._draw = drawer._replace(tokenizer=tokenizer).compile(make_mesh(devices=jax.local_devices()))
+        self._draw = drawer.compile(make_mesh(devices=jax.local_devices()))
         self._count, self._batch = count, sampler.batch
         side = sampler.resize
         self.size = (side, side) if side else image_shape(drawer.decoder)[:2]

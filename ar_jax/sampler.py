@@ -246,7 +246,7 @@ def open_models(run: str, options: Sampler) -> tuple[Model, Model]:
     own = model.settings.get("tokenizer")
     if not (options.tokenizer or own):
         raise ValueError(f"{model.folder} holds a generator only; give its tokenizer with --tokenizer FOLDER")
-    return model, open_model(options.tokenizer or model.folder / own, "tokenizer")
+    return model, open_model(options.tokenizer or model.folder / own, "tokenizer").fixed()
 
 
 def own_sampling(model: Model, file: str = "") -> Sampling:

@@ -6,12 +6,14 @@ import os
 import pathlib
 import re
 
+import flax.linen as nn
 import jax
 import pytest
 
 from ar_jax.config import CONFIGS, Experiment, keep_config, load_config, parse, run_file
 from ar_jax.convert.sources import export
 from ar_jax.data import Info
+from ar_jax.files import codec
 from ar_jax.tokens import TokenSpec, grid
 
 ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[2] / "shared" / "parity"))
@@ -89,6 +91,8 @@ def test_config_builds(name):
     for module in found.values():
         shapes = jax.eval_shape(module.init_params, jax.random.key(0))
         assert all(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+        written = codec.encode(module)
+        assert codec.encode(codec.decode(written, nn.Module)) == written
     if "tokenizer" in found:
         assert found["tokenizer"].size == (experiment.data.size,) * 2
 

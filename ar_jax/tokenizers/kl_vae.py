@@ -6,14 +6,13 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ar_jax.machine.sharding import Rules
 from ar_jax.tokenizers.continuous import Measured, cells, draw, kl_divergence, noise, patchify, unpatchify
-from ar_jax.tokenizers.conv import RULES, Decoder, Encoder, init
+from ar_jax.tokenizers.conv import Convolutional, Decoder, Encoder, init
 from ar_jax.tokens import Scale, TokenSpec, grid, sides
-from ar_jax.typing import Array, Float, Metrics, Params, PRNGKey, typed
+from ar_jax.typing import Array, Float, Metrics, PRNGKey, typed
 
 
-class KLVAE(Measured, nn.Module):
+class KLVAE(Measured, Convolutional, nn.Module):
     """A convolutional autoencoder with a Gaussian posterior at every place. The defaults are KL-16.
 
     Attributes:
@@ -48,12 +47,6 @@ class KLVAE(Measured, nn.Module):
     decoder_attention: tuple[int, ...] = ()
     dtype: Any = jnp.float32
 
-    last_layer = "decoder/conv_out/kernel"
-
-    @property
-    def downsample(self) -> int:
-        return 2 ** (len(self.mult) - 1)
-
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
@@ -62,14 +55,6 @@ class KLVAE(Measured, nn.Module):
     @property
     def spec(self) -> TokenSpec:
         return TokenSpec(grid(*self.grid), channels=self.latent * math.prod(sides(self.patch)))
-
-    @property
-    def rules(self) -> Rules:
-        """What tensor parallelism divides (see `sharding.shard`)."""
-        return RULES
-
-    def init_params(self, key: PRNGKey) -> Params:
-        return self.init(key, jnp.zeros((1, *self.size, self.channels)), method="autoencode")["params"]
 
     def setup(self):
         net = {"features": self.features, "mult": self.mult, "res_blocks": self.res_blocks, "groups": self.groups}
