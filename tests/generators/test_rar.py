@@ -117,7 +117,7 @@ def test_a_row_knows_where_the_token_that_it_predicts_lies_and_nothing_of_later_
 
 def test_every_place_of_the_sequence_is_modulated_by_its_own_vector():
     slot, params = CASE.order(SPEC, None, CASE.images).slot, CASE.params
-    place = params["backbone"]["place"].at[7].add(1.0)  # start, condition, then token 5
+    place = jnp.asarray(params["backbone"]["place"]).at[7].add(1.0)  # start, condition, then token 5
     a, b = forced()(params, slot), forced()(params | {"backbone": params["backbone"] | {"place": place}}, slot)
     np.testing.assert_array_equal(a[:, :6], b[:, :6])
     assert (np.abs(a - b)[:, 6].max(-1) > 1e-4).all()
