@@ -40,8 +40,9 @@ from ar_jax.files.trust import taken
 from ar_jax.machine.chips import peak_flops, unknown
 from ar_jax.machine.flops import model_flops, with_fields, without_remat
 from ar_jax.machine.huge_pages import use_huge_pages
+from ar_jax.options import SHORT, Sampler, options_of, sampling_file
 from ar_jax.orders import OrderFn
-from ar_jax.sampler import SHORT, Sampler, open_drawer, options_of, sampling_file
+from ar_jax.sampler import open_drawer
 from ar_jax.train.optim import make_optimiser
 from ar_jax.train.recipes import generator_loss, gradients
 from ar_jax.train.state import create, make_update

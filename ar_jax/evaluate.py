@@ -56,16 +56,8 @@ from ar_jax.machine.compiled import keep_compiled
 from ar_jax.machine.distributed import Launch
 from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.machine.sharding import make_mesh
-from ar_jax.sampler import (
-    SHORT,
-    Sampler,
-    condition_table,
-    open_drawer,
-    open_models,
-    options_of,
-    own_sampling,
-    replaced,
-)
+from ar_jax.options import SHORT, Sampler, open_models, options_of, own_sampling, replaced
+from ar_jax.sampler import condition_table, open_drawer
 
 PROG = "python -m ar_jax.evaluate"
 Metric = Literal["fd", "sfd", "is", "pr", "kid", "cfd"]

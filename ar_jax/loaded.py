@@ -17,8 +17,9 @@ from ar_jax.decode.sequential import Account
 from ar_jax.files.images import to_float, to_uint8
 from ar_jax.files.models import holds, open_model
 from ar_jax.machine.flops import with_fields
+from ar_jax.options import SHORT, Sampler, replaced
 from ar_jax.orders import OrderFn
-from ar_jax.sampler import SHORT, Sampler, condition_table, image_keys, open_drawer, replaced
+from ar_jax.sampler import condition_table, image_keys, open_drawer
 from ar_jax.train.recipes import generator_loss
 from ar_jax.typing import Array, Batch, Params, PRNGKey
 

@@ -41,7 +41,8 @@ from ar_jax.machine.compiled import keep_compiled
 from ar_jax.machine.distributed import Launch
 from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.machine.sharding import MeshShape, make_mesh
-from ar_jax.sampler import Given, Sampler, condition_table, open_drawer, options_of
+from ar_jax.options import Sampler, options_of
+from ar_jax.sampler import Given, condition_table, open_drawer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from ar_jax.heads.integrate import annealed
 from ar_jax.machine.sharding import MeshShape, make_mesh
-from ar_jax.sampler import Sampler, condition_table, open_drawer
+from ar_jax.options import Sampler
+from ar_jax.sampler import condition_table, open_drawer
 
 
 def main():

@@ -21,8 +21,9 @@ from ar_jax.heads.categorical import Categorical
 from ar_jax.machine.sharding import make_mesh
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
+from ar_jax.options import Sampler
 from ar_jax.orders import raster
-from ar_jax.sampler import Sampler, condition_table, open_drawer
+from ar_jax.sampler import condition_table, open_drawer
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.train.checkpoint import save_params
 

@@ -27,8 +27,9 @@ from ar_jax.nets.conditioning import Label
 from ar_jax.nets.gated import EncoderDecoder
 from ar_jax.nets.transformer import Transformer
 from ar_jax.nets.vit import ViT
+from ar_jax.options import Sampler, described, options_of, read_numbers, show_numbers
 from ar_jax.orders import Cells, Shuffled, raster, scales
-from ar_jax.sampler import Sampler, described, open_drawer, options_of, read_numbers, show_numbers
+from ar_jax.sampler import open_drawer
 from ar_jax.tokenizers.patches import Patches
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.vqgan import VQGAN

@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from ar_jax.sampler import Sampler, open_drawer, options_of
+from ar_jax.options import Sampler, options_of
+from ar_jax.sampler import open_drawer
 
 OLD = sorted((Path(__file__).parent / "old").glob("*.json"))
 
