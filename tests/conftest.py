@@ -1,4 +1,9 @@
-"""Eight virtual CPU devices for the sharding tests, and a folder of compiled programs; set before JAX starts."""
+"""What JAX reads before it starts: eight virtual CPU devices for the sharding tests, and programs compiled in a hurry.
+
+Compiling is what the tests spend their time on. They are compiled without most optimisations, by XLA's older emitters
+(half the time of the newer ones), and kept in a folder that the workers of a run and the commands they start share.
+Name a folder in JAX_COMPILATION_CACHE_DIR to keep them from one run to the next.
+"""
 
 import atexit
 import os
@@ -6,12 +11,12 @@ import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # or every script would start twice for it
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 os.environ["XLA_FLAGS"] = " ".join((
-    os.environ.get("XLA_FLAGS", ""),
-    "--xla_force_host_platform_device_count=8",
-    "--xla_cpu_use_fusion_emitters=false",  # the older emitters compile the same programs in less than half the time
+    os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_cpu_use_fusion_emitters=false"
 ))  # fmt: skip
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # or every script would start twice for it
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ar_jax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -19,19 +24,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 
-jax.config.update("jax_enable_compilation_cache", False)  # programs are kept for commands that tests start only
-
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Every compiled program holds memory maps, of which a process may have 65,530: XLA crashes when they run out."""
     yield
     jax.clear_caches()
-
-
-@pytest.fixture(scope="module")
-def quick_compile():
-    """Halves the time of a file that compiles much and computes little."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

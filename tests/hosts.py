@@ -26,8 +26,7 @@ def started(
 ) -> list[subprocess.Popen]:
     """Starts `python COMMAND --launch...` once per process, each with so many CPU devices; `only` starts some of them."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"  # the last one counts
-    quick = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    env = os.environ | quick | {name: str(value) for name, value in (env or {}).items()}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | {name: str(value) for name, value in (env or {}).items()}
     launch = ("--launch.coordinator", f"127.0.0.1:{free_port()}", "--launch.processes", processes)
     alone = ("--launch.processes", 1)
     return [

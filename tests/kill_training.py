@@ -125,10 +125,10 @@ def kill_and_compare(place: Path, kills: int, seed: int = 0, say=lambda text: No
 
 def train(place: Path, name: str, updates: dict[str, int]) -> subprocess.Popen:
     """Starts train.py on one CPU device; no program is compiled twice."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "PYTHONPATH": str(ROOT),
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(place / "compiled")} | os.environ | {
+        "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }  # fmt: skip
     steps = [word for stage in STAGES for word in (f"--{stage}.steps", str(updates[stage]))]
     command = [sys.executable, ROOT / "train.py", place / "config.py", "--out", place, "--name", name, *steps]

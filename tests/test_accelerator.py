@@ -3,9 +3,6 @@
 import json
 
 import accelerator
-import pytest
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_tiny_measurements_are_written_and_a_failure_costs_nothing_else(tmp_path, capsys):

@@ -27,8 +27,6 @@ from ar_jax.train.optim import Optim, make_optimiser
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 GUIDANCE, TEMPERATURE, FILTER = 1.7, 0.9, Filter(top_k=9, top_p=0.95)
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def knobs(steps):
     return Knobs(jnp.full(steps, GUIDANCE), jnp.full(steps, TEMPERATURE), FILTER)

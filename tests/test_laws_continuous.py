@@ -25,8 +25,6 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 every_masked = pytest.mark.parametrize("case", MASKED.values(), ids=MASKED.keys())
 CLOSE = {"rtol": 2e-3, "atol": 2e-3}
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def knobs(steps):
     return Knobs(np.linspace(1, 2, steps, dtype=np.float32), np.full(steps, 0.9, np.float32))

@@ -33,7 +33,6 @@ from ar_jax.tokenizers.latent_pyramid import LatentPyramid
 from ar_jax.tokens import TokenSpec, grid, maps
 
 CLOSE = {"rtol": 2e-3, "atol": 2e-3}
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def each(*names):

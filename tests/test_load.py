@@ -27,7 +27,6 @@ from ar_jax.sampler import condition_table, open_drawer
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.train.checkpoint import save_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 INFO = Info(classes=10, class_names=("ant", "bee", "cat", *"3456789"))
 README = Path(__file__).parents[1] / "README.md"
 

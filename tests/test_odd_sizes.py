@@ -5,7 +5,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from parity import givt, mar
 from parity.common import Case, Folder, Noted
 from scipy.special import logsumexp
@@ -19,8 +18,6 @@ from ar_jax.nets.conditioning import Label
 from ar_jax.nets.vit import ViT
 from ar_jax.orders import cosine_sizes
 from ar_jax.tokens import TokenSpec, grid
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 NUMBERS = np.random.default_rng(0)
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from evals.tiny import tiny_network
-from test_train_sample import quick  # noqa: F401  one device, and programs that are compiled once
+from test_train_sample import quick  # noqa: F401  one device
 
 from ar_jax import evaluate, plan, sample, tokenize
 from ar_jax.config import load_config
@@ -23,7 +23,6 @@ from ar_jax.files.models import open_model
 from ar_jax.machine.sharding import MeshShape, make_mesh
 from ar_jax.train import __main__ as train
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 TOY = Path(__file__).parent / "own"
 PARTS = {  # place in run.json's experiment -> the name that is written there
     ("tokenizer", "module", "type"): "my_method:Bounded",

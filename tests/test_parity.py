@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from parity.common import Folder
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[2] / "shared" / "parity"))
 FILES = sorted(pathlib.Path(__file__).with_name("parity").glob("*.py"))
 MODULES = [importlib.import_module(f"parity.{path.stem}") for path in FILES]

@@ -20,7 +20,6 @@ from ar_jax.nets.transformer import Transformer
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.train.optim import Optim
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 TINY = Experiment(
     name="tiny",
     data=Data(size=16),

@@ -20,8 +20,6 @@ from ar_jax.train import __main__ as train
 from ar_jax.train import guards, loop
 from ar_jax.train.checkpoint import find_step, latest_step, save_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

@@ -21,7 +21,6 @@ from ar_jax.train.optim import Optim
 from ar_jax.train.recipes import generator_recipe
 from ar_jax.train.tokenizer import tokenizer_recipe
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 FOUR = (2, 2, 1)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from ar_jax import sample
@@ -22,8 +21,6 @@ from ar_jax.files.models import open_model, write_json
 from ar_jax.machine.sharding import make_mesh
 from ar_jax.train import __main__ as train
 from ar_jax.train.checkpoint import save_params
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CONFIG = """
 from ar_jax.config import Experiment, GeneratorStage, Losses, Sampling, TokenizerStage
@@ -60,25 +57,12 @@ def one_device(shape):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    """One device unless a test says otherwise, and no program of this file is compiled twice."""
-    settings = {
-        "jax_enable_compilation_cache": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
+def quick():
+    """One device unless a test says otherwise."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_mesh", one_device)
         patch.setattr(sample, "make_mesh", one_device)
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

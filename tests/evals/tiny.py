@@ -27,7 +27,7 @@ class Tiny(nn.Module):
 
 
 def tiny_network() -> Network:
-    params = Tiny().init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    params = jax.jit(Tiny().init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     return Network("tiny", "-Tiny", Tiny(), params, 16, "pil_bicubic", 128.0, 128.0, "0" * 64)
 
 

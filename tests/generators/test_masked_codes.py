@@ -22,7 +22,6 @@ from ar_jax.nets.vit import GPT, ViT
 from ar_jax.orders import Confident, Shuffled, known_first
 from ar_jax.tokens import TokenSpec, grid
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SPEC, IMAGES, CODES = TokenSpec(grid(3, 4), codes=(7,)), 4, 7
 METHODS = {
     "masked": (Masked(ViT(1, 16, 2), ViT(1, 16, 2), Label(16, apart=True), Categorical(std=0.5), buffer=2), Shuffled(4, 2)),

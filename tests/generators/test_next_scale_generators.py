@@ -24,7 +24,6 @@ from ar_jax.orders import NEVER, DrawnScales, raster, scales
 from ar_jax.tokens import TokenSpec, pyramid
 from ar_jax.train.optim import Optim, only_trained
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 ALL = TokenSpec(pyramid(tuple(range(1, 17))), codes=(8,))
 
 

@@ -14,7 +14,6 @@ from ar_jax.decode.sampling import Sampling
 from ar_jax.generators.rar import Aimed, Annealed, Placed, PowerCosine, StartLabel
 from ar_jax.orders import raster
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 CASE = CASES["rar"]
 
 

@@ -15,8 +15,6 @@ from ar_jax.heads.gaussian_mixture import GaussianMixture, Guided, Mixture
 from ar_jax.heads.integrate import annealed, integrate
 from ar_jax.tokens import TokenSpec, grid
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def error(solver, steps):
     """Of dx/dt = x from t = 1 to 0, whose end is x(1) / e."""

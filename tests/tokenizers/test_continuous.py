@@ -17,8 +17,6 @@ from ar_jax.train.measure import moments
 from ar_jax.train.optim import Optim
 from ar_jax.train.tokenizer import tokenizer_recipe
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 IMAGES = np.random.default_rng(0).integers(60, 140, size=(6, 8, 16, 3)).astype(np.uint8)
 IMAGES[..., 1] //= 2
 VAE = KLVAE((8, 16), features=4, mult=(1, 2), res_blocks=1, latent=3, patch=2, groups=2, kl=0.1)

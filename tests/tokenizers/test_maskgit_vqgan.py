@@ -7,7 +7,6 @@ import pytest
 
 from ar_jax.tokenizers.maskgit_vqgan import MaskgitVQGAN, ResBlock
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SMALL = MaskgitVQGAN((8, 12), features=4, mult=(1, 2), res_blocks=1, codes=16, code_features=6, groups=2)
 
 

@@ -15,8 +15,6 @@ from ar_jax.tokenizers.residual_pyramid import ResidualPyramid, smoother_of_leve
 from ar_jax.tokens import TokenSpec, maps, pyramid, rows
 from ar_jax.train.codes import _candidates
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 NET = {"features": 4, "mult": (1, 2), "res_blocks": 0, "codes": 16, "code_features": 3, "groups": 2}
 SCALES = (1, (2, 3), (3, 5), (8, 12))
 TOKENIZERS = {

@@ -18,8 +18,6 @@ from ar_jax.tokenizers.quantize import (
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import TokenSpec
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)

@@ -27,8 +27,6 @@ from ar_jax.train.state import create
 from ar_jax.train.teachers import EfficientNet, Exported
 from ar_jax.train.tokenizer import advice, reconstruct, tokenizer_gradients, tokenizer_recipe, training_pass
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 IMAGES = {"image": np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)).astype(np.uint8)}
 REAL = to_float(IMAGES["image"])
 PLAIN = {"lpips": 0.0, "adversarial": 0.0}

@@ -24,7 +24,6 @@ from ar_jax.train.recipes import generator_loss, gradients
 from ar_jax.train.state import TrainState, create, make_update
 from ar_jax.train.tokenizer import advice, tokenizer_gradients, tokenizer_recipe
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 CASE = CASES["llamagen_label"]
 
 
