@@ -6,7 +6,6 @@ of its docstrings.
 
 import dataclasses
 import functools
-import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
+from ar_jax.config import CONFIGS, run_file
 from ar_jax.decode.sampling import Sampling, adjustable, read_sampling
 from ar_jax.files.models import Model, open_model
 
@@ -94,16 +94,20 @@ def own_sampling(model: Model, file: str = "") -> Sampling:
 def sampling_file(file: str, own: Sampling) -> Sampling:
     """What `get_sampling` of a Python file makes of a model's own way; without a file that way.
 
+    What is no file here may be a published one: `configs/sampling/jacobi.py`.
+
     Raises:
       ValueError: no such file, or it does not return a `Sampling`.
     """
     if not file:
         return own
-    if Path(file).suffix != ".py" or not Path(file).is_file():
-        raise ValueError(f"--sampling is {file!r}, which is no Python file")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    path = Path(file)
+    if not path.is_file() and path.parent == Path("configs/sampling"):
+        path = CONFIGS / "sampling" / path.name
+    if path.suffix != ".py" or not path.is_file():
+        published = ", ".join(f"configs/sampling/{known.name}" for known in sorted((CONFIGS / "sampling").glob("*.py")))
+        raise ValueError(f"--sampling is {file!r}, which is no Python file; published are {published}")
+    module = run_file(path)
     made = module.get_sampling(own) if hasattr(module, "get_sampling") else None
     if not isinstance(made, Sampling):
         raise ValueError(f"--sampling {file}: its get_sampling(own) must return an ar_jax Sampling, got {made!r}")

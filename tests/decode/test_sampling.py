@@ -137,7 +137,7 @@ def test_the_help_of_a_model_lists_what_it_has_with_its_values_and_words(tmp_pat
     assert "FlexVAR" not in said
 
 
-def test_a_file_may_choose_other_parts(tmp_path):
+def test_a_file_may_choose_other_parts(tmp_path, monkeypatch):
     path, file = folder(tmp_path / "run", "causal"), tmp_path / "mine.py"
     file.write_text(
         "import dataclasses\nfrom ar_jax.decode.jacobi import Jacobi\n"
@@ -148,8 +148,12 @@ def test_a_file_may_choose_other_parts(tmp_path):
     file.write_text("def get_sampling(own):\n    return 3\n")
     with pytest.raises(ValueError, match="must return an ar_jax Sampling, got 3"):
         drawer(path, "--sampling", str(file))
-    with pytest.raises(ValueError, match="which is no Python file"):
+    with pytest.raises(ValueError, match="which is no Python file; published are configs/sampling/jacobi.py"):
         drawer(path, "--sampling", str(tmp_path / "no.py"))
+    monkeypatch.chdir(tmp_path)  # published files are found from everywhere
+    published = drawer(path, "--sampling", "configs/sampling/jacobi.py").sampling
+    assert isinstance(published.decoder, Jacobi)
+    assert published.guidance == Interval(2.5)
 
 
 def test_only_what_a_model_calls_adjustable_can_be_changed():
