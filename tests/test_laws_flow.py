@@ -246,12 +246,15 @@ def test_dropout_leaves_out_weights_of_the_attention_and_of_the_rows():
     case = CASES["xar_cells"]
     plain, order = case.generator, case.ordered()
 
-    def loss(generator, seed):
-        value, _, _ = generator.apply(
+    @functools.partial(jax.jit, static_argnums=0)
+    def mean(generator, rngs):
+        return generator.apply(
             {"params": case.params}, case.tokens, case.batch, order, drop=jnp.zeros(4, bool), key=jax.random.key(0),
-            method="loss", rngs={} if seed is None else {"dropout": jax.random.key(seed)},
-        )  # fmt: skip
-        return float(value.mean())
+            method="loss", rngs=rngs,
+        )[0].mean()  # fmt: skip
+
+    def loss(generator, seed):
+        return float(mean(generator, {} if seed is None else {"dropout": jax.random.key(seed)}))
 
     for rates in ({"dropout": 0.5}, {"attention_dropout": 0.5}):
         dropping = plain.clone(backbone=plain.backbone.clone(**rates))
@@ -364,10 +367,16 @@ def test_a_latent_pyramid_has_the_parameters_of_its_base():
     base = KLVAE((8, 8), features=4, mult=(1, 2), res_blocks=1, latent=2, groups=2)
     module, image = LatentPyramid(base, (1, 2, 4)), jnp.linspace(-1, 1, 192).reshape(1, 8, 8, 3)
     params = initial_params(module)
-    inside = base.init(jax.random.key(0), image, method="autoencode")["params"]
+    inside = jax.eval_shape(functools.partial(base.init, method="autoencode"), jax.random.key(0), image)["params"]
     assert jax.tree.structure(params) == jax.tree.structure(inside)
-    tokens, want = (net.apply({"params": params}, image, method="encode") for net in (module, base))
+
+    @jax.jit
+    def run(params):
+        tokens, want = (net.apply({"params": params}, image, method="encode") for net in (module, base))
+        recon, _, _ = module.apply({"params": params}, image, method="autoencode")
+        return tokens, want, recon, module.apply({"params": params}, tokens, method="decode")
+
+    tokens, want, recon, decoded = run(params)
     np.testing.assert_allclose(tokens[:, 5:], want, atol=1e-5)
-    recon, _, _ = module.apply({"params": params}, image, method="autoencode")
-    np.testing.assert_allclose(module.apply({"params": params}, tokens, method="decode"), recon, atol=1e-5)
+    np.testing.assert_allclose(decoded, recon, atol=1e-5)
     assert codec.encode(codec.decode(codec.encode(module), nn.Module)) == codec.encode(module)
