@@ -74,16 +74,16 @@ SHORT = {
 
 
 def open_models(run: str, options: Sampler) -> tuple[Model, Model]:
-    """The generator of a folder and its tokenizer.
+    """The generator of a folder and its tokenizer; asks nothing of the devices, which processes have not yet joined.
 
     Raises:
       ValueError: no such models.
     """
-    model = open_model(run, "generator", options.checkpoint).fixed()
+    model = open_model(run, "generator", options.checkpoint)
     own = model.settings.get("tokenizer")
     if not (options.tokenizer or own):
         raise ValueError(f"{model.folder} holds a generator only; give its tokenizer with --tokenizer FOLDER")
-    return model, open_model(options.tokenizer or model.folder / own, "tokenizer").fixed()
+    return model, open_model(options.tokenizer or model.folder / own, "tokenizer")
 
 
 def own_sampling(model: Model, file: str = "") -> Sampling:
