@@ -124,7 +124,7 @@ def sample(options: Options) -> None:
                         about = {"condition": names[ids[row] % len(names)], "seed": str(options.seed)}
                         save_png(_file(folder, ids[row]), image, about | {"calls": json.dumps(called)})
                 bar.update(len(ids))
-        many = calls.pop("images")
+        many = calls.pop("images", 1)  # a process that holds copies only has written none
         said = ", ".join(f"{count / many:.4g} of the {name}" for name, count in calls.items())
         distributed.say(f"calls an image: {said}")
     distributed.barrier("all images are written")

@@ -160,7 +160,7 @@ def open_drawer(run: str, options: Sampler) -> Drawer:
     Raises:
       ValueError: no such models, or they do not fit each other or the options.
     """
-    model, tokenizer = (found.fixed() for found in open_models(run, options))
+    model, tokenizer = open_models(run, options)
     sampling = options.sampling or own_sampling(model, options.parts)
     parts = model.module, tokenizer.module, model.order
     sampling = dataclasses.replace(sampling, fields=changes(sampling, parts, options.fields))
@@ -174,7 +174,7 @@ def open_drawer(run: str, options: Sampler) -> Drawer:
         raise ValueError(
             f"the generator makes {of(makes)}, but the tokenizer {tokenizer.folder} has {of(takes)}; give --tokenizer"
         )
-    return Drawer(model, tokenizer, generator, decoder, order, sampling, options)
+    return Drawer(model.fixed(), tokenizer.fixed(), generator, decoder, order, sampling, options)
 
 
 def condition_table(info: Info, options: Sampler, labels: tuple[str, ...] = ()) -> tuple[list[str], Batch]:

@@ -25,7 +25,7 @@ def test_released_checkpoints_have_exactly_these_keys_and_sizes(name, family):
     sizes, net = content["hyperparameters"], found.module.backbone
     assert (net.heads, net.decoder_heads) == (sizes["encoder_num_heads"], sizes["decoder_num_heads"])
     assert found.module.spec.n == sum(side**2 for side in sizes.get("scales", [16]))
-    assert found.source.describe(found.module)[2]["sampling"]["guidance"] > 1
+    assert found.source.describe(found.module)[2]["sampling"]["guidance"]["weight"] > 1
 
 
 @pytest.mark.parametrize("folder", TINY)

@@ -42,7 +42,7 @@ def test_released_checkpoints_have_exactly_these_keys_and_sizes(name):
         assert found.module.spec.n == sizes["block_size"]
         assert found.module.backbone.heads == sizes["n_head"]
         assert info.classes == sizes.get("num_classes", 0)
-        assert settings["sampling"]["guidance"] > 1
+        assert settings["sampling"]["guidance"]["weight"] > 1
         assert f"{sizes['n_layer']} layers" in words
 
 

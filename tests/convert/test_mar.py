@@ -37,7 +37,7 @@ def test_released_checkpoints_have_exactly_these_keys_and_sizes(name):
     assert (module.head.depth, module.head.width) == (sizes["diffloss_d"], sizes["diffloss_w"])
     assert module.buffer == sizes["buffer_size"]
     assert codec.decode(settings["order"], OrderFn) == Shuffled(64)
-    assert settings["sampling"]["guidance"] > 2.5
+    assert settings["sampling"]["guidance"]["weight"] > 2.5
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def test_released_checkpoints_have_exactly_these_keys_and_sizes(name):
     assert found.module.backbone.heads == sizes["num_heads"]
     _, info, settings = found.source.describe(found.module)
     assert info.classes == 1000
-    assert settings["sampling"]["guidance_rule"] == "ramp"
+    assert settings["sampling"]["guidance"]["type"] == "ar_jax.decode.guidance:Ramp"
     assert {key: value.shape for key, value in next_scale.fills(found.module).items()}.items() <= buffers.items()
 
 
