@@ -8,10 +8,10 @@ import numpy as np
 
 def random_params(module: Any, scale: float, seed: int = 1) -> Any:
     """Float32 parameters, normal with a standard deviation of `scale` everywhere: zeros would prove nothing."""
-    random = np.random.default_rng(seed)
+    random, shapes = np.random.default_rng(seed), jax.eval_shape(lambda: module.init_params(jax.random.key(0)))
+    params = jax.tree.map(lambda x: random.normal(0, scale, x.shape).astype(np.float32), shapes)
     with jax.ensure_compile_time_eval():  # whoever asks first may be tracing
-        shapes = jax.eval_shape(module.init_params, jax.random.key(0))
-        return jax.device_put(jax.tree.map(lambda x: random.normal(0, scale, x.shape).astype(np.float32), shapes))
+        return jax.device_put(params)
 
 
 def initial_params(module: Any, seed: int = 0) -> Any:
