@@ -6,13 +6,11 @@
     images = model.sample(labels=[3, 7], guidance=3.0, seed=0)
 """
 
-from typing import Any
-
 __version__ = "0.1.0"
 __all__ = ["load"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "load":  # only now, for `import ar_jax` is to stay quick
         from ar_jax.loaded import load
 
