@@ -1,8 +1,8 @@
 """The commands of ar_jax, where it is installed: `ar-jax COMMAND ...` does what `python -m MODULE ...` does.
 
-ar-jax train llamagen:mnist5k                  a published config, or `ar-jax train FILE.py` one's own
+    ar-jax train llamagen:mnist5k                  a published config, or `ar-jax train FILE.py` one's own
     ar-jax sample runs/mnist5k_llamagen
-ar-jax COMMAND --help
+    ar-jax COMMAND --help
 """
 
 import runpy

@@ -199,9 +199,7 @@ def load(
     model, kind = drawer.model, jnp.dtype(dtype).type
     params = {"tokenizer": drawer.tokenizer.params(average=average), "generator": model.params(kind, average)}
     generator = with_fields(model.module, dtype=kind)
-    return Loaded(
-        drawer.tokenizer.module, generator, params, model.info, drawer.sampling, model.order
-    )
+    return Loaded(drawer.tokenizer.module, generator, params, model.info, drawer.sampling, model.order)
 
 
 def _rgb(images: Array) -> np.ndarray:

@@ -29,7 +29,7 @@ def random(*shape):
 def made(name, h, weights, io, cases=(), **shapes):
     """A folder that lies nowhere."""
     folder = object.__new__(Folder)
-    folder.path, folder.h, folder.io, folder.cases, folder.later = pathlib.Path(name), Noted(h), Noted(io), cases, ()
+    folder.path, folder.h, folder.io, folder.cases = pathlib.Path(name), Noted(h), Noted(io), cases
     folder.files, folder.arrays = {"weights.safetensors": Noted(weights)}, {k: {"shape": v} for k, v in shapes.items()}
     return folder
 

@@ -17,7 +17,6 @@ ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).paren
 FILES = sorted(pathlib.Path(__file__).with_name("parity").glob("*.py"))
 MODULES = [importlib.import_module(f"parity.{path.stem}") for path in FILES]
 CASES = {folder: compute for module in MODULES for folder, compute in getattr(module, "CASES", {}).items()}
-LATER = {folder: names for module in MODULES for folder, names in getattr(module, "LATER", {}).items()}
 
 
 def _present(folder):
@@ -30,7 +29,7 @@ def _outputs():
         if not _present(folder):
             yield pytest.param(folder, None, id=f"{folder}/absent")
             continue
-        for case in Folder(ROOT / folder, LATER.get(folder, frozenset())).cases:
+        for case in Folder(ROOT / folder).cases:
             yield pytest.param(folder, case, id=f"{folder}/{case.number}-{'+'.join(case.outputs)}")
 
 
@@ -38,7 +37,7 @@ def _outputs():
 def _computed(name):
     if not _present(name):
         pytest.skip(f"no fixture at {ROOT / name}; set AR_JAX_PARITY to the folder that holds the parity fixtures")
-    folder = Folder(ROOT / name, LATER.get(name, frozenset()))
+    folder = Folder(ROOT / name)
     with jax.default_matmul_precision("highest"):
         return folder, CASES[name](folder)
 

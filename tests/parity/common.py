@@ -94,17 +94,15 @@ class Folder:
       files: state dicts by file.
       arrays: what meta.json says of every array.
       want: the output arrays.
-      later: names of entries and outputs of methods that are not built yet.
     """
 
-    def __init__(self, path: pathlib.Path, later: frozenset[str] = frozenset()):
+    def __init__(self, path: pathlib.Path):
         meta = json.loads((path / "meta.json").read_text())
-        self.path, self.arrays, self.later = path, meta["arrays"], later
+        self.path, self.arrays = path, meta["arrays"]
         self.h, self.file_names = Noted(meta["hyperparameters"]), [entry["file"] for entry in meta["weights"]]
         self.cases = [
             Case(i, case["function"], case["inputs"], case["outputs"], Noted(case.get("arguments", {})))
             for i, case in enumerate(meta["cases"])
-            if not set(case["outputs"]) <= later
         ]
 
     @functools.cached_property
@@ -140,7 +138,7 @@ class Folder:
 
     def unread(self) -> list[str]:
         """Everything nobody has read, in words."""
-        left = [f"hyperparameter {name}" for name in self.h.unread() if name.split(".")[0] not in self.later]
+        left = [f"hyperparameter {name}" for name in self.h.unread()]
         for case in self.cases:
             left += [f"argument {name} of case {case.number}, {case.function}" for name in case.arguments.unread()]
         left += [f"key {key} of {file}" for file, weights in self.files.items() for key in weights.unread()]
