@@ -6,6 +6,7 @@ Name a folder in JAX_COMPILATION_CACHE_DIR to keep them from one run to the next
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -24,6 +25,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax
 import pytest
+
+gc.freeze()  # tracing makes many objects that live on: looking through them all at each turn takes a twentieth of the time
+gc.set_threshold(20_000, 20, 100)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,6 +17,7 @@ import pytest
 from kill_training import arrays
 from PIL import Image
 
+from ar_jax.convert.sources import param_shapes
 from ar_jax.data import Data, Info, open_records
 from ar_jax.files import models
 from ar_jax.machine import distributed
@@ -81,7 +82,7 @@ def place(tmp_path_factory):
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(file)
     module = VQGAN((8, 8), features=4, mult=(1, 1), res_blocks=0, latent=4, codes=32, code_features=4, groups=2)
-    shapes = jax.eval_shape(module.init_params, jax.random.key(0))
+    shapes = param_shapes(module)
     params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), shapes)
     data = dataclasses.asdict(Data(name="image_folder", path=str(root / "images"), size=8))
     models.describe(root / "vq", "tokenizer", module, Info(), {"data": data})
@@ -215,7 +216,8 @@ def test_one_of_two_processes_waits_in_vain_and_says_so(place, which):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_all_processes_stop_when_one_is_killed(place, victim):
     name = f"killed{victim}"
-    command = training(place, name, "--generator.steps", 10**6, "--generator.preview-every", 0, "--launch.heartbeat", 5)
+    endless = ("--generator.steps", 10**6, "--generator.save-every", 10**6, "--generator.preview-every", 0)
+    command = training(place, name, *endless, "--launch.heartbeat", 5)
     running = hosts.started(command, env={"SEEN": place / f"{name}.txt"})
     log = place / name / "generator" / "metrics.jsonl"
     end = time.monotonic() + 60
@@ -356,7 +358,8 @@ def test_a_command_alone_ends_in_one_sentence():
 
 
 def test_all_processes_save_the_same_update_when_one_is_told_to_stop_and_go_on_to_the_same_bits(place):
-    steps, split, names = 60, ("--mesh.data", 1, "--mesh.fsdp", 2, "--generator.preview-every", 0), ("untold", "told")
+    steps, names = 60, ("untold", "told")
+    split = ("--mesh.data", 1, "--mesh.fsdp", 2, "--generator.preview-every", 0, "--generator.save-every", 20)
     commands = [training(place, name, "--generator.steps", steps, *split) for name in names]
     hosts.run(commands[0], env={"SEEN": place / "untold.txt"})
     running = hosts.started(commands[1], env={"SEEN": place / "told.txt"})

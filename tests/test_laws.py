@@ -111,13 +111,8 @@ def test_cached_sampling_equals_a_redraw_from_the_teacher_forced_pass(case):
 
 
 @every_case
-def test_stacked_and_unrolled_layers_draw_the_same(case):
-    np.testing.assert_array_equal(sampled(case), sampled(case, unroll=False))
-
-
-@every_case
-def test_a_growing_cache_draws_the_same(case):
-    np.testing.assert_array_equal(sampled(case), sampled(case, segments=3))
+def test_stacked_layers_and_a_growing_cache_draw_the_same(case):
+    np.testing.assert_array_equal(sampled(case), sampled(case, unroll=False, segments=3))
 
 
 @every_case

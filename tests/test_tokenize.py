@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from ar_jax import tokenize
+from ar_jax.convert.sources import param_shapes
 from ar_jax.data import Data, Info, batches, centre_crop, flip, open_records, open_source, ten_crop
 from ar_jax.files import models
 from ar_jax.files.images import to_float
@@ -38,7 +39,7 @@ GRID = VQGAN(latent=4, **NET)
 def tokenizer_folder(folder, images, seed=0, module=GRID):
     """A tiny tokenizer with random weights, large enough that images differ in their codes."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(module.init_params, jax.random.key(0))
+    shapes = param_shapes(module)
     params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), shapes)
     data = dataclasses.asdict(Data(name="image_folder", path=str(images), size=SIZE, crop="random", flip=True))
     models.describe(folder, "tokenizer", module, Info(), {"data": data})

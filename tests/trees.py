@@ -5,10 +5,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from ar_jax.convert.sources import param_shapes
+
 
 def random_params(module: Any, scale: float, seed: int = 1) -> Any:
     """Float32 parameters, normal with a standard deviation of `scale` everywhere: zeros would prove nothing."""
-    random, shapes = np.random.default_rng(seed), jax.eval_shape(lambda: module.init_params(jax.random.key(0)))
+    random, shapes = np.random.default_rng(seed), param_shapes(module)
     params = jax.tree.map(lambda x: random.normal(0, scale, x.shape).astype(np.float32), shapes)
     with jax.ensure_compile_time_eval():  # whoever asks first may be tracing
         return jax.device_put(params)

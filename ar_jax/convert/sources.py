@@ -11,6 +11,7 @@ A family is a module with these names, and a line in `SOURCES`:
     fills        (may be left out) network -> {key: array}, contents of its buffers that are not zero
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from types import ModuleType
@@ -118,8 +119,14 @@ def export(module: nn.Module, kind: str, family: str = "") -> Found:
     raise ValueError(f"this {type(module).__name__} has no released form; {'; '.join(reasons)}")
 
 
+@functools.lru_cache(maxsize=256)
+def param_shapes(module: nn.Module) -> Params:
+    """Shapes of a network's parameters; it is traced once, however often it is asked for."""
+    return jax.eval_shape(module.init_params, jax.random.key(0))
+
+
 def _named(family, kind, module, shapes):
     rules = SOURCES[family].rules(module)
-    params = jax.eval_shape(module.init_params, jax.random.key(0))
+    params = param_shapes(module)
     buffers = SOURCES[family].buffers(module, shapes)
     return Found(family, kind, module, params, rules, key_shapes(params, rules), buffers)

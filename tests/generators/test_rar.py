@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cases import CASES, INFO, SPEC
 
+from ar_jax.convert.sources import param_shapes
 from ar_jax.decode.jacobi import Jacobi
 from ar_jax.decode.sampling import Sampling
 from ar_jax.generators.rar import Aimed, Annealed, Placed, PowerCosine, StartLabel
@@ -77,7 +78,7 @@ def test_refusals(make, message):
 
 def shapes(**parts):
     generator = CASE.generator.clone(**parts).complete(SPEC, INFO)
-    return jax.eval_shape(generator.init_params, jax.random.key(0))
+    return param_shapes(generator)
 
 
 def test_rows_of_the_released_tables_are_added_or_left_out():

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ar_jax.convert.names import to_params
+from ar_jax.convert.sources import param_shapes
 from ar_jax.decode.guidance import Interval, Linear, Ramp
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sampling import Sampling
@@ -163,7 +164,7 @@ def nhwc(x):
 
 def loaded(module: nn.Module, weights: Mapping[str, np.ndarray], family: ModuleType) -> tuple[Params, Callable]:
     """Parameters from a state dict, which holds nothing else but the family's buffers; and the module's methods on them."""
-    shapes = jax.eval_shape(module.init_params, jax.random.key(0))
+    shapes = param_shapes(module)
     buffers = family.buffers(module, {key: np.shape(value) for key, value in weights.items()}).keys() & weights.keys()
     kept = {key: weights[key] for key in buffers}
     params = to_params(weights, shapes, family.rules(module), kept)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ar_jax.convert.sources import param_shapes
 from ar_jax.machine.sharding import MeshShape, make_mesh, shard
 from ar_jax.nets.resize import resize
 from ar_jax.tokenizers.pyramid import Pyramid
@@ -37,7 +38,7 @@ TOKENS = np.random.default_rng(3).integers(16, size=(2, 118, 1)).astype(np.int32
 @functools.cache
 def params_of(name):
     """Random everywhere, so that images differ in their codes."""
-    shapes = jax.eval_shape(TOKENIZERS[name].init_params, jax.random.key(0))
+    shapes = param_shapes(TOKENIZERS[name])
     leaves, tree = jax.tree.flatten(shapes)
     return tree.unflatten([0.5 * normal(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)])
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ar_jax.convert.sources import param_shapes
 from ar_jax.tokenizers.quantize import (
     VectorLoss,
     count_codes,
@@ -150,7 +151,7 @@ def tiny(size=(16, 24), l2_norm=True):
     module = VQGAN(
         size, features=4, mult=(1, 2), res_blocks=0, latent=6, codes=16, code_features=3, groups=2, l2_norm=l2_norm
     )
-    shapes = jax.eval_shape(module.init_params, jax.random.key(0))
+    shapes = param_shapes(module)
     leaves, tree = jax.tree.flatten(shapes)
     return module, tree.unflatten([0.5 * normal(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)])
 
@@ -233,7 +234,7 @@ def test_images_of_another_rank_are_refused():
 )
 def test_the_published_tokenizers_have_their_parameter_counts(name, mult, grid, count):
     module = VQGAN(mult=mult)
-    shapes = jax.eval_shape(module.init_params, jax.random.key(0))
+    shapes = param_shapes(module)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == count
     assert module.grid == grid
     assert module.spec.codes == (16384,)

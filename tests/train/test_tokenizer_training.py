@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ar_jax.config import Losses, TokenizerStage
+from ar_jax.convert.sources import param_shapes
 from ar_jax.evals.networks import PROTOCOLS, open_network
 from ar_jax.files.images import to_float
 from ar_jax.tokenizers.quantize import Codebook, straight_through, vector_quantise
@@ -374,7 +375,7 @@ def test_a_teacher_pulls_latents_towards_its_features(distance):
 
 def test_parts_look_at_modules_inside_the_tokenizer():
     vqgan = VQGAN((8, 8), features=4, mult=(1, 2), res_blocks=0, latent=4, codes=8, code_features=3, groups=2)
-    shapes = jax.eval_shape(vqgan.init_params, jax.random.key(0))
+    shapes = param_shapes(vqgan)
     params = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(size=x.shape).astype(x.dtype), shapes)
     names = frozenset({"image", "latents", "quant", "decoder/mid_1"})
     made, seen, recon = jax.jit(
