@@ -80,10 +80,12 @@ def _from_folders(root: Path, folders: list[Path], every: list[Path]) -> ImageFi
 
 
 def _find_images(folder: Path) -> list[tuple[str, str]]:
-    """(file, first-level sub-folder it is in or "") of every image, in the order of names."""
+    """(file, first-level sub-folder it is in or "") of every image, in the order of names; links are followed."""
     images = []
-    for base, folders, names in os.walk(folder, followlinks=True):
+    for base, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        for name in folders:
+            _check_link(os.path.join(base, name), folder)
         within = os.path.relpath(base, folder).split(os.sep)[0].removeprefix(".")
         images += [
             (os.path.join(base, name), within)
@@ -91,6 +93,25 @@ def _find_images(folder: Path) -> list[tuple[str, str]]:
             if name.lower().endswith(SUFFIXES) and not name.startswith(".")
         ]
     return images
+
+
+def _refuse(error: OSError):
+    raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def _check_link(path: str, root: Path):
+    """Refuses a link to a folder that it lies in, on whatever way it was reached: its images would be counted for ever."""
+    if not os.path.islink(path):
+        return
+    target, way = os.path.realpath(path), Path(path).parent
+    for above in (way, *way.parents):
+        if Path(os.path.realpath(above)).is_relative_to(target):
+            raise ValueError(
+                f"the link {path} leads back to {target}, which holds it, so its images would be found again and again; "
+                "remove the link"
+            )
+        if above == root:
+            break
 
 
 def _from_captions(rows: list[tuple], chosen: list[tuple]) -> ImageFiles:

@@ -1,7 +1,9 @@
 """Image files to RGB, and crops. Crops take a PIL image or uint8 [h w 3] and return uint8 [size size 3]."""
 
+import functools
 import math
 import os
+import stat
 from typing import IO
 
 import numpy as np
@@ -9,17 +11,27 @@ from PIL import Image
 
 from ar_jax.data.base import Unreadable
 
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+LONGEST = 128  # times the short side; crops begin by scaling the short side up
+
 
 def read_image(file: str | os.PathLike | IO[bytes], name: str = "") -> Image.Image:
     """The first frame of an image file as RGB.
 
-    Transparency shows white. EXIF orientation is ignored, as in the pipelines of the published models.
+    What the file holds decides, not its name, and nothing but `FORMATS` is decoded: Pillow would hand PostScript to
+    Ghostscript, which runs it. Transparency shows white. EXIF orientation is ignored, as in the pipelines of the
+    published models.
 
     Raises:
-      Unreadable: missing, damaged, larger than Pillow's limit, or samples without an agreed range.
+      Unreadable: missing, no plain file, damaged, of another format, larger than Pillow's limit, longer than `LONGEST`
+        times its short side, or samples without an agreed range.
     """
     try:
-        with Image.open(file) as image:
+        if isinstance(file, (str, os.PathLike)) and not stat.S_ISREG(os.stat(file).st_mode):
+            raise ValueError("it is no plain file")  # a pipe would be waited for
+        with Image.open(file, formats=_formats()) as image:
+            if max(image.size) > LONGEST * min(image.size):
+                raise ValueError(f"{image.width}x{image.height}: one side is more than {LONGEST} times the other")
             # Pillow only warns up to twice its limit, and a warning would pass unseen in a thread.
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is more than {Image.MAX_IMAGE_PIXELS} pixels")
@@ -27,6 +39,13 @@ def read_image(file: str | os.PathLike | IO[bytes], name: str = "") -> Image.Ima
             return to_rgb(image)
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
         raise Unreadable(name or str(file), error) from error
+
+
+@functools.cache
+def _formats():
+    """Those of `FORMATS` that this Pillow can read."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

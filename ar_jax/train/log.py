@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -67,9 +68,10 @@ class Log:
         return figures
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Writes figures of an update."""
+        """Writes figures of an update, to six digits; JSON has no NaN and no infinity, so `metrics.jsonl` has null."""
         if not self._quiet:
-            self._file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in values.items()}}) + "\n")
+            written = {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in values.items()}
+            self._file.write(json.dumps({"step": step, **written}) + "\n")
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
             self._shown |= {name: f"{values[name]:.4g}" for name in SHOWN if name in values}

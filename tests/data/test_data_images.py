@@ -1,8 +1,9 @@
 import io
+import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from ar_jax.data import Unreadable, centre_crop, flip, random_crop, read_image, ten_crop
 
@@ -138,3 +139,27 @@ def test_damaged_missing_and_enormous_images_are_unreadable(tmp_path, monkeypatc
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 - 1)  # Pillow itself only warns here
     with pytest.raises(Unreadable, match="pixels"):
         read_image(tmp_path / "whole.jpg")
+
+
+def test_what_is_no_image_format_of_ours_is_not_decoded(tmp_path, monkeypatch):
+    """PostScript under an image's name would be run by Ghostscript."""
+    ran = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **named: ran.append(given))
+    (tmp_path / "cat.jpg").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(made) (w) file closefile\n%%EOF\n"
+    )
+    with pytest.raises(Unreadable, match=r"cat\.jpg"):
+        read_image(tmp_path / "cat.jpg")
+    assert not ran
+    for name in ("jpeg", "png", "webp", "bmp", "gif", "tiff", "ppm", "jp2"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"a.{name}")
+        assert read_image(tmp_path / f"a.{name}").size == (8, 8)
+
+
+def test_a_pipe_and_a_thread_of_pixels_are_unreadable(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(Unreadable, match="it is no plain file"):
+        read_image(tmp_path / "pipe.png")
+    Image.new("L", (1, 3_000_000)).save(tmp_path / "long.png")
+    with pytest.raises(Unreadable, match="1x3000000: one side is more than 128 times the other"):
+        read_image(tmp_path / "long.png")

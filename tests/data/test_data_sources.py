@@ -2,6 +2,7 @@ import dataclasses
 import gzip
 import importlib.util
 import json
+import os
 import sys
 import types
 
@@ -70,6 +71,39 @@ def test_folders_without_images_say_so(tmp_path):
         _open(tmp_path, split="test")
     _image(tmp_path / "class" / "b.png")
     with pytest.raises(ValueError, match=r"1 of 2 images, such as .*a\.png"):
+        _open(tmp_path)
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    root = tmp_path / "data"
+    _image(tmp_path / "elsewhere" / "a.png")
+    _image(root / "dog" / "b.png")
+    (root / "cat").symlink_to(tmp_path / "elsewhere")
+    assert _open(root).info.class_names == ("cat", "dog")
+    for name, target in (("self", root / "dog"), ("disk", "/"), ("up", root)):
+        link = root / "dog" / name
+        link.symlink_to(target)
+        with pytest.raises(ValueError, match=rf"the link {link} leads back to {target}, which holds it"):
+            _open(root)
+        link.unlink()
+    (root / "dog" / "cats").symlink_to(root / "cat")  # each holds a link to the other
+    (tmp_path / "elsewhere" / "dogs").symlink_to(root / "dog")
+    with pytest.raises(ValueError, match="leads back to"):
+        _open(root)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    _image(tmp_path / "cat" / "a.png")
+    _image(tmp_path / "dog" / "a.png")
+    scan = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(ValueError, match="dog cannot be read: Permission denied"):
         _open(tmp_path)
 
 

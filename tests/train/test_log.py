@@ -1,3 +1,4 @@
+import functools
 import json
 import types
 
@@ -66,9 +67,12 @@ def test_without_known_limits_neither_memory_nor_mfu_is_told(tmp_path, clock):
 
 def test_lines_are_json_and_other_processes_write_nothing(opened, tmp_path, clock):
     opened.metrics(11, {"loss": 1.23456789})
-    opened.metrics(12, {"spike/loss": 3.0})
+    opened.metrics(12, {"spike/loss": 3.0, "lr": 4e-7, "grad_norm": float("nan")})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert list(map(json.loads, lines)) == [{"step": 11, "loss": 1.234568}, {"step": 12, "spike/loss": 3.0}]
+    strictly = functools.partial(json.loads, parse_constant=pytest.fail)  # NaN is no JSON
+    assert list(map(strictly, lines)) == [
+        {"step": 11, "loss": 1.23457}, {"step": 12, "spike/loss": 3.0, "lr": 4e-7, "grad_norm": None},
+    ]  # fmt: skip
     other = log.Log(tmp_path / "other", "stage", first=0, steps=1, chips=1, quiet=True)
     other.metrics(1, {"loss": 1.0})
     clock[0] += 1
