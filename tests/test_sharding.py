@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from ar_jax.config import GeneratorStage, Losses, TokenizerStage
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
+from ar_jax.machine.hlo import Program
 from ar_jax.machine.sharding import MeshShape, batch_rows, make_mesh, put_batch, replicated, shard
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.patchgan import PatchGan
@@ -235,3 +236,23 @@ def test_a_batch_that_the_mesh_cannot_share_is_refused():
     for batch in (6, 0, -4):
         with pytest.raises(ValueError, match=f"batch is {batch}; it must be a positive multiple of the 4 batch shares"):
             batch_rows(mesh_of(*FOUR), batch)
+
+
+def test_parts_of_a_batch_cost_no_more_operations_and_less_memory():
+    """Four devices, each with its share of every part."""
+    tokenizer = VQGAN((16, 16), features=4, mult=(1,), res_blocks=0, latent=4, codes=16, code_features=4, groups=2)
+    mesh, images = make_mesh(MeshShape(4, 1, 1), jax.devices()[:4]), np.zeros((32, 16, 16, 3), np.uint8)
+
+    def compiled(accumulate):
+        losses, optim = Losses(lpips=0.0, adversarial=0.0), Optim(accumulate=accumulate)
+        recipe = tokenizer_recipe(TokenizerStage(batch=32, optim=optim, losses=losses), tokenizer)
+        with jax.set_mesh(mesh):
+            state = jax.eval_shape(recipe.init, jax.random.key(0))
+            update = jax.jit(recipe.update, donate_argnums=0, out_shardings=replicated(mesh))
+            done = update.lower(state, {}, put_batch({"image": images}, mesh), jax.random.key(0)).compile()
+        work = Program(done.as_text()).work().values()
+        return sum(each.flops for each in work), done.memory_analysis().temp_size_in_bytes
+
+    whole, parts = compiled(1), compiled(4)
+    assert parts[0] == pytest.approx(whole[0], rel=0.05)
+    assert parts[1] < 0.5 * whole[1]

@@ -101,7 +101,8 @@ class Hmar(Causal):
             found.append((loss, weight))
             metrics["masked_perplexity"] = jnp.exp((loss * weight).sum() / jnp.maximum(weight.sum(), 1))
         loss = jnp.concatenate([loss for loss, _ in found], axis=1)
-        shares = [weight / jnp.maximum(weight.sum(), 1e-9) for _, weight in found]
+        counted = image_weight(batch, len(tokens)).sum()
+        shares = [counted * weight / jnp.maximum(weight.sum(), 1e-9) for _, weight in found]
         return loss, jnp.concatenate(shares, axis=1), metrics
 
     def masked_hidden(

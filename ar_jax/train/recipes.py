@@ -70,7 +70,7 @@ def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate
             rngs={"dropout": dropout_key} if train else {},
         )  # fmt: skip
         mean = (loss * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
-        return mean, {"loss": mean, **metrics}
+        return mean, {"loss": mean, "weight": weight.sum(), **metrics}
 
     return loss_fn
 

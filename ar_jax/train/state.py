@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from ar_jax.machine.sharding import BATCH, constrain
 from ar_jax.typing import Array, Batch, Int, Metrics, Params, PRNGKey
 
-# (params, extra, frozen, batch, key, step) -> (gradients of params, extra, metrics)
+# (params, extra, frozen, batch, key, step) -> (gradients of params, extra, metrics); if the loss is a weighted mean, the
+# metrics have the sum of its weights as "weight"
 GradFn = Callable[
     [Params, Params, Params, Batch, PRNGKey, Int[Array, ""]],
     tuple[Params, Params, Metrics],
@@ -56,9 +58,10 @@ def make_update(
     accumulate: int = 1,
     after: Callable[[TrainState, PRNGKey], TrainState] = lambda state, key: state,
 ) -> Callable[[TrainState, Params, Batch, PRNGKey], tuple[TrainState, Metrics]]:
-    """The training step: gradients (averaged over `accumulate` equal parts of the batch), optimiser, EMA.
+    """The training step: gradients (of `accumulate` parts of the batch, one after the other), optimiser, EMA.
 
-    Where the loss or a gradient is not finite, the update is skipped: only `step` and the counts of skipped updates move.
+    Parts have as many rows, every device its share of each; they count by the weights of their losses, so that the mean
+    over them is that over the batch. Where the loss or a gradient is not finite, the update is skipped: only `step` and the counts of skipped updates move.
 
     Args:
       grad_fn: the recipe; its metrics have "loss".
@@ -73,18 +76,25 @@ def make_update(
 
     def gradients(state, frozen, batch, key):
         if accumulate == 1:
-            return grad_fn(state.params, state.extra, frozen, batch, key, state.step)
+            grads, extra, metrics = grad_fn(state.params, state.extra, frozen, batch, key, state.step)
+            metrics.pop("weight", None)
+            return grads, extra, metrics
 
         def part(carry, xs):
             total, extra = carry
             grads, extra, metrics = grad_fn(state.params, extra, frozen, *xs, state.step)
-            return (jax.tree.map(lambda t, g: t + g / accumulate, total, grads), extra), metrics
+            weight = jnp.asarray(metrics.pop("weight", 1.0))
+            return (jax.tree.map(lambda t, g: t + weight * g, total, grads), extra), (metrics, weight)
 
-        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        carry = (zeros, state.extra)
-        (grads, extra), metrics = jax.lax.scan(part, carry, (parts, jax.random.split(key, accumulate)))
-        return grads, extra, jax.tree.map(lambda m: m.mean(0), metrics)
+        def split(x):  # inside the batch axis, which is divided over devices
+            return constrain(jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), None, BATCH)
+
+        carry = jax.tree.map(jnp.zeros_like, state.params), state.extra
+        parts = jax.tree.map(split, batch), jax.random.split(key, accumulate)
+        (grads, extra), (metrics, weights) = jax.lax.scan(part, carry, parts)
+        share = weights / jnp.maximum(weights.sum(), 1e-9)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(weights.sum(), 1e-9), grads)
+        return grads, extra, jax.tree.map(lambda m: jnp.tensordot(share, m, 1), metrics)
 
     def update(state, frozen, batch, key):
         key, after_key = jax.random.split(key)

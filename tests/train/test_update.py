@@ -31,23 +31,40 @@ CASE = CASES["llamagen_label"]
 
 
 @functools.cache
-def updated(accumulate):
-    """A generator after one step of plain gradient descent, without dropped conditions."""
+def updated(accumulate, valid=None):
+    """A generator after one step of plain gradient descent, without dropped conditions; `valid` weighs the images."""
     grad_fn = gradients(generator_loss(CASE.generator, VQGAN(), CASE.order, 0.0))  # tokens are given, not encoded
     tx = optax.sgd(1.0)
     state = create({"model": CASE.params}, {}, tx, 0.0)
     update = jax.jit(make_update(grad_fn, tx, accumulate=accumulate))
-    return update(state, {}, {"tokens": CASE.tokens, **CASE.batch}, jax.random.key(0))
+    batch = {"tokens": CASE.tokens, **CASE.batch} | ({"valid": np.array(valid)} if valid else {})
+    return update(state, {}, batch, jax.random.key(0))
 
 
-def test_two_half_batches_give_the_update_of_the_whole_batch():
-    whole, parts = updated(1), updated(2)
+@pytest.mark.parametrize("valid", [None, (1.0,) * (CASE.images - 1) + (0.0,)])
+def test_two_half_batches_give_the_update_of_the_whole_batch(valid):
+    whole, parts = updated(1, valid), updated(2, valid)
     assert int(parts[0].step) == 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), whole[0].params, parts[0].params)
     np.testing.assert_allclose(whole[1]["loss"], parts[1]["loss"], rtol=1e-5)
     np.testing.assert_allclose(whole[1]["grad_norm"], parts[1]["grad_norm"], rtol=1e-4)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), CASE.params, whole[0].params["model"])
     assert max(jax.tree.leaves(moved)) > 1e-2, "the tolerance must be small against the update"
+
+
+def test_parts_count_by_their_weights():
+    def weighted(params, extra, frozen, batch, key, step):
+        x, weight = batch["x"], batch["weight"]
+        mean = (x * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
+        return {"model": {"kernel": mean}}, extra, {"loss": mean, "weight": weight.sum()}
+
+    tx = optax.sgd(1.0)
+    state = create({"model": {"kernel": jnp.zeros(())}}, {}, tx, 0.0)
+    batch = {"x": jnp.array([1.0, 2.0, 3.0, 9.0]), "weight": jnp.array([1.0, 1.0, 1.0, 0.0])}
+    for accumulate in (1, 2, 4):
+        state_after, metrics = make_update(weighted, tx, accumulate=accumulate)(state, {}, batch, jax.random.key(0))
+        assert float(metrics["loss"]) == -float(state_after.params["model"]["kernel"]) == 2.0
+        assert "weight" not in metrics
 
 
 def slope(params, extra, frozen, batch, key, step):
@@ -62,7 +79,7 @@ def test_parts_of_a_batch_are_averaged_and_hand_their_extra_on():
     state, metrics = make_update(slope, tx, accumulate=2)(state, {}, {"x": x}, jax.random.key(0))
     np.testing.assert_allclose(state.params["model"]["kernel"], [-3, -2])
     assert int(state.extra["seen"]) == 2
-    np.testing.assert_allclose(metrics["loss"], 10)  # the mean of 3 and 17
+    np.testing.assert_allclose(metrics["loss"], 10)  # the mean of 8 and 12
     np.testing.assert_allclose(metrics["grad_norm"], math.sqrt(13), rtol=1e-6)
 
 
