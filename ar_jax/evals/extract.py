@@ -57,9 +57,7 @@ def in_chunks(
                 _write(files[i], compute(rows))
             bar.update(min(len(rows) * jax.process_count(), count - bar.n))
     distributed.barrier(f"{folder} is complete")
-    end = time.monotonic() + 30
-    while jax.process_count() > 1 and not all(file.exists() for file in files) and time.monotonic() < end:
-        time.sleep(0.1)  # a network file system shows files of other hosts late
+    distributed.seen(files)
     return files
 
 

@@ -10,7 +10,7 @@ import time
 import traceback
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,16 @@ def agreed(values: Any) -> Any:
     return multihost_utils.broadcast_one_to_all(values)
 
 
+def seen(paths: Sequence[Path], patience: float = 30.0) -> bool:
+    """Whether files are there, those of other processes after a while: a network file system shows them late."""
+    end = time.monotonic() + patience
+    while not all(path.exists() for path in paths):
+        if jax.process_count() == 1 or time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def check_shared(folder: Path, patience: float = 30.0) -> None:
     """Refuses a folder (made if missing) that the processes do not share.
 
@@ -210,14 +220,11 @@ def check_shared(folder: Path, patience: float = 30.0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         mark.touch()
     barrier(f"mark {number}")
-    end = time.monotonic() + patience
-    while not mark.exists():
-        if time.monotonic() > end:
-            raise ValueError(
-                f"{folder} is not the same folder here as on process 0; all hosts need one that they share (NFS, "
-                f"Filestore, a mounted bucket)"
-            )
-        time.sleep(0.1)
+    if not seen([mark], patience):
+        raise ValueError(
+            f"{folder} is not the same folder here as on process 0; all hosts need one that they share (NFS, "
+            f"Filestore, a mounted bucket)"
+        )
     barrier(f"seen {number}")
     if jax.process_index() == 0:
         mark.unlink()

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from ar_jax.files.codec import read_json
-from ar_jax.machine.distributed import barrier
+from ar_jax.machine.distributed import agreed, barrier, seen
 from ar_jax.train.state import TrainState
 from ar_jax.typing import Params
 
@@ -50,13 +50,14 @@ class Checkpoints:
                 "others at least 0"
             )
         self._folder, broken = folder, {}
-        if _newest_whole(folder, broken.__setitem__) is None and broken:
+        first = jax.process_index() == 0  # the others may see less of the folder, and go by what it finds
+        if first and _newest_whole(folder, broken.__setitem__) is None and broken:
             path, found = next(iter(broken.items()))
             raise ValueError(
                 f"no checkpoint in {folder} is whole; the newest, {path.name}, is broken ({found}). Bring one of them back, "
                 "or remove them to begin anew"
             )
-        if jax.process_index() == 0:
+        if first:
             # Leftovers of interrupted saves. Orbax's own clean-up fails where threads of a failed save still write.
             for leftover in folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -78,8 +79,8 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
-        return latest_step(self._folder)
+        """The step of the newest complete checkpoint that process 0 sees; to be asked by all processes together."""
+        return int(agreed(np.int32(latest_step(self._folder) or 0))) or None
 
     def save(self, state: TrainState, facts: dict[str, Any], figures: dict[str, float] | None = None) -> None:
         """Starts to write a state; returns once the arrays are copied.
@@ -112,6 +113,7 @@ class Checkpoints:
         """
         step = self.latest
         folder = self._folder / str(step)
+        seen([folder / CONTENTS])
         like = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), like, layout)
         parts = _parts(like)
         metadata = self._checkpointer.checkpointables_metadata(step).metadata
@@ -162,7 +164,7 @@ class Checkpoints:
         self._reported = True
         return ValueError(
             f"could not write a checkpoint to {self._folder}: {error}. Nothing half-written is kept; the newest complete "
-            f"checkpoint is step {self.latest}. Free some space and run the same command again"
+            f"checkpoint is step {latest_step(self._folder)}. Free some space and run the same command again"
         )
 
 

@@ -291,6 +291,18 @@ def test_a_damaged_checkpoint_is_passed_over_set_aside_and_can_be_saved_again(st
     assert latest_step(two) == 2
 
 
+def test_every_process_goes_on_from_the_step_that_the_first_one_sees(states, two, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "process_index", lambda: 1)  # which sees both
+        patch.setattr(checkpoint, "barrier", lambda name: None)
+        patch.setattr(checkpoint, "agreed", lambda value: np.ones_like(value))
+        damaged(two / "2", "missing", None)
+        with opened(two) as checkpoints:
+            assert checkpoints.latest == 1
+            assert_same(restored(checkpoints)[0], states[1])
+    assert sorted(path.name for path in two.iterdir()) == ["1", "2"], "only the first process sets anything aside"
+
+
 def test_damage_is_named(two):
     changes = {"other": " has other content", "half": r" has \d+ bytes, not \d+", "missing": " is missing"}
     for kind, words in changes.items():
