@@ -93,7 +93,7 @@ def class_conditional(size: str) -> Experiment:
     return Experiment(
         name=f"flowar_{size}_256",
         # short side to 9/8 of the size, then a random crop; here the short side is drawn up to that
-        data=Data(name="image_folder", path="data/imagenet/train", size=256, crop="random", min_fraction=8 / 9, flip=True),
+        data=Data(name="image_folder", path="data/imagenet", size=256, crop="random", min_fraction=8 / 9, flip=True),
         tokenizer=TokenizerStage(
             module=LatentPyramid(KLVAE(shift=(0.0,), scale=(SCALE,)), SCALES), path="checkpoints/kl16_pyramid"
         ),

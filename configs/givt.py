@@ -47,7 +47,7 @@ from ar_jax.train.optim import Optim
 IMAGENET = 1_281_167  # training images
 BATCH = 8192
 STEPS = 500 * IMAGENET // BATCH
-DATA = Data(name="image_folder", path="data/imagenet/train", size=256, crop="random", flip=True)
+DATA = Data(name="image_folder", path="data/imagenet", size=256, crop="random", flip=True)
 
 
 def mnist5k() -> Experiment:

@@ -38,7 +38,7 @@ From text, on 120 rows of Flan-T5-XL features:
 At 256 pixels, with the released tokenizer:
 
     python -m ar_jax.convert vq_ds16_c2i.pt --to checkpoints/vq_ds16_c2i
-    python -m ar_jax.tokenize checkpoints/vq_ds16_c2i --data.path data/imagenet/train \
+    python -m ar_jax.tokenize checkpoints/vq_ds16_c2i --data.path data/imagenet \
         --crops 10 --scales 1.1 1.05 --out cache/imagenet_256
     python train.py configs/llamagen.py:b_256
     python sample.py runs/llamagen_b_256 --count 50000 --out b_256.npz
@@ -46,7 +46,7 @@ At 256 pixels, with the released tokenizer:
 At 384:
 
     python -m ar_jax.convert vq_ds16_c2i.pt --to checkpoints/vq_ds16_c2i_384 --size 384
-    python -m ar_jax.tokenize checkpoints/vq_ds16_c2i_384 --data.path data/imagenet/train \
+    python -m ar_jax.tokenize checkpoints/vq_ds16_c2i_384 --data.path data/imagenet \
         --crops 10 --scales 1.1 1.05 --out cache/imagenet_384
     python train.py configs/llamagen.py:b_384
     python sample.py runs/llamagen_b_384 --count 50000 --resize 256 --out b_384.npz
@@ -146,7 +146,7 @@ def tokenizer(name: str, module: nn.Module, reset_after: int = 0) -> Experiment:
     return Experiment(
         name=name,
         data=Data(
-            name="image_folder", path="data/imagenet/train", size=256, crop="random", min_fraction=0.8, flip=True
+            name="image_folder", path="data/imagenet", size=256, crop="random", min_fraction=0.8, flip=True
         ),
         tokenizer=TokenizerStage(
             module=module,
@@ -182,7 +182,7 @@ def class_conditional(model: str, size: int) -> Experiment:
     """ImageNet classes for 300 epochs, on the ten-crop codes of VQ-16."""
     return Experiment(
         name=f"llamagen_{model}_{size}",
-        data=Data(name="image_folder", path="data/imagenet/train", size=size),
+        data=Data(name="image_folder", path="data/imagenet", size=size),
         tokenizer=TokenizerStage(path="checkpoints/vq_ds16_c2i" + ("" if size == 256 else f"_{size}")),
         generator=generator(
             network(model, Label), steps=300 * (IMAGENET // 256), tokens=f"cache/imagenet_{size}",

@@ -82,7 +82,7 @@ def kl16() -> Experiment:
     """Training of KL-16 on 256-pixel images, with LDM's losses."""
     return Experiment(
         name="mar_kl16",
-        data=Data(name="image_folder", path="data/imagenet/train", size=256, crop="random", flip=True),
+        data=Data(name="image_folder", path="data/imagenet", size=256, crop="random", flip=True),
         tokenizer=TokenizerStage(
             module=KLVAE(dtype=jnp.bfloat16),
             losses=Losses(
@@ -110,7 +110,7 @@ def class_conditional(model: str) -> Experiment:
     """ImageNet classes for 800 epochs, on the latents of KL-16."""
     return Experiment(
         name=f"mar_{model}_256",
-        data=Data(name="image_folder", path="data/imagenet/train", size=256, flip=True),
+        data=Data(name="image_folder", path="data/imagenet", size=256, flip=True),
         tokenizer=TokenizerStage(module=KLVAE(), path="checkpoints/kl16"),
         generator=GeneratorStage(
             module=network(model), order=Shuffled(steps=256), steps=800 * EPOCH, batch=BATCH, drop=0.1,

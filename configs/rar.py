@@ -24,7 +24,7 @@ ImageNet classes, 256 pixels, 400 epochs:
 With the released tokenizer:
 
     python -m ar_jax.convert maskgit-vqgan-imagenet-f16-256.bin --to checkpoints/maskgit_vqgan
-    python -m ar_jax.tokenize checkpoints/maskgit_vqgan --data.path data/imagenet/train --flip --out cache/imagenet_rar
+    python -m ar_jax.tokenize checkpoints/maskgit_vqgan --data.path data/imagenet --flip --out cache/imagenet_rar
     python train.py configs/rar.py:b
     python sample.py runs/rar_b --count 50000 --out rar_b.npz
 
@@ -98,7 +98,7 @@ def class_conditional(model: str) -> Experiment:
     *_, guidance, power, temperature = SIZES[model]
     return Experiment(
         name=f"rar_{model}",
-        data=Data(name="image_folder", path="data/imagenet/train", size=256),
+        data=Data(name="image_folder", path="data/imagenet", size=256),
         tokenizer=TokenizerStage(module=MaskgitVQGAN(), path="checkpoints/maskgit_vqgan"),
         generator=GeneratorStage(
             module=network(model), train_order=Annealed(125_000, 187_500), steps=250_000, batch=2048, drop=0.1,

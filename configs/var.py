@@ -131,7 +131,7 @@ def ends(depth: int) -> tuple[Label, Categorical]:
 def imagenet(size: int, fraction: float, flip: bool = False) -> Data:
     """ImageNet by ADM's random crop. VAR's own always crops from 1.125 times the size, here the most it may be."""
     return Data(
-        name="image_folder", path="data/imagenet/train", size=size, crop="random", min_fraction=fraction, flip=flip
+        name="image_folder", path="data/imagenet", size=size, crop="random", min_fraction=fraction, flip=flip
     )
 
 

@@ -17,7 +17,7 @@ published as 2.2 is 1.2 here, at the last cell:
     h_256            1186.0M      FID 1.24: guidance 2.2, 50 steps
 
     python -m ar_jax.convert kl16.ckpt --to checkpoints/kl16
-    python -m ar_jax.tokenize checkpoints/kl16 --data.path data/imagenet/train --flip --out cache/imagenet_kl16_256
+    python -m ar_jax.tokenize checkpoints/kl16 --data.path data/imagenet --flip --out cache/imagenet_kl16_256
     python train.py configs/xar.py:b_256
     python sample.py runs/xar_b_256 --count 50000 --out xar_b.npz
 
@@ -75,7 +75,7 @@ def class_conditional(size: str) -> Experiment:
     updates = IMAGENET // 2048
     return Experiment(
         name=f"xar_{size}_256",
-        data=Data(name="image_folder", path="data/imagenet/train", size=256),
+        data=Data(name="image_folder", path="data/imagenet", size=256),
         tokenizer=TokenizerStage(module=KLVAE(shift=(0.0,), scale=(SCALE,)), path="checkpoints/kl16"),
         generator=GeneratorStage(
             module=BlockFlow(backbone, Label(width), steps=steps, dtype=jnp.bfloat16), order=Cells(8),

@@ -4,7 +4,7 @@ source = open_source(data)                          # random access to records
 for batch in batches(source, data, batch=256, seed=0): ...
 """
 
-from ar_jax.data.base import Data, Info, Source, Unreadable, label_ids, read_info
+from ar_jax.data.base import Data, Info, NoSplit, Source, Unreadable, label_ids, read_info
 from ar_jax.data.images import centre_crop, flip, random_crop, read_image, ten_crop
 from ar_jax.data.pipeline import batches
 from ar_jax.data.records import open_records, write_shards
@@ -14,6 +14,7 @@ __all__ = [
     "SOURCES",
     "Data",
     "Info",
+    "NoSplit",
     "Source",
     "Unreadable",
     "batches",

@@ -93,6 +93,10 @@ class Unreadable(ValueError):
         self.reason = reason
 
 
+class NoSplit(ValueError):
+    """The data set is there, but it has no such split."""
+
+
 def held_out(count: int, split: str) -> np.ndarray:
     """Indices of a split of a data set that has none: every tenth record, from the first, is the test."""
     index = np.arange(count)
@@ -119,7 +123,7 @@ def split_folders(folder: Path, split: str) -> list[Path]:
     if test and train.is_dir():
         return {"train": [train], "test": [test], "all": [train, test]}[split]
     if split == "test":
-        raise ValueError(
+        raise NoSplit(
             f"data.split is test, but {folder} has no sub-folders train/ and val/ or test/; "
             "make them, or set data.split to all"
         )

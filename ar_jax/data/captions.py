@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ar_jax.data.base import Data, Info, Source
+from ar_jax.data.base import Data, Info, NoSplit, Source
 
 MOST_CAPTIONS = 100_000  # different captions kept in memory, about 2.5 GB of minilm features at 16 rows
 AT_ONCE = 512
@@ -49,7 +49,7 @@ def with_text(source: Source, data: Data) -> Source:
     if data.text == "minilm":
         encoder, (rows, width) = "minilm", _encode(source.captions(), data.text_rows)
     elif Path(data.text).suffix in (".npz", ".safetensors"):
-        encoder, rows, width = _open_features(Path(data.text).expanduser(), len(source))
+        encoder, rows, width = _open_features(Path(data.text).expanduser(), len(source), data.split)
     else:
         raise ValueError(f"data.text is {data.text!r}; it must be empty, minilm, or a .npz or .safetensors file")
     info = dataclasses.replace(source.info, text=encoder, text_rows=data.text_rows, text_width=width)
@@ -82,7 +82,7 @@ def _encode(captions: list[str], rows: int) -> tuple[Rows, int]:
     return lambda i: (features[where[i]], mask[where[i]]), features.shape[-1]
 
 
-def _open_features(path: Path, count: int) -> tuple[str, Rows, int]:
+def _open_features(path: Path, count: int, split: str) -> tuple[str, Rows, int]:
     if not path.is_file():
         raise FileNotFoundError(f"data.text is {str(path)!r}, which is not a file")
     try:
@@ -94,7 +94,7 @@ def _open_features(path: Path, count: int) -> tuple[str, Rows, int]:
             f"data.text={path} must hold `features` [N rows c] and `mask` [N rows], but reading them fails: {error}"
         ) from error
     if len(shape) != 3 or mask_shape != shape[:2] or shape[0] != count:
-        raise ValueError(
+        raise (NoSplit if split == "test" else ValueError)(  # a file is of one split
             f"data.text={path} has features {list(shape)} and mask {list(mask_shape)}; needed "
             f"are [{count} rows c] and [{count} rows]: a row for each record of the split, in "
             "its order"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ar_jax.data.base import Data, Info, folder_of, held_out
+from ar_jax.data.base import Data, Info, NoSplit, folder_of, held_out
 
 FASHION = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 FASHION_PLACE = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
@@ -61,6 +61,8 @@ def idx(data: Data) -> Arrays:
         )
     folder = folder_of(data) if data.path else FASHION_PLACE
     parts = {"train": ["train"], "test": ["t10k"], "all": ["train", "t10k"]}[data.split]
+    if data.split == "test" and not any(folder.glob("t10k-*")):
+        raise NoSplit(f"data.split is test, but {folder} has no files t10k-images-idx3-ubyte and so on")
     images = np.concatenate([_read_idx(_find_idx(folder, part, "images-idx3"), 3) for part in parts])
     labels = np.concatenate([_read_idx(_find_idx(folder, part, "labels-idx1"), 1) for part in parts])
     if len(images) != len(labels):

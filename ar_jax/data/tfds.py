@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ar_jax.data.base import Data, Info, folder_of
+from ar_jax.data.base import Data, Info, NoSplit, folder_of
 from ar_jax.data.images import read_image
 
 
@@ -53,7 +53,7 @@ def tfds(data: Data) -> Tfds:
     test = [split for split in ("validation", "test") if split in splits][:1]
     wanted = {"train": ["train"], "test": test, "all": ["train", *test]}[data.split]
     if not wanted or not set(wanted) <= set(splits):
-        raise ValueError(f"data.split is {data.split}, but data.path={folder} has the splits {', '.join(splits)}")
+        raise NoSplit(f"data.split is {data.split}, but data.path={folder} has the splits {', '.join(splits)}")
     encoded = {"image": tensorflow_datasets.decode.SkipDecoding()}  # our reader treats all data sets alike
     try:
         source = builder.as_data_source("+".join(wanted), decoders=encoded)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from ar_jax.config import Experiment, Stage, keep_config, load_config, parse
-from ar_jax.data import Data, Info, Source, batches, open_source
+from ar_jax.data import Data, Info, NoSplit, Source, batches, open_source
 from ar_jax.evals.training import Evaluation
 from ar_jax.files import codec
 from ar_jax.files.models import Model, describe, open_model, versions, write_json
@@ -162,8 +162,14 @@ def stage_fit(
     if stage.evaluate_every:
         many = -(-stage.evaluate_images // stage.preview_images) * stage.preview_images
         evaluate = Evaluation(recipe, stage, model.kind, Spread(open_source(data), many), data, experiment.data, mesh)
+    shown, of = shown_images(data, stage.preview_images, model.kind)
+    if stage.keep_best and stage.best != "fd" and of != "held_out":
+        raise ValueError(
+            f"{model.kind}.keep_best is {stage.keep_best}, but there are no held-out images to judge {model.kind}.best="
+            f"{stage.best} by; add a validation folder (val/ beside train/), or give best=fd"
+        )
     with jax.set_mesh(mesh):
-        fit(recipe, stage, stream, held_out(data, stage.preview_images), model.folder, mesh, key, start, evaluate)
+        fit(recipe, stage, stream, shown, model.folder, mesh, key, start, evaluate, of)
 
 
 def load_start(stage: Stage, kind: str, params: Params) -> Params:
@@ -187,14 +193,17 @@ def shapes(tree: Params) -> Params:
     return jax.tree.map(lambda x: x.shape, tree)
 
 
-def held_out(data: Data, count: int) -> Batch:
-    """Images spread evenly over the held-out split, or over the training images if there is none."""
+def shown_images(data: Data, count: int, kind: str) -> tuple[Batch, str]:
+    """Images spread evenly over the held-out split, or over the training images if there is none; and which they are."""
     try:
-        source = open_source(dataclasses.replace(data, split="test"))
-    except (ValueError, FileNotFoundError):
-        source = open_source(data)
+        source, of = open_source(dataclasses.replace(data, split="test")), "held_out"
+    except NoSplit as error:
+        source, of = open_source(data), "train_sample"
+        distributed.say(
+            f"{kind}: no held-out images ({error}); pictures and the figures {of}/... are of training images"
+        )
     picked = Spread(source, min(count, len(source)))
-    return next(iter(batches(picked, data, batch=len(picked), seed=0, train=False)))
+    return next(iter(batches(picked, data, batch=len(picked), seed=0, train=False))), of
 
 
 @dataclasses.dataclass(frozen=True)

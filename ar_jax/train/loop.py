@@ -29,6 +29,7 @@ def fit(
     key: PRNGKey,
     start: Callable[[Params], Params] | None = None,
     evaluate: Callable[[Params], dict[str, float]] | None = None,
+    shown_are: str = "held_out",
 ) -> None:
     """Trains until `stage.steps`, from the newest checkpoint in `folder` if there is one.
 
@@ -36,12 +37,13 @@ def fit(
       recipe: the method.
       stage: length, log and checkpoint intervals.
       batches: iterator of this process's share of batches, with `get_state` and `set_state`.
-      shown: held-out batch for pictures, all of it on every process.
+      shown: batch for pictures, all of it on every process.
       folder: of this stage.
       mesh: from `make_mesh`.
       key: of the whole stage; update i uses `fold_in(key, i)`, so a resumed run repeats nothing and skips nothing.
       start: initialised parameters of the model -> those to begin with, if there is no checkpoint.
-      evaluate: parameters of the model -> further held-out figures, measured every `stage.evaluate_every` updates.
+      evaluate: parameters of the model -> further figures, measured every `stage.evaluate_every` updates.
+      shown_are: "held_out" or "train_sample"; what the names of the figures begin with.
 
     Raises:
       Stopped: told to (see `Notice`); a checkpoint of the last update is written.
@@ -127,14 +129,14 @@ def fit(
                     params = state.params["model"] if state.ema is None else state.ema
                     picture, figures = jax.device_get(preview(params, frozen, shown, shown_key))
                     figures = {name: float(value) for name, value in figures.items()}
-                    log.metrics(step, {f"held_out/{name}": value for name, value in figures.items()})
+                    log.metrics(step, {f"{shown_are}/{name}": value for name, value in figures.items()})
                     log.picture(step, picture, columns=10)
                 watchdog.alive()
             if evaluate and (step % stage.evaluate_every == 0 or last) and not stop:
                 settle(0)
                 with log.spending("aside"), jax.transfer_guard("allow"):
                     found = evaluate(state.params["model"] if state.ema is None else state.ema)
-                    log.metrics(step, {f"held_out/{name}": value for name, value in found.items()})
+                    log.metrics(step, {f"evaluation/{name}": value for name, value in found.items()})
                     figures |= found
                 watchdog.alive()
             if step % stage.save_every == 0 or last or stop:

@@ -36,7 +36,7 @@ def test_the_checkpoint_nearest_to_real_images_is_kept(tmp_path, monkeypatch):
     for stage, steps in (("tokenizer", [2, 4]), ("generator", [2, 4, 6])):
         folder = tmp_path / "whole" / stage
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        found = {line["step"]: line["held_out/fd"] for line in lines if "held_out/fd" in line}
+        found = {line["step"]: line["evaluation/fd"] for line in lines if "evaluation/fd" in line}
         assert list(found) == steps
         assert all(np.isfinite(list(found.values())))
         assert len(set(found.values())) > 1
