@@ -70,7 +70,8 @@ def to_params(
       rules: the source's names.
       buffers: keys of entries that are no parameters.
     Raises:
-      ValueError: a key is missing or a shape differs, or no parameter has a key; the first one is named.
+      ValueError: a key is missing, a shape differs, a number is not finite, or no parameter has a key; the first one is
+        named.
     """
     flat = traverse_util.flatten_dict(shapes, sep="/")
     params, asked = {}, set()
@@ -85,6 +86,8 @@ def to_params(
             params[path] = np.ascontiguousarray(layout.from_torch(_part(_get(weights, key, path), layout)))
         if path not in params or params[path].shape != want:
             raise ValueError(f"{key} (our {path}) has another shape than the model's {tuple(want)}")
+        if params[path].dtype.kind not in "iub" and not np.isfinite(params[path]).all():
+            raise ValueError(f"{key} (our {path}) holds NaN or infinity: the file is damaged, or its training diverged")
     for key in weights:
         if key not in asked and key not in buffers:
             raise ValueError(f"{key} is not part of this model: no parameter asks for it")

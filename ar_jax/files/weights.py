@@ -10,6 +10,7 @@ import pickle
 import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -24,8 +25,8 @@ ENTRIES = ("model", "module", "state_dict")  # where checkpoints keep their weig
 def read_weights(path: str | os.PathLike, entry: str | None = None) -> dict[str, np.ndarray]:
     """Reads a flat state dict under its original key names.
 
-    Arrays of torch files are read-only views of the mapped file: nothing is loaded before it is used, and
-    tied weights stay shared. bfloat16 and float8 arrays have the dtypes of ml_dtypes.
+    Arrays of torch files are read-only views of the mapped file, whose checksums are compared first, and tied weights
+    stay shared. bfloat16 and float8 arrays have the dtypes of ml_dtypes.
 
     Args:
       path: `.safetensors`, or a file of `torch.save` (zip, or older than torch 1.6) under any other name.
@@ -174,18 +175,22 @@ def _read_zip(file: BinaryIO, data: np.ndarray) -> _Checkpoint:
         raise _Refused(f"the file is cut short or damaged ({error}); get it again") from error
     with archive:
         records = {record.filename: record for record in archive.infolist()}
+        if len(records) < len(archive.infolist()):
+            raise _Refused("two of its records have one name; get it again")
         roots = [
             name.removesuffix("data.pkl") for name in records if name.count("/") == 1 and name.endswith("/data.pkl")
         ]
         if len(roots) != 1:
             raise _Refused(f"a zip file without the data.pkl of torch.save; it holds {sorted(records)[:5]}")
         root = roots[0]
-        blocks = {}
+        blocks, checked = {}, any(record.CRC for record in records.values())  # torch can be told to write none
         for name, record in records.items():
             if record.compress_type != zipfile.ZIP_STORED:
                 raise _Refused(f"its record {name} is compressed, which torch never does; save it anew")
             if name.startswith(root + "data/"):
-                blocks[name.removeprefix(root + "data/")] = _record_span(record, data)
+                first, size = blocks[name.removeprefix(root + "data/")] = _record_span(record, data)
+                if checked and zlib.crc32(data[first : first + size]) != record.CRC:
+                    raise _Refused(f"its record {name} has other content than when it was saved; get it again")
         order = archive.read(root + "byteorder").decode() if root + "byteorder" in records else "little"
         if order not in ("little", "big"):
             raise _Refused(f"unknown byte order {order!r}")

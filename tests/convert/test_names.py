@@ -27,3 +27,13 @@ def test_parts_of_an_entry_are_cut_out_and_put_together(layout, sizes, shape):
     for wrong in (whole[..., :3], whole.reshape(6, 4)[:5].reshape(*shape[:-2], 5, 4), whole.reshape(-1)[:5]):
         with pytest.raises(ValueError, match=r"table \(our a\) has another shape than the model's"):
             to_params({"table": wrong}, ours, rules)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_is_not_finite_is_refused_by_its_key(bad, dtype):
+    ours = {name: jax.ShapeDtypeStruct((3,), dtype) for name in "ab"}
+    weights = {name: np.ones(3, jax.numpy.dtype(dtype)) for name in ("x", "y")}
+    weights["y"][1] = bad
+    with pytest.raises(ValueError, match=r"y \(our b\) holds NaN or infinity"):
+        to_params(weights, ours, [("a", "x", PLAIN), ("b", "y", PLAIN)])

@@ -437,3 +437,17 @@ def test_damaged_zips_are_named(tmp_path):
         read_weights(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"missing.pt"):
         read_weights(tmp_path / "missing.pt")
+
+
+def test_a_flipped_bit_and_a_second_record_of_a_name_are_noticed(tmp_path):
+    path = save(tmp_path / "a.pt", {"x": tensor()}, {"0": np.arange(6, dtype="f4")})
+    content = bytearray(path.read_bytes())
+    at = content.index(np.arange(6, dtype="f4").tobytes())
+    content[at + 9] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.pt: its record archive/data/0 has other content than when it was saved"):
+        read_weights(path)
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        save(path, {"x": tensor()}, {"0": np.zeros(6, "f4")}, **{"data/0": np.ones(6, "f4").tobytes()})
+    with pytest.raises(ValueError, match=r"a\.pt: two of its records have one name"):
+        read_weights(path)
