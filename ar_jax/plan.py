@@ -35,6 +35,7 @@ from ar_jax.machine.chips import Chip, chip, unknown
 from ar_jax.machine.flops import model_flops, with_fields
 from ar_jax.machine.hlo import Program, Work
 from ar_jax.machine.sharding import batch_sharding, make_mesh, replicated, shard
+from ar_jax.nets.linear import cast
 from ar_jax.train.recipes import generator_recipe
 from ar_jax.train.tokenizer import tokenizer_recipe
 
@@ -342,8 +343,7 @@ def sampler(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
     generator, tokenizer, order_fn = sampling.adapted(generator, tokenizer, experiment.generator.order)
     dtype, images = jnp.dtype(options.dtype).type, options.images * mesh.size
     generator = with_fields(generator, dtype=dtype)
-    stacked = jax.eval_shape(generator.init_params, jax.random.key(0))
-    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), stacked)
+    stacked = jax.eval_shape(lambda key: cast(generator.init_params(key), dtype), jax.random.key(0))
     laid_out = []
     params = jax.eval_shape(lambda params: laid_out.append(generator.unrolled(params)) or laid_out[0][1], stacked)
     generator = laid_out[0][0]

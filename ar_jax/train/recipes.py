@@ -89,6 +89,11 @@ def gradients(loss_fn: LossFn, optim: Optim = Optim()) -> GradFn:
     return grad_fn
 
 
+def update_settings(optim: Optim) -> dict[str, Any]:
+    """What `make_update` is told of an optimiser's settings."""
+    return {"ema": optim.ema, "accumulate": optim.accumulate, "float32": optim.gradients == "float32"}
+
+
 def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, frozen: Params) -> Recipe:
     """Trains a generator on a frozen tokenizer's tokens."""
     tx = make_optimiser(stage.optim, stage.steps)
@@ -97,7 +102,7 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
 
     def update_of(generator):
         grad_fn = gradients(generator_loss(generator, tokenizer, train_order, stage.drop), stage.optim)
-        return make_update(grad_fn, tx, ema=stage.optim.ema, accumulate=stage.optim.accumulate)
+        return make_update(grad_fn, tx, **update_settings(stage.optim))
 
     def init(key):
         return create({"model": generator.init_params(key)}, {}, tx, stage.optim.ema)

@@ -16,7 +16,7 @@ from ar_jax.tokenizers.quantize import count_codes, usage
 from ar_jax.train import codes
 from ar_jax.train.losses import ADVERSARIAL, Losses
 from ar_jax.train.optim import make_optimiser, schedule
-from ar_jax.train.recipes import Recipe, counted
+from ar_jax.train.recipes import Recipe, counted, update_settings
 from ar_jax.train.state import GradFn, create, make_update
 from ar_jax.typing import Array, Metrics, Params, PRNGKey
 
@@ -57,8 +57,7 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
         return make_update(
             tokenizer_gradients(tokenizer, losses),
             tx,
-            ema=stage.optim.ema,
-            accumulate=stage.optim.accumulate,
+            **update_settings(stage.optim),
             after=functools.partial(codes.renew, tokenizer=tokenizer, after=losses.reset_after)
             if losses.reset_after
             else lambda state, key: state,
