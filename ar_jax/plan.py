@@ -36,6 +36,7 @@ from ar_jax.machine.flops import model_flops, with_fields
 from ar_jax.machine.hlo import Program, Work
 from ar_jax.machine.sharding import batch_sharding, make_mesh, replicated, shard
 from ar_jax.nets.linear import cast
+from ar_jax.tokenize import kept
 from ar_jax.train.recipes import generator_recipe
 from ar_jax.train.tokenizer import tokenizer_recipe
 
@@ -325,10 +326,14 @@ def shapes_of_batch(
         return {"image": jax.ShapeDtypeStruct((images, *tokenizer.size, tokenizer.channels), jnp.uint8)}
     example = jax.eval_shape(generator.conditioning.example)
     batch = {name: jax.ShapeDtypeStruct((images, *x.shape[1:]), x.dtype) for name, x in example.items()}
-    if stage.tokens:
+    image = jax.ShapeDtypeStruct((images, *tokenizer.size, tokenizer.channels), jnp.uint8)
+    if stage.tokens and getattr(tokenizer, "draws", False):
+        params = jax.eval_shape(tokenizer.init_params, jax.random.key(0))
+        batch["moments"] = jax.eval_shape(functools.partial(kept, tokenizer), params, image, None)
+    elif stage.tokens:
         batch["tokens"] = jax.eval_shape(lambda: tokenizer.spec.zeros(images))
     else:
-        batch["image"] = jax.ShapeDtypeStruct((images, *tokenizer.size, tokenizer.channels), jnp.uint8)
+        batch["image"] = image
     return batch
 
 

@@ -54,14 +54,18 @@ LossFn = Callable[[Params, Params, Batch, PRNGKey, Array], tuple[Float[Array, ""
 def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate: float, train: bool = True) -> LossFn:
     """Mean loss of a generator over the tokens of a batch; with dropout if `train`.
 
-    `frozen` are the tokenizer's parameters. A batch holds "image" (uint8) or ready "tokens", and the condition.
+    `frozen` are the tokenizer's parameters. A batch holds "image" (uint8), "moments" that tokens are drawn from, or ready
+    "tokens"; and the condition.
     """
 
     def loss_fn(params, frozen, batch, key, step):
         order_key, drop_key, loss_key, encode_key, dropout_key = jax.random.split(key, 5)
         call = functools.partial(tokenizer.apply, {"params": frozen})
-        tokens = batch.get("tokens")
-        if tokens is None:
+        if "tokens" in batch:
+            tokens = batch["tokens"]
+        elif "moments" in batch:
+            tokens = call(batch["moments"], key=encode_key, method="drawn")
+        else:
             tokens = call(to_float(batch["image"]), key=encode_key, method="encode")
         images = len(tokens)
         loss, weight, metrics = generator.apply(
