@@ -26,7 +26,7 @@ class Evaluation:
       kind: "generator" or "tokenizer".
       source, data: conditions, and images for tokenizers; tokens may stand in for images. A multiple of
         `preview_images` records.
-      real: the images compared with.
+      real_source, real: the images compared with.
       mesh: of the training.
       network: another judge than EfficientNet-Lite0.
     Raises:
@@ -40,6 +40,7 @@ class Evaluation:
         kind: str,
         source: Source,
         data: Data,
+        real_source: Source,
         real: Data,
         mesh: jax.sharding.Mesh,
         network: Network | None = None,
@@ -53,7 +54,7 @@ class Evaluation:
         network = network or open_network("efficientnet-lite0", PROTOCOLS["clean-fid"])
         devices = len(jax.local_devices())
         self._extract = Extractor(network, -(-32 // devices) * devices)
-        self._real, self._count = DataImages(real, stage.evaluate_images), stage.evaluate_images
+        self._real, self._count = DataImages(real, stage.evaluate_images, real_source), stage.evaluate_images
         self._batches = source, data, stage.preview_images
         self._frozen, self._mesh = put(recipe.frozen, replicated(mesh)), mesh
         # the preview of a tokenizer shows pairs of an image and its reconstruction
