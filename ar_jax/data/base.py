@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -103,6 +104,21 @@ def held_out(count: int, split: str) -> np.ndarray:
     """Indices of a split of a data set that has none: every tenth record, from the first, is the test."""
     index = np.arange(count)
     return {"test": index[index % 10 == 0], "train": index[index % 10 != 0], "all": index}[split]
+
+
+def spread(ends: np.ndarray, index: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Which of several parts, one after the other, hold records.
+
+    Args:
+      ends: int [parts], the number of records up to the end of each.
+      index: int [b].
+    Yields:
+      A part, the places in `index` that it serves, and what these are called within it.
+    """
+    which = np.searchsorted(ends, index, side="right")
+    for part in np.unique(which):
+        places = np.flatnonzero(which == part)
+        yield int(part), places, index[places] - (ends[part - 1] if part else 0)
 
 
 def folder_of(data: Data) -> Path:

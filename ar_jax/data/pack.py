@@ -21,7 +21,8 @@ from PIL import Image
 from ar_jax.data.base import Data, Unreadable, split_folders
 from ar_jax.data.folder import ImageFiles, image_folder
 from ar_jax.data.images import centre_crop, read_image
-from ar_jax.data.records import open_records, write_shards
+from ar_jax.data.packed import open_records
+from ar_jax.data.records import write_shards
 
 
 def pack(

@@ -2,15 +2,20 @@
 
 import dataclasses
 import functools
-import os
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from concurrent import futures
 from typing import Any
 
 import grain
 import numpy as np
 
+from ar_jax.data.arrays import VERSIONED
 from ar_jax.data.base import Data, Info, Source
 from ar_jax.data.images import centre_crop, flip, random_crop
+from ar_jax.machine.distributed import cores, neighbours
+
+AHEAD = 2**31  # bytes of batches that the processes of a machine make ahead, but two batches each at least
 
 
 def batches(
@@ -25,7 +30,8 @@ def batches(
     """An iterator of batches with `get_state()` and `set_state()`.
 
     A batch has, of what the source offers, "image" uint8 [b size size 3], "label" int32 [b], "text" float32
-    [b text_rows c] with "text_mask" bool [b text_rows], and "tokens" int32 [b n k] or float32 [b n c].
+    [b text_rows c] with "text_mask" bool [b text_rows], and "tokens" int32 [b n k] or float32 [b n c], or "moments"
+    float16 [b n 2c], of which the tokenizer draws tokens.
 
     For training, b is the number of `rows`. The stream has no end; every record comes once in each pass through
     the data, over all processes, and each pass has its own order. Order, crops and the row of a record depend on
@@ -41,24 +47,45 @@ def batches(
         raise ValueError(f"batch is {batch}; it must be at least 1")
     if len(source) == 0:
         raise ValueError(f"data.name={data.name} data.path={data.path!r} has no records of data.split={data.split}")
-    # A thread makes whole batches, so this is also the number of batches made ahead.
-    threads = min(os.cpu_count() or 1, 32)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    records = grain.MapDataset.source(source)
+    rows = np.arange(batch) if rows is None else rows
+    index = grain.MapDataset.range(len(source))
+    if train:
+        index = index.seed(seed % 2**32).shuffle().repeat()
+    if hasattr(source, "gather"):
+        picks, make = _picks(index, source, train), functools.partial(_gathered, source)
+    else:
+        one = functools.partial(_augmented if train else _plain, source=source, data=data)
+        picks = index.random_map(one) if train else index.map(one)
+        make = functools.partial(_stacked, futures.ThreadPoolExecutor(threads(), "records"))
+    # What is gathered takes next to no time but Python's own, in which threads stand in each other's way
+    options = read_options(_record_bytes(source, data) * len(rows), 2 if hasattr(source, "gather") else threads())
     if not train:
-        records = records.map(functools.partial(_plain, data=data, info=source.info))
-        return iter(records.batch(batch).to_iter_dataset(options))
+        return iter(grain.MapDataset.source(_Share(picks, make, 0, batch, rows)).to_iter_dataset(options))
+    return Batches(picks, make, batch, rows, options)
 
-    records = records.seed(seed % 2**32).shuffle().repeat()
-    records = records.random_map(functools.partial(_augmented, data=data, info=source.info))
-    return Batches(records, batch, np.arange(batch) if rows is None else rows, options)
+
+def threads() -> int:
+    """That read records."""
+    return min(cores(), 32)
+
+
+def read_options(size: int, most: int) -> grain.ReadOptions:
+    """Threads that make batches of `size` bytes, at most so many, and how many are made ahead.
+
+    These are what the budget of bytes allows, from 2 up to one for each core.
+    """
+    ahead = max(2, min(threads(), AHEAD // neighbours() // max(size, 1)))
+    return grain.ReadOptions(num_threads=min(ahead, most), prefetch_buffer_size=ahead)
+
+
+Make = Callable[[grain.MapDataset, list[int]], dict[str, np.ndarray]]
 
 
 class Batches:
     """Batches without end: some rows of each. Grain's ElasticIterator would deal the rows out like cards instead."""
 
-    def __init__(self, records: grain.MapDataset, batch: int, rows: np.ndarray, options: grain.ReadOptions):
-        self._records, self._batch, self._rows, self._options = records, batch, rows, options
+    def __init__(self, picks: grain.MapDataset, make: Make, batch: int, rows: np.ndarray, options: grain.ReadOptions):
+        self._picks, self._make, self._batch, self._rows, self._options = picks, make, batch, rows, options
         self.set_state({"global_next_index": 0})
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -74,30 +101,71 @@ class Batches:
 
     def set_state(self, state: dict[str, int]) -> None:
         self._next = state["global_next_index"]
-        share = grain.MapDataset.source(_Share(self._records, self._next, self._batch, self._rows))
-        self._iterator = iter(share.batch(len(self._rows)).to_iter_dataset(self._options))
+        share = _Share(self._picks, self._make, self._next, self._batch, self._rows)
+        self._iterator = iter(grain.MapDataset.source(share).to_iter_dataset(self._options))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Share:
-    """The records of `rows` of one batch after the other, from record `first` on."""
+    """`rows` of one batch after the other, from record `first` on."""
 
-    records: grain.MapDataset
+    picks: grain.MapDataset
+    make: Make
     first: int
     batch: int
     rows: np.ndarray
 
     def __len__(self) -> int:
-        return 2**50  # no end; Grain divides it as a float
+        # Without end, but Grain divides it as a float
+        return min(math.ceil((len(self.picks) - self.first) / self.batch), 2**50)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        batch, row = divmod(index, len(self.rows))
-        return self.records[self.first + batch * self.batch + int(self.rows[row])]
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        numbers = self.first + index * self.batch + self.rows
+        return self.make(self.picks, numbers[numbers < len(self.picks)].tolist())
 
 
-def _augmented(record: dict[str, Any], rng: np.random.Generator, *, data: Data, info: Info) -> dict[str, np.ndarray]:
-    if "tokens" in record:
-        return _numbers(record, info) | {"tokens": _tokens(record, int(rng.integers(len(record["tokens"]))))}
+def _stacked(pool: futures.Executor, records: grain.MapDataset, numbers: list[int]) -> dict[str, np.ndarray]:
+    """A batch of records, which threads read and crop side by side."""
+    parts = np.array_split(np.array(numbers), min(len(numbers), 4 * threads()))
+    some = [record for part in pool.map(lambda part: [records[i] for i in part.tolist()], parts) for record in part]
+    return {name: np.stack([record[name] for record in some]) for name in some[0]}
+
+
+def _gathered(source: Any, picks: grain.MapDataset, numbers: list[int]) -> dict[str, np.ndarray]:
+    """A batch read at once (see `Arrays.gather`)."""
+    index, version = np.array([picks[i] for i in numbers]).T
+    found = source.gather(index, version)
+    batch = {name: found[name] for name in ("text", "text_mask") if name in found}
+    for name in VERSIONED:
+        if name in found:
+            batch |= _as_trained(name, found[name])
+    if source.info.classes:
+        label = found["label"]
+        for wrong in label[(label < 0) | (label >= source.info.classes)]:
+            _check_label(int(wrong), source.info)
+        batch["label"] = label.astype(np.int32)
+    return batch
+
+
+def _picks(index: grain.MapDataset, source: Any, train: bool) -> grain.MapDataset:
+    """(record, version) in the order of training, with the random numbers that single records would see."""
+    if train and source.versions > 1:
+        return index.random_map(lambda i, rng: (i, int(rng.integers(source.versions))))
+    return index.map(lambda i: (i, 0))
+
+
+def _record_bytes(source: Any, data: Data) -> int:
+    """About how much memory a record takes in a batch."""
+    if hasattr(source, "gather"):
+        return sum(x.nbytes for x in source.gather(np.array([0]), np.array([0])).values())
+    return 3 * data.size**2 + 4 * source.info.text_rows * source.info.text_width
+
+
+def _augmented(index: int, rng: np.random.Generator, *, source: Source, data: Data) -> dict[str, np.ndarray]:
+    record, info = source[index], source.info
+    for name in VERSIONED:
+        if name in record:
+            return _numbers(record, info) | _as_trained(name, record[name][rng.integers(len(record[name]))])
     if data.crop == "random":
         image = random_crop(record["image"], data.size, rng, data.min_fraction)
     else:
@@ -107,25 +175,31 @@ def _augmented(record: dict[str, Any], rng: np.random.Generator, *, data: Data, 
     return _numbers(record, info) | {"image": image}
 
 
-def _plain(record: dict[str, Any], *, data: Data, info: Info) -> dict[str, np.ndarray]:
-    if "tokens" in record:
-        return _numbers(record, info) | {"tokens": _tokens(record, 0)}
+def _plain(index: int, *, source: Source, data: Data) -> dict[str, np.ndarray]:
+    record, info = source[index], source.info
+    for name in VERSIONED:
+        if name in record:
+            return _numbers(record, info) | _as_trained(name, record[name][0])
     return _numbers(record, info) | {"image": centre_crop(record["image"], data.size)}
 
 
-def _tokens(record: dict[str, Any], version: int) -> np.ndarray:
-    tokens = record["tokens"][version]
-    return tokens.astype(np.int32 if np.issubdtype(tokens.dtype, np.integer) else np.float32)
+def _as_trained(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    """Codes as int32 and other tokens as float32, whatever they are stored in; moments as they are."""
+    kind = np.int32 if np.issubdtype(values.dtype, np.integer) else np.float32
+    return {name: values if name == "moments" else values.astype(kind)}
 
 
 def _numbers(record: dict[str, Any], info: Info) -> dict[str, np.ndarray]:
     """Label and caption features: what a batch keeps beside the image; a caption itself is no array."""
     kept = {key: record[key] for key in ("text", "text_mask") if key in record}
     if info.classes:
-        if not 0 <= record["label"] < info.classes:
-            raise ValueError(
-                f"a record has the label {record['label']}, outside 0..{info.classes - 1}; "
-                "test images without labels cannot be used here"
-            )
+        _check_label(record["label"], info)
         kept["label"] = np.int32(record["label"])
     return kept
+
+
+def _check_label(label: int, info: Info) -> None:
+    if not 0 <= label < info.classes:
+        raise ValueError(
+            f"a record has the label {label}, outside 0..{info.classes - 1}; test images without labels cannot be used here"
+        )

@@ -47,6 +47,8 @@ class KLVAE(Measured, Convolutional, nn.Module):
     decoder_attention: tuple[Level, ...] = ()
     dtype: Any = jnp.float32
 
+    draws = True
+
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
@@ -66,7 +68,20 @@ class KLVAE(Measured, Convolutional, nn.Module):
     @typed
     def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Float[Array, "b n c2"]:
         """Tokens of images in [-1, 1], of unit variance once measured: drawn from the posterior, or its mean without a key."""
-        mean, logvar = self.posterior(image)
+        return self.tokens_of(*self.posterior(image), key)
+
+    def moments(self, image: Float[Array, "b H W c"]) -> Float[Array, "b n c2"]:
+        """Mean and log-variance of every number of the latents, beside each other in every token."""
+        return jnp.concatenate([patchify(x, self.patch) for x in self.posterior(image)], axis=-1)
+
+    def drawn(self, moments: Float[Array, "b n c2"], *, key: PRNGKey | None = None) -> Float[Array, "b n c"]:
+        """Tokens of `moments`, of any float type: those that `encode` draws with this key."""
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return self.tokens_of(*(unpatchify(x, self.grid, self.patch) for x in (mean, logvar)), key)
+
+    def tokens_of(
+        self, mean: Float[Array, "b h w c"], logvar: Float[Array, "b h w c"], key: PRNGKey | None
+    ) -> Float[Array, "b n c2"]:
         return patchify(self.standardise(draw(mean, logvar, noise(mean, key))), self.patch)
 
     @typed
