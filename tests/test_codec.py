@@ -477,6 +477,7 @@ WRONG = {
     "settings.tokenizer": (3, ["a"], "a" * 10**6),
     "settings.origin.buffers": ("abc", [3], [[]]),
     "settings.origin.family": (3, []),
+    "settings.origin": (3, [], "a" * 10**6),
     "settings.sampling": ([], "x", {"guidnce": 1}),
     "settings.sampling.guidance": (2.0, {"type": "ar_jax.decode.logits:Filter"}, {"function": "ar_jax.orders:raster"}),
     "settings.sampling.guidance.weight": ("2", [], float("nan"), 1e308, -1.0, None),

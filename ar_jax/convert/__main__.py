@@ -177,7 +177,8 @@ def to_file(folder: Path, path: Path, *, average: bool = True) -> None:
     if path.exists():
         raise ValueError(f"{path} is already there; give another name or remove it")
     model = _open(folder)
-    origin = model.settings.get("origin", {})
+    origin = model.settings.get("origin")
+    origin = origin if isinstance(origin, dict) else {}
     found = export(model.module, model.kind, origin.get("family", ""))
     print(f"{model.folder}: {found.kind} of {found.family}, {found.source.describe(found.module)[0]}")
     weights = to_weights(model.params(average=average), found.rules)

@@ -283,7 +283,9 @@ def _parsed(folder, content):
         raise ValueError(f"settings.sampling is {codec.shown(settings['sampling'])}; it must be an object")
     if "data" in settings:
         codec.build(Data, settings["data"], "settings.data")
-    if "origin" in settings:
+    if isinstance(settings.get("origin", ""), str):  # the folder of a tokenizer that a run took as it was
+        codec.decode(settings.get("origin", ""), str, "settings.origin")
+    else:
         codec.build(Origin, settings["origin"], "settings.origin")
     model = Model(folder, kind, module, info, settings)
     if kind == "tokenizer":
