@@ -8,7 +8,7 @@ from ar_jax.data.base import Data, Info, NoSplit, Source, Unreadable, label_ids,
 from ar_jax.data.images import centre_crop, flip, random_crop, read_image, ten_crop
 from ar_jax.data.pipeline import batches
 from ar_jax.data.records import open_records, write_shards
-from ar_jax.data.sources import SOURCES, Opened, open_source, plain
+from ar_jax.data.sources import SOURCES, Opened, Spread, open_source, plain
 
 __all__ = [
     "SOURCES",
@@ -17,6 +17,7 @@ __all__ = [
     "NoSplit",
     "Opened",
     "Source",
+    "Spread",
     "Unreadable",
     "batches",
     "centre_crop",

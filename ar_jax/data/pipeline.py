@@ -11,6 +11,7 @@ import numpy as np
 
 from ar_jax.data.base import Data, Info, Source
 from ar_jax.data.images import centre_crop, flip, random_crop
+from ar_jax.machine import distributed
 
 
 def batches(
@@ -33,6 +34,10 @@ def batches(
     the same on all processes and valid on another number of them. Otherwise it is one pass in order: centre
     crops, the first version of the tokens, all of it on every process, the last batch smaller.
 
+    A source with `runs` is shuffled by these, and then `data.mixed` records with one another: an order as fixed as the other.
+    With `data.shards` split the rows of a process come from its own records, in an order and passes of their own; the
+    state then stands for the same batches on as many processes only. What every process reads is what the first one has.
+
     Args:
       batch: records over all processes.
       rows: those of each batch that this process reads; None is all.
@@ -47,18 +52,34 @@ def batches(
     records = grain.MapDataset.source(source)
     if not train:
         records = records.map(functools.partial(_plain, data=data, info=source.info))
-        return iter(records.batch(batch).to_iter_dataset(options))
+        stream = iter(records.batch(batch).to_iter_dataset(options))
+        return map(distributed.agreed, stream) if data.shards == "split" else stream
 
-    records = records.seed(seed % 2**32).shuffle().repeat()
+    split, seed = data.shards == "split" and rows is not None, seed % 2**32
+    if split:  # or crops would be alike on all hosts
+        seed = (seed + int(rows[0])) % 2**32
+    if hasattr(source, "runs"):
+        records = grain.MapDataset.source(_Mixed(source, data.mixed, seed)).seed(seed)
+    else:
+        records = records.seed(seed).shuffle().repeat()
     records = records.random_map(functools.partial(_augmented, data=data, info=source.info))
-    return Batches(records, batch, np.arange(batch) if rows is None else rows, options)
+    if split:
+        return Batches(records, batch, np.arange(len(rows)), options, here=len(rows))
+    stream = Batches(records, batch, np.arange(batch) if rows is None else rows, options, here=batch)
+    return map(distributed.agreed, stream) if data.shards == "split" else stream
 
 
 class Batches:
-    """Batches without end: some rows of each. Grain's ElasticIterator would deal the rows out like cards instead."""
+    """Batches without end: some rows of each. Grain's ElasticIterator would deal the rows out like cards instead.
 
-    def __init__(self, records: grain.MapDataset, batch: int, rows: np.ndarray, options: grain.ReadOptions):
-        self._records, self._batch, self._rows, self._options = records, batch, rows, options
+    Args:
+      batch: records of a batch over all processes.
+      rows: which of the records of a batch are read here.
+      here: records of a batch among `records`, if others have those of other processes.
+    """
+
+    def __init__(self, records: grain.MapDataset, batch: int, rows: np.ndarray, options: grain.ReadOptions, here: int):
+        self._records, self._batch, self._rows, self._options, self._here = records, batch, rows, options, here
         self.set_state({"global_next_index": 0})
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -74,7 +95,8 @@ class Batches:
 
     def set_state(self, state: dict[str, int]) -> None:
         self._next = state["global_next_index"]
-        share = grain.MapDataset.source(_Share(self._records, self._next, self._batch, self._rows))
+        first = self._next * self._here // self._batch
+        share = grain.MapDataset.source(_Share(self._records, first, self._here, self._rows))
         self._iterator = iter(share.batch(len(self._rows)).to_iter_dataset(self._options))
 
 
@@ -93,6 +115,47 @@ class _Share:
     def __getitem__(self, index: int) -> dict[str, Any]:
         batch, row = divmod(index, len(self.rows))
         return self.records[self.first + batch * self.batch + int(self.rows[row])]
+
+
+class _Mixed:
+    """A source without end, in passes, each in its own order: runs are shuffled, then all records of a few runs.
+
+    The runs of a mixture follow one another in the shuffled order and have `mixed` records or more (the last one fewer).
+    """
+
+    def __init__(self, source: Source, mixed: int, seed: int):
+        self._source, self._runs, self._mixed, self._seed = source, np.asarray(source.runs), mixed, seed
+        self._begins = np.cumsum(self._runs) - self._runs
+        self._pass = functools.lru_cache(2)(self._pass)  # a batch may lie in two passes
+        self._mixture = functools.lru_cache(4)(self._mixture)
+
+    def __len__(self) -> int:
+        return 2**50
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, place = divmod(index, len(self._source))
+        begins = self._pass(number)[2]
+        mixture = int(np.searchsorted(begins, place, "right")) - 1
+        return self._source[int(self._mixture(number, mixture)[place - begins[mixture]])]
+
+    def _pass(self, number):
+        """Of a pass: the order of the runs, the first run of every mixture, and the place where it begins."""
+        order = np.random.default_rng((self._seed, number)).permutation(len(self._runs))
+        ends = np.cumsum(self._runs[order])
+        first, begins = [0], [0]
+        while begins[-1] + self._mixed < ends[-1]:
+            first.append(int(np.searchsorted(ends, begins[-1] + self._mixed)) + 1)
+            begins.append(int(ends[first[-1] - 1]))
+        if begins[-1] == ends[-1]:
+            del first[-1], begins[-1]
+        return order, np.array(first), np.array(begins)
+
+    def _mixture(self, number, mixture):
+        """The records of a mixture, in their order."""
+        order, first, _ = self._pass(number)
+        runs = order[first[mixture] : first[mixture + 1] if mixture + 1 < len(first) else None]
+        records = np.concatenate([self._begins[run] + np.arange(self._runs[run]) for run in runs])
+        return np.random.default_rng((self._seed, number, mixture)).permutation(records)
 
 
 def _augmented(record: dict[str, Any], rng: np.random.Generator, *, data: Data, info: Info) -> dict[str, np.ndarray]:

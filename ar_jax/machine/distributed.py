@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 FOREVER = 7 * 24 * 3600  # seconds
@@ -192,6 +193,13 @@ def barrier(name: str) -> None:
 def agreed(values: Any) -> Any:
     """What process 0 says, a tree of numbers and arrays; on the others only its shapes count."""
     return multihost_utils.broadcast_one_to_all(values)
+
+
+def gathered(number: int) -> np.ndarray:
+    """The numbers (below 2^31) that the processes have, int [processes]."""
+    if jax.process_count() == 1:
+        return np.array([number])
+    return multihost_utils.process_allgather(np.int32(number))
 
 
 def seen(paths: Sequence[Path], patience: float = 30.0) -> bool:
