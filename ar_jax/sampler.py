@@ -16,7 +16,7 @@ from ar_jax.decode.sampling import Sampling
 from ar_jax.files.images import to_float, to_uint8
 from ar_jax.files.models import Model
 from ar_jax.machine.flops import with_fields
-from ar_jax.machine.sharding import batch_sharding, put, shard
+from ar_jax.machine.sharding import batch_sharding, put
 from ar_jax.nets.resize import resize
 from ar_jax.options import Sampler, changes, open_models, own_sampling
 from ar_jax.orders import OrderFn, known_first
@@ -94,12 +94,10 @@ class Drawer(NamedTuple):
             )
         dtype = jnp.dtype(options.dtype).type
         generator = with_fields(self.generator, dtype=dtype)
-        params = self.model.params(dtype=dtype, average=options.average)
-        frozen = self.tokenizer.params(average=options.average)
-        if by_token(generator, order_fn) if options.unroll is None else options.unroll:
-            generator, params = generator.unrolled(params)
-        params = put(params, shard(params, mesh, generator.rules))
-        frozen = put(frozen, shard(frozen, mesh, decoder.rules))
+        unroll = by_token(generator, order_fn) if options.unroll is None else options.unroll
+        params = self.model.params(dtype, options.average, mesh, unroll)
+        frozen = self.tokenizer.params(average=options.average, mesh=mesh)
+        generator = generator.by_layer() if unroll else generator
 
         known = np.zeros(decoder.spec.n, bool)
         if given is not None and generator.any_order:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ar_jax.data import Info
 from ar_jax.machine.sharding import Rules
@@ -122,7 +123,18 @@ class Generator(nn.Module):
 
     def unrolled(self, params: Params) -> tuple["Generator", Params]:
         """The same generator laid out for decoding one token a step; itself, if a step computes too many rows to gain."""
-        return self, params
+        laid_out = {}
+        for path, leaf in flatten_dict(params).items():
+            laid_out |= self.slices(path, leaf)
+        return self.by_layer(), unflatten_dict(laid_out)
+
+    def by_layer(self) -> "Generator":
+        """The module of `unrolled`."""
+        return self
+
+    def slices(self, path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:
+        """What becomes of one parameter in `unrolled`."""
+        return {path: leaf}
 
     def multiplied(self, params: Params) -> Params:
         """Parameters for many calls: every part's kernels in the dtype in which it multiplies."""

@@ -14,7 +14,7 @@ from ar_jax.nets.attention import ATTENTION, Rows, join_heads, remember, split_h
 from ar_jax.nets.linear import PRODUCT, Linear, output_major
 from ar_jax.nets.positions import rotary, rotate
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Float, Params, typed
+from ar_jax.typing import Array, Float, typed
 
 init = nn.initializers.normal(0.02)
 
@@ -72,7 +72,7 @@ class Backbone(nn.Module):
       dtype: of the matrix products; parameters stay float32.
       remat: what the backward pass computes again to save memory: "none", "dots" (all but matrix products and
         attention) or "full" (everything inside a block).
-      unroll: the layout for decoding, one tree of output-major kernels per layer instead of stacked ones (see `unrolled`).
+      unroll: the layout for decoding, one tree of output-major kernels per layer instead of stacked ones (see `slices`).
     """
 
     layers: int
@@ -228,11 +228,12 @@ class Transformer(Backbone):
         return self.norm(x), cache
 
 
-def unrolled(params: Params, layers: int) -> Params:
-    """Parameters of a `Backbone` for `unroll=True`: slices the stacked blocks once, so a decoding loop need not.
+def slices(path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:
+    """What becomes of a parameter of a `Backbone`, path (its name, "blocks", ...), with `unroll=True`: its layers one by one.
 
     Inside a loop over tokens, XLA on CPU copies every layer's slice of stacked weights anew for every token.
     """
-    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
-    blocks = output_major(params["blocks"])
-    return rest | {f"blocks_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(layers)}
+    if path[1] != "blocks":
+        return {path: leaf}
+    leaf = output_major(path[-1], leaf)
+    return {(path[0], f"blocks_{i}", *path[2:]): leaf[i] for i in range(len(leaf))}

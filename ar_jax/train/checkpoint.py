@@ -284,13 +284,19 @@ def save_params(folder: Path, params: Params) -> None:
     ocp.save(folder.absolute(), params, overwrite=True)
 
 
-def load_params(folder: Path, like: Params, part: str = "state") -> Params:
+# (path, array) -> the arrays it becomes, by path
+Become = Callable[[tuple[str, ...], Any], dict[tuple[str, ...], Any]]
+
+
+def load_params(folder: Path, like: Params, part: str = "state", become: Become | None = None) -> Params:
     """Reads the parameters of a folder that `save_params` or `Checkpoints` wrote.
 
     Args:
       folder: of `save_params`, or of one step of `Checkpoints`.
-      like: tree of shapes, with shardings if wanted.
+      like: tree of shapes, whose dtypes and shardings (if any) the arrays get.
       part: "state" of `save_params`, "model" or "ema" of `Checkpoints`.
+      become: what is done with each array as soon as it is read. The largest come first, one at a time, and are let go: a
+        device never holds more than the result and a copy of one of the smaller arrays.
     Raises:
       ValueError: the folder holds other leaves than `like`; the first is named.
     """
@@ -298,7 +304,29 @@ def load_params(folder: Path, like: Params, part: str = "state") -> Params:
     check(like, ocp.checkpointables_metadata(folder).metadata.get(part), f"checkpoint {folder}, {part}")
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or local), like)
-    return ocp.load_checkpointables(folder, {part: like})[part]
+    if become is None:
+        return ocp.load_checkpointables(folder, {part: like})[part]
+    flat, laid_out = flatten_dict(like), {}
+    size = {path: math.prod(x.shape) for path, x in flat.items()}
+    falling = sorted(flat, key=size.get, reverse=True)
+    small = [path for path in falling if 64 * size[path] < sum(size.values())]
+    for group in [*([path] for path in falling[: len(falling) - len(small)]), small]:
+        for path, leaf in _load_some(folder, part, {path: flat[path] for path in group}).items():
+            made = become(path, leaf)
+            laid_out |= jax.block_until_ready(made)
+            if all(leaf is not x for x in made.values()):
+                leaf.delete()
+    return unflatten_dict(laid_out)
+
+
+def _load_some(folder, part, like):
+    """Arrays of a folder by path."""
+    if not like:
+        return {}
+    partial = ocp.Context()
+    partial.pytree.loading.partial_load = True
+    with partial:
+        return flatten_dict(ocp.load_checkpointables(folder, {part: unflatten_dict(like)})[part])
 
 
 def load_matching(
@@ -335,11 +363,9 @@ def load_matching(
         read[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
     if not read:
         raise ValueError(f"fresh is {tuple(fresh)}, which leaves nothing to load from {folder}")
-    partial = ocp.Context()
-    partial.pytree.loading.partial_load = True
-    with partial:
-        loaded = ocp.load_checkpointables(folder, {part: unflatten_dict(read, sep="/")})[part]
-    return unflatten_dict(want | flatten_dict(loaded, sep="/"), sep="/"), stay, sorted(have.keys() - want.keys())
+    loaded = _load_some(folder, part, {tuple(name.split("/")): x for name, x in read.items()})
+    loaded = {"/".join(path): x for path, x in loaded.items()}
+    return unflatten_dict(want | loaded, sep="/"), stay, sorted(have.keys() - want.keys())
 
 
 def check(like: Any, found: Any, where: str) -> None:
