@@ -118,7 +118,10 @@ def sample(options: Options) -> None:
                 ids = todo[start : start + options.batch]
                 padded = np.resize(ids, options.batch)  # the last batch too runs the one compiled program
                 batch = {name: table[padded % len(names)] for name, table in conditions.items()}
-                for row, image, called, _ in draw(batch, padded):
+                drawn = list(draw(batch, padded))
+                if not start:  # before anything is written, the model has shown that it draws
+                    _begin(folder, identity)
+                for row, image, called, _ in drawn:
                     if row < len(ids):
                         calls += collections.Counter({"images": 1, **called})
                         about = {"condition": names[ids[row] % len(names)], "seed": str(options.seed)}
@@ -189,17 +192,27 @@ def _file(folder: Path, i: int) -> Path:
 
 
 def _missing(folder: Path, count: int, identity: dict) -> np.ndarray:
-    """Numbers of the images still to draw, as process 0 sees them; refuses a folder begun with other settings."""
+    """Numbers of the images still to draw, as process 0 sees them; refuses a folder begun with other settings.
+
+    Nothing is written.
+    """
     if count < 1:
         raise ValueError(f"--count is {count}; it must be at least 1")
     missing = np.ones(count, bool)
     if jax.process_index() == 0:
-        _begin(folder, identity)
+        _check(folder, identity)
         missing = np.array([not _file(folder, i).exists() for i in range(count)])
     return np.flatnonzero(distributed.agreed(missing))
 
 
 def _begin(folder, identity):
+    """Notes what the images of a folder are of; the processes go on together."""
+    if not (folder / "sampling.json").exists():
+        write_json(folder / "sampling.json", identity)
+    distributed.barrier("the folder is begun")
+
+
+def _check(folder, identity):
     note = folder / "sampling.json"
     if note.exists():
         if _as_now(json.loads(note.read_text())) != identity:
@@ -208,8 +221,6 @@ def _begin(folder, identity):
             )
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and was not begun by sample.py; give another --out")
-    else:
-        write_json(note, identity)
 
 
 def _as_now(note: dict) -> dict:

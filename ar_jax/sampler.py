@@ -14,7 +14,7 @@ from ar_jax.data import Info, label_ids
 from ar_jax.decode.edit import Edit, free_slots
 from ar_jax.decode.sampling import Sampling
 from ar_jax.files.images import to_float, to_uint8
-from ar_jax.files.models import Model
+from ar_jax.files.models import Model, blamed
 from ar_jax.machine.flops import with_fields
 from ar_jax.machine.sharding import batch_sharding, put
 from ar_jax.nets.resize import resize
@@ -94,7 +94,8 @@ class Drawer(NamedTuple):
             )
         dtype = jnp.dtype(options.dtype).type
         generator = with_fields(self.generator, dtype=dtype)
-        unroll = by_token(generator, order_fn) if options.unroll is None else options.unroll
+        with blamed(self.model):
+            unroll = by_token(generator, order_fn) if options.unroll is None else options.unroll
         params = self.model.params(dtype, options.average, mesh, unroll)
         frozen = self.tokenizer.params(average=options.average, mesh=mesh)
         generator = generator.by_layer() if unroll else generator
@@ -120,8 +121,11 @@ class Drawer(NamedTuple):
 
         def draw(batch, ids):
             batch, ids = put((batch, ids.astype(np.uint32)), batch_sharding(mesh))
+            arguments = params, frozen, batch, ids, given and (given.image, given.free)
             with jax.set_mesh(mesh):
-                drawn = program(params, frozen, batch, ids, given and (given.image, given.free))
+                with blamed(self.model, self.tokenizer):
+                    program.trace(*arguments)
+                drawn = program(*arguments)
             parts = [x.addressable_shards for x in jax.tree.leaves(drawn)]
             for shards in zip(*parts):
                 if shards[0].replica_id:  # of copies of these rows, one is written
@@ -161,6 +165,9 @@ def open_drawer(run: str, options: Sampler) -> Drawer:
     model, tokenizer = open_models(run, options)
     sampling = options.sampling or own_sampling(model, options.parts)
     parts = model.module, tokenizer.module, model.order
+    if options.sampling is None:
+        with blamed(model, tokenizer):
+            sampling.adapted(*parts)
     sampling = dataclasses.replace(sampling, fields=changes(sampling, parts, options.fields))
     generator, decoder, order = sampling.adapted(*parts)
     makes, takes = generator.spec, decoder.spec
@@ -170,7 +177,8 @@ def open_drawer(run: str, options: Sampler) -> Drawer:
             return f"{spec.n} tokens " + (f"with codes {spec.codes}" if spec.codes else f"of {spec.channels} numbers")
 
         raise ValueError(
-            f"the generator makes {of(makes)}, but the tokenizer {tokenizer.folder} has {of(takes)}; give --tokenizer"
+            f"{model.folder / 'model.json'}: the generator makes {of(makes)}, but the tokenizer {tokenizer.folder} has "
+            f"{of(takes)}; give --tokenizer"
         )
     return Drawer(model.fixed(), tokenizer.fixed(), generator, decoder, order, sampling, options)
 

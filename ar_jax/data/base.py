@@ -4,9 +4,11 @@ import dataclasses
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+
+from ar_jax.typing import Within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Data:
     """Mirror half of the training images."""
     unreadable: Literal["refuse", "skip"] = "refuse"
     """An image that cannot be read stops the run, or the next readable one stands in for it."""
-    unreadable_limit: int = 100
+    unreadable_limit: Annotated[int, Within(0, 2**24)] = 100
     """With `skip`: stop when more images than this cannot be read."""
     text: str = ""
     """Caption features: none, `minilm`, or a .npz or .safetensors file holding `features` and `mask`."""

@@ -1,7 +1,7 @@
 """What generators share: how they are completed, begun and seen by a decoder."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -15,8 +15,10 @@ from ar_jax.machine.sharding import Rules
 from ar_jax.nets.conditioning import Cond
 from ar_jax.orders import Order, whole
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Index, Params, PRNGKey
+from ar_jax.typing import Array, Batch, Bool, Float, Having, Index, Params, PRNGKey
 
+Conditioning = Annotated[nn.Module, Having("complete", "example")]
+Head = Annotated[nn.Module, Having("loss", "sample")]
 Frozen = Callable  # (*arguments, method=name) -> what that method of the frozen tokenizer returns
 
 
@@ -147,6 +149,11 @@ class Generator(nn.Module):
         return jax.tree_util.tree_map_with_path(one, params)
 
     def init_params(self, key: PRNGKey) -> Params:
+        net = next((getattr(self, name) for name in ("backbone", "encoder") if hasattr(self, name)), None)
+        for name in ("conditioning", "inputs"):
+            width = getattr(getattr(self, name, None), "width", None)
+            if net is not None and width not in (None, net.width):
+                raise ValueError(f"{name}.width is {width}; it must be {net.width}, that of the network")
         order, tokenizer = self.example()
         return self.init(
             key, self.spec.zeros(1), self.conditioning.example(), order, drop=jnp.zeros(1, bool), key=key,

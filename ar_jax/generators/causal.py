@@ -1,5 +1,7 @@
 """Causal generators: each token is predicted from those of earlier steps, rows are fed once into a cache."""
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from ar_jax.data import Info
-from ar_jax.generators.base import Frozen, Generator, Setting, State, Step, image_weight
+from ar_jax.generators.base import Conditioning, Frozen, Generator, Head, Setting, State, Step, image_weight
 from ar_jax.generators.inputs import NextScale, Previous, some
 from ar_jax.heads.categorical import Categorical
 from ar_jax.machine.sharding import BATCH, constrain
@@ -19,7 +21,7 @@ from ar_jax.nets.positions import NOWHERE
 from ar_jax.nets.transformer import Backbone, Cache, slices
 from ar_jax.orders import NEVER, Order, to_ranks
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Metrics, PRNGKey, Tokens, typed
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Metrics, PRNGKey, Share, Tokens, typed
 
 
 class Causal(Generator):
@@ -40,11 +42,11 @@ class Causal(Generator):
     """
 
     backbone: Backbone | EncoderDecoder
-    conditioning: nn.Module
-    head: nn.Module = Categorical()
+    conditioning: Conditioning
+    head: Head = Categorical()
     inputs: Previous | NextScale = Previous()
-    dropout: float = 0.0
-    emphasis: str = "equal"
+    dropout: Share = 0.0
+    emphasis: Literal["equal", "lognorm"] = "equal"
     spec: TokenSpec | None = None
 
     def complete(self, spec: TokenSpec, info: Info) -> "Causal":

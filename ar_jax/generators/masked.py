@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ar_jax.generators.base import Frozen, Generator, Setting, State, Step, image_weight
+from ar_jax.generators.base import Conditioning, Frozen, Generator, Head, Setting, State, Step, image_weight
 from ar_jax.machine.sharding import BATCH, constrain
 from ar_jax.nets.conditioning import Cond, widen
 from ar_jax.nets.linear import Linear, look_up
@@ -16,7 +17,7 @@ from ar_jax.nets.transformer import init
 from ar_jax.nets.vit import ViT
 from ar_jax.orders import Order, to_ranks
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Metrics, PRNGKey, typed
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Metrics, PRNGKey, Share, Within, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class MaskRatio:
 
     mean: float = 1.0
     std: float = 0.25
-    least: float = 0.7
+    least: Share = 0.7
 
     def draw(self, key: PRNGKey) -> Float[Array, ""]:
         low, high = (self.least - self.mean) / self.std, (1 - self.mean) / self.std
@@ -55,9 +56,9 @@ class Masked(Generator):
 
     encoder: ViT
     decoder: ViT
-    conditioning: nn.Module
-    head: nn.Module
-    buffer: int = 64
+    conditioning: Conditioning
+    head: Head
+    buffer: Annotated[int, Within(0, 2**24)] = 64
     mask: MaskRatio = MaskRatio()
     spec: TokenSpec | None = None
 

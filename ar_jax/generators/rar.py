@@ -7,7 +7,7 @@ Source: RAR (arXiv:2411.00776).
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -26,7 +26,7 @@ from ar_jax.nets.transformer import Cache, init
 from ar_jax.nets.vit import Plain
 from ar_jax.orders import Order
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Key, Tokens, finite, typed
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Key, Share, Tokens, Within, finite, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Annealed:
       end: train step from which none is; in between their part falls linearly.
     """
 
-    start: int = 125_000
+    start: Annotated[int, Within(0, 2**24)] = 125_000
     end: int = 187_500
 
     def __post_init__(self):
@@ -141,8 +141,8 @@ class Block(nn.Module):
     width: int
     heads: int
     hidden: int
-    dropout: float
-    attention_dropout: float
+    dropout: Share
+    attention_dropout: Share
     eps: float
     dtype: Any
     output_major: bool

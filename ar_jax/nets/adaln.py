@@ -15,7 +15,7 @@ from ar_jax.nets.attention import Rows, join_heads, remember, split_heads
 from ar_jax.nets.linear import Linear, product
 from ar_jax.nets.transformer import Backbone, Cache
 from ar_jax.tokenizers.quantize import normalise
-from ar_jax.typing import Array, Float, typed
+from ar_jax.typing import Array, Float, Share, typed
 
 
 @struct.dataclass
@@ -114,7 +114,7 @@ class AdaLN(Backbone):
     hidden: int = 0
     shared: bool = False
     l2_norm: bool = True
-    path_drop: tuple[float, float] = (0.0, 0.0)
+    path_drop: tuple[Share, Share] = (0.0, 0.0)
     gate: float = 1e-3
     sees: Literal["past", "step"] = "past"
     final: bool = True

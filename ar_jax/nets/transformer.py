@@ -1,6 +1,6 @@
 """The Llama-like transformer of next-token image models, for training (all rows at once) and decoding (cached)."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ from ar_jax.nets.attention import ATTENTION, Rows, join_heads, remember, split_h
 from ar_jax.nets.linear import PRODUCT, Linear, output_major
 from ar_jax.nets.positions import rotary, rotate
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Float, typed
+from ar_jax.typing import Array, Float, Layers, Share, Within, typed
 
 init = nn.initializers.normal(0.02)
 
@@ -75,7 +75,7 @@ class Backbone(nn.Module):
       unroll: the layout for decoding, one tree of output-major kernels per layer instead of stacked ones (see `slices`).
     """
 
-    layers: int
+    layers: Layers
     width: int
     heads: int
     dtype: Any = jnp.float32
@@ -150,7 +150,7 @@ class Block(nn.Module):
     width: int
     heads: int
     hidden: int
-    dropout: float
+    dropout: Share
     eps: float
     dtype: Any
     output_major: bool
@@ -190,8 +190,8 @@ class Transformer(Backbone):
     """
 
     hidden: int = 0
-    dropout: float = 0.0
-    base: float = 10000.0
+    dropout: Share = 0.0
+    base: Annotated[float, Within(1, 2**24)] = 10000.0
     eps: float = 1e-5
 
     def setup(self):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ar_jax.tokenizers.continuous import Measured, cells, draw, kl_divergence, noise, patchify, unpatchify
 from ar_jax.tokenizers.conv import Convolutional, Decoder, Encoder, init
 from ar_jax.tokens import Scale, TokenSpec, grid, sides
-from ar_jax.typing import Array, Float, Metrics, PRNGKey, typed
+from ar_jax.typing import Array, Blocks, Float, Level, Metrics, PRNGKey, Size, typed
 
 
 class KLVAE(Measured, Convolutional, nn.Module):
@@ -32,10 +32,10 @@ class KLVAE(Measured, Convolutional, nn.Module):
     Source: LDM (arXiv:2112.10752), with the sizes of MAR (arXiv:2406.11838).
     """
 
-    size: tuple[int, int] = (256, 256)
+    size: Size = (256, 256)
     features: int = 128
     mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    res_blocks: int = 2
+    res_blocks: Blocks = 2
     latent: int = 16
     patch: Scale = 1
     groups: int = 32
@@ -43,8 +43,8 @@ class KLVAE(Measured, Convolutional, nn.Module):
     shift: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
     channels: int = 3
-    encoder_attention: tuple[int, ...] = (-1,)
-    decoder_attention: tuple[int, ...] = ()
+    encoder_attention: tuple[Level, ...] = (-1,)
+    decoder_attention: tuple[Level, ...] = ()
     dtype: Any = jnp.float32
 
     draws = True

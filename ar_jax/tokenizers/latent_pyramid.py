@@ -1,7 +1,7 @@
 """The pyramid of latents: what a continuous tokenizer says of an image, averaged to several sizes."""
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from ar_jax.machine.sharding import Rules
 from ar_jax.nets.resize import resize
 from ar_jax.tokenizers.continuous import Measured
 from ar_jax.tokens import Scale, TokenSpec, maps, pyramid, rows, sides
-from ar_jax.typing import Array, Float, Metrics, Params, PRNGKey, typed
+from ar_jax.typing import Array, Float, Having, Metrics, Params, PRNGKey, Within, typed
 
 
 class LatentPyramid(Measured, nn.Module):
@@ -26,9 +26,9 @@ class LatentPyramid(Measured, nn.Module):
     Source: FlowAR (arXiv:2412.15205).
     """
 
-    base: nn.Module
+    base: Annotated[nn.Module, Having("grid", "encode", "decode")]
     scales: tuple[Scale, ...] = (1, 2, 4, 8, 16)
-    via: int = 0
+    via: Annotated[int, Within(0, 1024)] = 0
     shift: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
 
