@@ -39,7 +39,7 @@ class Sampler:
     """Side in pixels to resize to (bicubic, as LlamaGen's 384-pixel images are to 256); 0 keeps the model's."""
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of parameters and matrix products of the generator."""
+    """Of the generator's matrix products, kernels and embeddings; all else is float32."""
     unroll: bool | None = None
     """Lay the layers out one by one: faster loops on CPU, longer compilation. Left out: if a step reveals one token."""
     average: bool = True

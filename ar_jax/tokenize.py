@@ -293,17 +293,18 @@ def identity(tokenizer: Model, params: Params) -> dict[str, Any]:
     return {"folder": str(tokenizer.folder.resolve()), "module": module, "parameters": digest.hexdigest()}
 
 
-def check_cache(data: Data, tokenizer: Model) -> None:
+def check_cache(data: Data, tokenizer: Model, cache: Source | None = None) -> None:
     """Refuses tokens that another tokenizer made.
 
     Args:
       data: names a cache (`data.name` is "tokens").
       tokenizer: the one that shall decode them.
+      cache: of `data`, if it is open.
     Raises:
       ValueError: it is another network, or the same one with other parameters.
     """
     ours = identity(tokenizer, tokenizer.params())
-    for part in tokens(dataclasses.replace(data, text="")).parts:
+    for part in (tokens(dataclasses.replace(data, text="")) if cache is None else cache).parts:
         made = part.info.get("tokenizer")
         if made is None:
             raise ValueError(

@@ -23,6 +23,9 @@ os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # or every sc
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ar_jax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if "AR_JAX_CACHE" not in os.environ:
+    os.environ["AR_JAX_CACHE"] = tempfile.mkdtemp(prefix="ar_jax-cache-")
+    atexit.register(shutil.rmtree, os.environ["AR_JAX_CACHE"], ignore_errors=True)
 
 import jax
 import pytest

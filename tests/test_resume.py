@@ -14,7 +14,7 @@ from PIL import Image
 from test_train_sample import CONFIG, QUIET, metrics, one_device, quick, refused, sampled  # noqa: F401
 
 from ar_jax import sample
-from ar_jax.data import Data
+from ar_jax.data import Data, Opened, open_source
 from ar_jax.files.models import describe, open_model
 from ar_jax.machine.sharding import make_mesh, put_batch
 from ar_jax.train import __main__ as train
@@ -218,7 +218,7 @@ def test_policies_that_cannot_be_followed_are_refused(place, whole, overrides, m
 @pytest.fixture(scope="module")
 def digits(whole, tmp_path_factory):
     """A folder of images of three classes."""
-    root, source = tmp_path_factory.mktemp("digits"), train.open_source(train.Data(name="mnist5k", size=32))
+    root, source = tmp_path_factory.mktemp("digits"), open_source(Data(name="mnist5k", size=32))
     count = {0: 0, 1: 0, 2: 0}
     for record in (source[i] for i in range(len(source))):
         label = record["label"]
@@ -381,4 +381,4 @@ def test_a_damaged_validation_folder_is_no_missing_one(tmp_path):
         (tmp_path / "images" / name).mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(tmp_path / "images" / "train" / "a.png")
     with pytest.raises(ValueError, match=r"no images in .*val"):
-        train.shown_images(Data(name="image_folder", path=str(tmp_path / "images"), size=32), 4, "generator")
+        train.shown_images(Opened(), Data(name="image_folder", path=str(tmp_path / "images"), size=32), 4, "generator")

@@ -154,7 +154,7 @@ def test_previews_are_grids_of_reconstructions_and_of_samples(run):
     with Image.open(run / "tokenizer" / "samples" / "0000004.png") as sheet:
         assert (sheet.size, sheet.mode) == ((10 * 34 + 2, 34 + 2), "RGB")  # 4 images, each beside its reconstruction
         shown = np.asarray(sheet)[2:34, 2:34]
-    source = train.open_source(open_data(run, split="test"))
+    source = open_source(open_data(run, split="test"))
     np.testing.assert_array_equal(shown, source[0]["image"])
     with Image.open(run / "generator" / "samples" / "0000006.png") as sheet:
         drawn = np.asarray(sheet)[2:34]
@@ -163,7 +163,7 @@ def test_previews_are_grids_of_reconstructions_and_of_samples(run):
 
 def open_data(run, **changes):
     data = open_model(run, "tokenizer").settings["data"]
-    return train.Data(**data | changes)
+    return Data(**data | changes)
 
 
 def test_the_same_command_again_trains_nothing_and_says_so(run, place, capsys):

@@ -9,13 +9,14 @@ from ar_jax.data.images import centre_crop, flip, random_crop, read_image, ten_c
 from ar_jax.data.packed import open_records
 from ar_jax.data.pipeline import batches
 from ar_jax.data.records import write_shards
-from ar_jax.data.sources import SOURCES, open_source
+from ar_jax.data.sources import SOURCES, Opened, open_source, plain
 
 __all__ = [
     "SOURCES",
     "Data",
     "Info",
     "NoSplit",
+    "Opened",
     "Source",
     "Unreadable",
     "batches",
@@ -24,6 +25,7 @@ __all__ = [
     "label_ids",
     "open_records",
     "open_source",
+    "plain",
     "random_crop",
     "read_image",
     "read_info",

@@ -1,4 +1,4 @@
-"""Caption features beside the images of a source: computed once, or read from a file."""
+"""Caption features beside the images of a source: computed once and kept on disk, or read from a file."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from ar_jax.data.base import Data, Info, NoSplit, Source
+from ar_jax.files import cache
 
-MOST_CAPTIONS = 100_000  # different captions kept in memory, about 2.5 GB of minilm features at 16 rows
+MOST_CAPTIONS = 1_000_000  # different captions that are encoded here, about 25 GB of minilm features at 16 rows
 AT_ONCE = 512
+PART = 8 * AT_ONCE  # captions of a file
 
 Rows = Callable[[int], tuple[np.ndarray, np.ndarray]]  # record -> features [rows c], mask [rows]
 
@@ -65,21 +68,45 @@ def left_pad(features: np.ndarray, mask: np.ndarray, rows: int) -> tuple[np.ndar
 
 
 def _encode(captions: list[str], rows: int) -> tuple[Rows, int]:
+    """Features of every different caption, encoded once and kept in the cache in files that are read row by row."""
     from ar_jax.text import minilm
 
     unique = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     if len(unique) > MOST_CAPTIONS:
         raise ValueError(
-            f"data.text=minilm keeps the features of at most {MOST_CAPTIONS} different captions "
-            f"in memory, and there are {len(unique)}; compute them into a .safetensors file and "
-            "give that as data.text"
+            f"data.text=minilm keeps the features of at most {MOST_CAPTIONS} different captions, and there are "
+            f"{len(unique)}; compute them into a .safetensors file and give that as data.text"
         )
-    texts = list(unique)
-    starts = tqdm(range(0, len(texts), AT_ONCE), desc="captions", disable=None)
-    parts = [minilm.encode(texts[start : start + AT_ONCE], rows) for start in starts]
-    features, mask = (np.concatenate([np.asarray(part[i]) for part in parts]) for i in (0, 1))
+    texts, encoder = list(unique), minilm.identity()
+    parts = [texts[start : start + PART] for start in range(0, len(texts), PART)]
+    folder = cache.place("captions")
+    paths = [folder / f"{cache.key([encoder, rows, *part])}.safetensors" for part in parts]
+
+    def write(i: int, path: Path) -> None:
+        starts = tqdm(range(0, len(parts[i]), AT_ONCE), desc=f"captions {i + 1}/{len(parts)}", disable=None)
+        found = [minilm.encode(parts[i][start : start + AT_ONCE], rows) for start in starts]
+        features, mask = (np.concatenate([np.asarray(each[k]) for each in found]) for k in (0, 1))
+        save_file({"features": features, "mask": mask}, path, {"encoder": encoder})
+
+    cache.make(paths, write)
     where = np.array([unique[caption] for caption in captions])
-    return lambda i: (features[where[i]], mask[where[i]]), features.shape[-1]
+    files = [_kept(path, len(part)) for path, part in zip(paths, parts)]
+
+    def row(i: int) -> tuple[np.ndarray, np.ndarray]:
+        part, j = divmod(int(where[i]), PART)
+        return files[part]["features"][j : j + 1][0], files[part]["mask"][j : j + 1][0]
+
+    return row, _shape(files[0]["features"])[2]
+
+
+def _kept(path: Path, count: int) -> dict[str, Any]:
+    try:
+        arrays = _safetensors(path)[1]
+        if _shape(arrays["features"])[0] != count:
+            raise ValueError(f"it holds {_shape(arrays['features'])[0]} captions, not {count}")
+    except Exception as error:
+        raise ValueError(f"{path}, features of captions that were kept, is damaged ({error}); delete it") from error
+    return arrays
 
 
 def _open_features(path: Path, count: int, split: str) -> tuple[str, Rows, int]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +52,29 @@ def image_folder(data: Data) -> ImageFiles:
     if not listed:
         return _from_folders(root, folders, every)
     rows = [row for folder in listed for row in _read_captions(folder)]
-    chosen = [row for row in rows if any(Path(row[0]).is_relative_to(folder) for folder in folders)]
+    below = tuple(f"{folder}{os.sep}" for folder in folders)
+    chosen = [row for row in rows if row[0].startswith(below)]
     if not chosen:
         raise ValueError(f"data.path={root}: the caption files list no image of the split {data.split}")
     return _from_captions(rows, chosen)
 
 
 def _from_folders(root: Path, folders: list[Path], every: list[Path]) -> ImageFiles:
-    found = {folder: _find_images(folder) for folder in every}
-    images = [image for each in found.values() for image in each]
-    chosen = [image for folder in folders for image in found[folder]]
+    chosen = [image for folder in folders for image in _find_images(folder)]
     if not chosen:
         raise ValueError(
             f"data.path={root}: no images in {', '.join(map(str, folders))} "
             f"(looked for {' '.join(SUFFIXES)} at any depth)"
         )
-    names = sorted({name for _, name in images if name})
-    stray = [file for file, name in images if not name]
+    first = {name: file for file, name in reversed(chosen)}
+    for folder in every:  # classes are numbered over both splits, but the other one need not be walked for that
+        if folder not in folders:
+            first = _first_images(folder) | first
+    stray, names = first.pop("", None), sorted(first)
     if names and stray:
         raise ValueError(
-            f"data.path={root}: {len(stray)} of {len(images)} images, such as {stray[0]}, lie "
-            f"beside class folders such as {names[0]}; move them into a class or elsewhere"
+            f"data.path={root}: images such as {stray} lie beside class folders such as {names[0]}; move them into a "
+            "class or elsewhere"
         )
     number = {name: i for i, name in enumerate(names)}
     labels = [number[name] for _, name in chosen if name]
@@ -79,20 +82,33 @@ def _from_folders(root: Path, folders: list[Path], every: list[Path]) -> ImageFi
     return ImageFiles([file for file, _ in chosen], labels, [], info)
 
 
-def _find_images(folder: Path) -> list[tuple[str, str]]:
+def _find_images(folder: Path) -> Iterator[tuple[str, str]]:
     """(file, first-level sub-folder it is in or "") of every image, in the order of names; links are followed."""
-    images = []
+    for base, _, images in _walk(folder):
+        within = os.path.relpath(base, folder).split(os.sep)[0].removeprefix(".")
+        for name in images:
+            yield os.path.join(base, name), within
+
+
+def _first_images(folder: Path) -> dict[str, str]:
+    """The first image of every first-level sub-folder that holds one at any depth, and of `folder` itself as ""."""
+    _, folders, images = next(_walk(folder))
+    found = {"": os.path.join(folder, images[0])} if images else {}
+    for name in folders:
+        for file, _ in _find_images(folder / name):
+            found[name] = file
+            break
+    return found
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """A folder and those below it, each with the names of its folders and of its images, sorted."""
     for base, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for name in folders:
             _check_link(os.path.join(base, name), folder)
-        within = os.path.relpath(base, folder).split(os.sep)[0].removeprefix(".")
-        images += [
-            (os.path.join(base, name), within)
-            for name in sorted(names)
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
-    return images
+        images = (name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+        yield base, folders, sorted(images)
 
 
 def _refuse(error: OSError):

@@ -1,8 +1,10 @@
 """The data sets by name, and what becomes of records that cannot be read."""
 
+import dataclasses
 import difflib
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from ar_jax.data.base import Data, Source, Unreadable
@@ -32,16 +34,47 @@ def open_source(data: Data) -> Source:
     Raises:
       ValueError, FileNotFoundError: the message names the field of `data` to change.
     """
-    if data.name not in SOURCES:
-        near = difflib.get_close_matches(data.name, SOURCES, 1)
+    return Opened()(data)
+
+
+class Opened:
+    """`open_source` that opens everything once: who asks again gets the same source, with other text or none as well."""
+
+    def __init__(self):
+        self._sources: dict[Data, Source] = {}
+
+    def __call__(self, data: Data) -> Source:
+        if data not in self._sources:
+            self._sources[data] = self._open(data)
+        return self._sources[data]
+
+    def _open(self, data: Data) -> Source:
+        bare = plain(data)
+        if data == bare:
+            return _function(data.name)(data)
+        source = self(bare)
+        if data.text:
+            source = with_text(source, data)
+        if data.unreadable == "skip" and not hasattr(source, "gather"):  # of arrays every record can be read
+            return Skipping(source, data.unreadable_limit)
+        return source
+
+
+def plain(data: Data) -> Data:
+    """The same images without features of captions, none replaced."""
+    return dataclasses.replace(
+        data, text="", text_rows=Data.text_rows, unreadable="refuse", unreadable_limit=Data.unreadable_limit
+    )
+
+
+def _function(name: str) -> Callable[[Data], Source]:
+    if name not in SOURCES:
+        near = difflib.get_close_matches(name, SOURCES, 1)
         raise ValueError(
-            f"data.name is {data.name!r}; it must be one of {', '.join(SOURCES)}"
+            f"data.name is {name!r}; it must be one of {', '.join(SOURCES)}"
             + (f"; is {near[0]} meant?" if near else "")
         )
-    source = SOURCES[data.name](data)
-    if data.text:
-        source = with_text(source, data)
-    return Skipping(source, data.unreadable_limit) if data.unreadable == "skip" else source
+    return SOURCES[name]
 
 
 class Skipping:

@@ -1,6 +1,5 @@
 """Sets of images to judge: .npz files, folders, data sets; read a few at a time, never held as a whole."""
 
-import dataclasses
 import functools
 import hashlib
 import threading
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ar_jax.data import Data, centre_crop, open_source, read_image
+from ar_jax.data import Data, Source, centre_crop, open_source, plain, read_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -186,12 +185,16 @@ class Folder:
 
 
 class DataImages:
-    """The images of a data set (see `ar_jax.data`), centre-cropped to its size; `count` of them, spread evenly."""
+    """The images of a data set (see `ar_jax.data`), centre-cropped to its size; `count` of them, spread evenly.
+
+    Args:
+      source: of `data`, if it is open.
+    """
 
     stamp = 0
 
-    def __init__(self, data: Data, count: int = 0):
-        self._source = open_source(dataclasses.replace(data, unreadable="refuse", text=""))
+    def __init__(self, data: Data, count: int = 0, source: Source | None = None):
+        self._source = open_source(plain(data)) if source is None else source
         self._size, self._count = data.size, min(count or len(self._source), len(self._source))
         self.classes = self._source.info.classes
         self.where, self.size = f"{data.name} {data.path}({data.split})", (data.size, data.size)

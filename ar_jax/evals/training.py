@@ -9,7 +9,7 @@ from ar_jax.evals.extract import Extractor
 from ar_jax.evals.images import DataImages
 from ar_jax.evals.metrics import Gaussian, Moments, frechet
 from ar_jax.evals.networks import PROTOCOLS, Network, open_network
-from ar_jax.machine.sharding import put, replicated
+from ar_jax.machine.sharding import batch_sharding, padded, put, replicated
 from ar_jax.train.recipes import Recipe
 from ar_jax.typing import Params
 
@@ -26,7 +26,7 @@ class Evaluation:
       kind: "generator" or "tokenizer".
       source, data: conditions, and images for tokenizers; tokens may stand in for images. A multiple of
         `preview_images` records.
-      real: the images compared with.
+      real_source, real: the images compared with.
       mesh: of the training.
       network: another judge than EfficientNet-Lite0.
     Raises:
@@ -40,6 +40,7 @@ class Evaluation:
         kind: str,
         source: Source,
         data: Data,
+        real_source: Source,
         real: Data,
         mesh: jax.sharding.Mesh,
         network: Network | None = None,
@@ -53,7 +54,7 @@ class Evaluation:
         network = network or open_network("efficientnet-lite0", PROTOCOLS["clean-fid"])
         devices = len(jax.local_devices())
         self._extract = Extractor(network, -(-32 // devices) * devices)
-        self._real, self._count = DataImages(real, stage.evaluate_images), stage.evaluate_images
+        self._real, self._count = DataImages(real, stage.evaluate_images, real_source), stage.evaluate_images
         self._batches = source, data, stage.preview_images
         self._frozen, self._mesh = put(recipe.frozen, replicated(mesh)), mesh
         # the preview of a tokenizer shows pairs of an image and its reconstruction
@@ -71,9 +72,9 @@ class Evaluation:
         source, data, size = self._batches
         stream, left, i = batches(source, data, batch=size, seed=0, train=False), self._count, 0
         while left > 0:
-            batch = put(next(stream), replicated(self._mesh))
+            batch = put(padded(next(stream), self._mesh), batch_sharding(self._mesh))
             key = put(jax.random.fold_in(jax.random.key(0), i), replicated(self._mesh))
-            images = np.asarray(self._draw(params, self._frozen, batch, key))[:left]
+            images = np.asarray(self._draw(params, self._frozen, batch, key))[: min(size, left)]
             yield np.broadcast_to(images, (*images.shape[:3], 3))
             left, i = left - len(images), i + 1
 

@@ -21,6 +21,7 @@ from ar_jax.config import Experiment
 from ar_jax.data import Data, Info
 from ar_jax.files import codec
 from ar_jax.files.trust import Untrusted
+from ar_jax.nets.linear import cast
 from ar_jax.orders import OrderFn
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.train import checkpoint
@@ -58,7 +59,7 @@ class Model:
         """The parameters: those of a converted folder, or a checkpoint's moving average (if it keeps one).
 
         Args:
-          dtype: floating type to cast to.
+          dtype: of kernels and embeddings (see `nets.linear.cast`); None leaves them as they are.
           average: False takes the trained parameters instead of their average.
         Raises:
           ValueError: there is no such checkpoint, or it is of another model.
@@ -67,7 +68,7 @@ class Model:
             return self.shapes
         folder, part = self.place(average)
         params = checkpoint.load_params(folder, self.shapes, part)
-        return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
+        return params if dtype is None else cast(params, dtype)
 
     @functools.cached_property
     def shapes(self) -> Params:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -122,6 +123,16 @@ class Generator(nn.Module):
     def unrolled(self, params: Params) -> tuple["Generator", Params]:
         """The same generator laid out for decoding one token a step; itself, if a step computes too many rows to gain."""
         return self, params
+
+    def multiplied(self, params: Params) -> Params:
+        """Parameters for many calls: every part's kernels in the dtype in which it multiplies."""
+        parts = self.parts() | {"conditioning": self.conditioning}
+
+        def one(path, leaf):
+            part = parts.get(path[0].key, self)
+            return leaf.astype(getattr(part, "dtype", leaf.dtype)) if path[-1].key == "kernel" else leaf
+
+        return jax.tree_util.tree_map_with_path(one, params)
 
     def init_params(self, key: PRNGKey) -> Params:
         order, tokenizer = self.example()

@@ -72,7 +72,9 @@ class Block(nn.Module):
 
     def attend(self, x, cache, seen, first):
         q, k, v = split_heads(self.qkv(x), self.heads)
-        q, v = (y + bias.astype(y.dtype).reshape(self.heads, 1, -1) for y, bias in ((q, self.q_bias), (v, self.v_bias)))
+        q, v = (
+            (y + bias.reshape(self.heads, 1, -1)).astype(y.dtype) for y, bias in ((q, self.q_bias), (v, self.v_bias))
+        )
         if self.l2_norm:
             sharp = jnp.exp(jnp.minimum(self.log_scale.astype(jnp.float32), math.log(100)))[:, None, None]
             q = (normalise(q.astype(jnp.float32)) * sharp).astype(x.dtype)
@@ -190,8 +192,7 @@ class Projections(nn.Module):
 
         def one(weights):  # layer by layer, so that a mesh gathers one kernel at a time
             kernel, bias = weights
-            y = product(vector.astype(self.dtype), kernel.astype(self.dtype), jnp.float32)
-            return y + bias.astype(jnp.float32)
+            return product(vector.astype(self.dtype), kernel, jnp.float32) + bias
 
         y = lax.map(one, (kernel, bias))
         return jnp.moveaxis(y, 0, 1).reshape(len(vector), self.count, parts, d)

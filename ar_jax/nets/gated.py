@@ -299,12 +299,12 @@ class EncoderDecoder(nn.Module):
         rows = rows.replace(coords=stretched(rows.coords, self.spec.scales, self.span))
         table = [look_up(table, slot) for table in self.tables]
         caches = [None, None] if cache is None else [Cache(k, v) for k, v in zip(cache.k, cache.v)]
-        x = self.input_norm(x.astype(self.dtype) + table[0].astype(self.dtype))
+        x = self.input_norm((x + table[0]).astype(self.dtype))
         x, caches[0] = self.encoder(x, rows, mod=mod, cache=caches[0])
-        x = self.between(x) + table[1].astype(self.dtype)
+        x = (self.between(x) + table[1]).astype(self.dtype)
         x, caches[1] = self.decoder(x, rows, mod=mod, cache=caches[1])
         if self.last_positions:
-            x = x + table[2].astype(x.dtype)
+            x = (x + table[2]).astype(x.dtype)
         return x, cache and Cache(tuple(part.k for part in caches), tuple(part.v for part in caches))
 
 

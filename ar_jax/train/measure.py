@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from ar_jax.data import Data, batches, open_source
+from ar_jax.data import Data, Source, batches
 from ar_jax.files.images import to_float
 from ar_jax.files.models import Model, describe
 from ar_jax.machine.distributed import say
@@ -19,7 +19,7 @@ IMAGES = 2048  # that are looked at, drawn as in training
 BATCH = 64
 
 
-def measured(model: Model, module: nn.Module, data: Data, seed: int) -> Model:
+def measured(model: Model, module: nn.Module, source: Source, data: Data, seed: int) -> Model:
     """The tokenizer with what was measured of its latents, written to its `model.json`.
 
     Nothing is done to tokenizers that measure nothing, to those whose config gives the numbers, and to those measured
@@ -28,7 +28,7 @@ def measured(model: Model, module: nn.Module, data: Data, seed: int) -> Model:
     Args:
       model: with its parameters.
       module: as the config has it.
-      data: it was trained on.
+      source, data: it was trained on.
       seed: of the images' order.
     """
     fields = getattr(module, "MEASURED", ())
@@ -37,7 +37,7 @@ def measured(model: Model, module: nn.Module, data: Data, seed: int) -> Model:
     trained = model.fixed().checkpoint
     if model.settings.get("measured") == trained:
         return model
-    stream = batches(open_source(data), data, batch=BATCH, seed=seed)
+    stream = batches(source, data, batch=BATCH, seed=seed)
     shift, scale = moments(model.module, model.params(), (next(stream) for _ in range(IMAGES // BATCH)))
     say(f"tokenizer: latents of {IMAGES} images have means {min(shift):.3g}..{max(shift):.3g} and standard deviations "
         f"{1 / max(scale):.3g}..{1 / min(scale):.3g}")  # fmt: skip

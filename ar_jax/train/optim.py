@@ -50,6 +50,12 @@ class Optim:
     """Decay of the moving average of the weights; 0 keeps none."""
     accumulate: int = 1
     """Parts a batch is split into to save memory; gradients are averaged."""
+    gradients: Literal["product", "float32"] = "product"
+    """Of linear layers: in the dtype of their products, or not rounded to it, which doubles what a mesh has to sum."""
+
+    def __post_init__(self):
+        if self.gradients not in ("product", "float32"):
+            raise ValueError(f"optim.gradients is {self.gradients!r}; it must be product or float32")
 
 
 def schedule(optim: Optim, steps: int) -> optax.Schedule:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ar_jax.config import GeneratorStage
 from ar_jax.files.images import to_float, to_uint8
 from ar_jax.machine.flops import model_flops, without_remat
-from ar_jax.machine.sharding import Rules
+from ar_jax.machine.sharding import Rules, gathered
 from ar_jax.train.optim import Optim, make_optimiser, only_trained, schedule
 from ar_jax.train.state import GradFn, TrainState, create, make_update
 from ar_jax.typing import Array, Batch, Float, Metrics, Params, PRNGKey, UInt8
@@ -23,7 +23,8 @@ class Recipe(NamedTuple):
       init: key -> state.
       update: state, frozen, batch, key -> state, metrics.
       flops: of one update, from the same arguments (see `flops.model_flops`); recomputation does not count.
-      preview: model parameters, frozen, batch, key -> uint8 images to look at, and metrics of a held-out batch.
+      preview: model parameters, frozen, batch, key -> uint8 images to look at, as many for every row, and metrics of a
+        held-out batch, in which rows count by "valid", if the batch has it.
       frozen: parameters that are read but not trained.
       lr: learning rate by update, for the log.
       rules: what tensor parallelism divides (see `sharding.shard`).
@@ -92,6 +93,11 @@ def gradients(loss_fn: LossFn, optim: Optim = Optim()) -> GradFn:
     return grad_fn
 
 
+def update_settings(optim: Optim) -> dict[str, Any]:
+    """What `make_update` is told of an optimiser's settings."""
+    return {"ema": optim.ema, "accumulate": optim.accumulate, "float32": optim.gradients == "float32"}
+
+
 def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, frozen: Params) -> Recipe:
     """Trains a generator on a frozen tokenizer's tokens."""
     tx = make_optimiser(stage.optim, stage.steps)
@@ -100,7 +106,7 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
 
     def update_of(generator):
         grad_fn = gradients(generator_loss(generator, tokenizer, train_order, stage.drop), stage.optim)
-        return make_update(grad_fn, tx, ema=stage.optim.ema, accumulate=stage.optim.accumulate)
+        return make_update(grad_fn, tx, **update_settings(stage.optim))
 
     def init(key):
         return create({"model": generator.init_params(key)}, {}, tx, stage.optim.ema)
@@ -110,7 +116,9 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
         drawer, decoder, order_fn = stage.sampling.adapted(generator, tokenizer, stage.order)
         keys = jax.random.split(key, count)
         order = order_fn(drawer.spec, keys, count, stage.steps)
-        images, _ = stage.sampling.images(drawer, decoder, params, frozen, batch, order, keys=keys)
+        # once for all steps, as sampling has them
+        held = gathered(drawer.multiplied(params), drawer.rules)
+        images, _ = stage.sampling.images(drawer, decoder, held, frozen, batch, order, keys=keys)
         # the same order at every preview, or losses could not be compared
         loss, _ = held_out_loss(params, frozen, batch, jax.random.key(0), stage.steps)
         return to_uint8(images), {"loss": loss}

@@ -11,11 +11,12 @@ from jax import lax
 
 from ar_jax.config import TokenizerStage
 from ar_jax.files.images import to_float, to_uint8
+from ar_jax.generators.base import image_weight
 from ar_jax.tokenizers.quantize import count_codes, usage
 from ar_jax.train import codes
 from ar_jax.train.losses import ADVERSARIAL, Losses
 from ar_jax.train.optim import make_optimiser, schedule
-from ar_jax.train.recipes import Recipe, counted
+from ar_jax.train.recipes import Recipe, counted, update_settings
 from ar_jax.train.state import GradFn, create, make_update
 from ar_jax.typing import Array, Metrics, Params, PRNGKey
 
@@ -56,8 +57,7 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
         return make_update(
             tokenizer_gradients(tokenizer, losses),
             tx,
-            ema=stage.optim.ema,
-            accumulate=stage.optim.accumulate,
+            **update_settings(stage.optim),
             after=functools.partial(codes.renew, tokenizer=tokenizer, after=losses.reset_after)
             if losses.reset_after
             else lambda state, key: state,
@@ -76,9 +76,11 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
         recon, tokens = reconstruct(tokenizer, params, image, key)
         shown = to_uint8(recon)
         a, b = ((x.astype(jnp.float32) / 255) for x in (batch["image"], shown))
-        metrics = {"psnr": dm_pix.psnr(a, b).mean(), "ssim": dm_pix.ssim(a, b).mean()}
+        weight = image_weight(batch, len(image))
+        mean = lambda x: (x * weight).sum() / weight.sum()  # noqa: E731
+        metrics = {"psnr": mean(dm_pix.psnr(a, b)), "ssim": mean(dm_pix.ssim(a, b))}
         if tokenizer.spec.codes:
-            metrics |= usage(count_codes(tokens, tokenizer.spec), tokenizer.spec.codes)
+            metrics |= usage(count_codes(tokens, tokenizer.spec, weight), tokenizer.spec.codes)
         return jnp.stack([batch["image"], shown], axis=1).reshape(-1, *shown.shape[1:]), metrics
 
     update, flops = counted(update_of, tokenizer)

@@ -3,13 +3,15 @@ import sys
 import types
 from concurrent import futures
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from ar_jax.data import Data, batches, open_source
+from ar_jax.data import Data, batches, captions, open_source
 from ar_jax.data.captions import left_pad
+from ar_jax.files import cache
 
 
 @pytest.fixture
@@ -93,7 +95,9 @@ def test_text_without_captions_is_refused(tmp_path):
         open_source(_data(tmp_path, "minilm"))
 
 
-def test_minilm_encodes_each_caption_once(captioned, monkeypatch):
+@pytest.fixture
+def encoder(monkeypatch, tmp_path_factory):
+    """A stand-in for MiniLM (features are the number of words) with an empty cache; the captions it was asked for."""
     asked = []
 
     def encode(captions, rows):
@@ -102,10 +106,62 @@ def test_minilm_encodes_each_caption_once(captioned, monkeypatch):
         features = np.tile(length[:, None, None].astype(np.float32), (1, rows, 5))
         return features, np.arange(rows) < length[:, None]
 
-    text = types.SimpleNamespace(minilm=types.SimpleNamespace(encode=encode))
+    text = types.SimpleNamespace(minilm=types.SimpleNamespace(encode=encode, identity=lambda: "stand-in"))
     monkeypatch.setitem(sys.modules, "ar_jax.text", text)
+    monkeypatch.setenv("AR_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+    return asked
+
+
+def test_minilm_encodes_each_caption_once(captioned, encoder):
     source = open_source(_data(captioned, "minilm"))
-    assert asked == ["one", "two words"]
+    assert encoder == ["one", "two words"]
     assert (source.info.text, source.info.text_width) == ("minilm", 5)
     assert [source[i]["text_mask"].sum() for i in range(3)] == [1, 2, 1]
     assert source[1]["text"][:, 0].tolist() == [0, 2, 2]
+
+
+def test_features_of_captions_are_kept_on_disk(captioned, encoder, monkeypatch):
+    monkeypatch.setattr(captions, "PART", 1)
+    first = open_source(_data(captioned, "minilm"))
+    again = open_source(_data(captioned, "minilm"))
+    assert encoder == ["one", "two words"]
+    for i in range(3):
+        np.testing.assert_array_equal(first[i]["text"], again[i]["text"])
+    (captioned / "captions.jsonl").open("a").write('\n{"file": "0.png", "caption": "and three words"}')
+    open_source(_data(captioned, "minilm"))
+    assert encoder == ["one", "two words", "and three words"], "only what is new"
+    open_source(_data(captioned, "minilm", text_rows=4))
+    assert len(encoder) == 6, "other rows, other features"
+    kept = sorted(captions.cache.place("captions").iterdir())
+    assert len(kept) == 6, "and no parts of files"
+    for path in kept:
+        path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"features of captions that were kept, is damaged .*delete it"):
+        open_source(_data(captioned, "minilm"))
+
+
+def test_where_nothing_can_be_kept_features_are_made_for_this_process(captioned, encoder, monkeypatch, caplog):
+    (captioned / "file").write_text("")
+    monkeypatch.setenv("AR_JAX_CACHE", str(captioned / "file"))
+    assert open_source(_data(captioned, "minilm"))[1]["text"][:, 0].tolist() == [0, 2, 2]
+    assert "nothing can be kept in" in caplog.text
+
+
+def test_processes_that_share_a_cache_share_the_work(monkeypatch, tmp_path):
+    paths, made = [tmp_path / str(i) for i in range(4)], []
+
+    def process(number, then=lambda: None):
+        def write(i, path):
+            made.append((number, i))
+            path.write_text(str(i))
+            then()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(jax.distributed, "is_initialized", lambda: True)
+            patch.setattr(jax, "process_index", lambda: number)
+            patch.setattr(jax, "process_count", lambda: 2)
+            cache.make(paths, write)
+
+    process(0, then=lambda: len(made) == 1 and process(1))  # the second one works while the first writes its first file
+    assert made == [(0, 0), (1, 2), (1, 3), (1, 0), (1, 1)]
+    assert [path.read_text() for path in paths] == list("0123")

@@ -59,6 +59,21 @@ def test_train_and_val_folders_are_the_splits_and_number_classes_alike(tmp_path)
     assert (len(_open(tmp_path)), len(_open(tmp_path, split="all"))) == (2, 3)
 
 
+def test_of_the_other_split_only_the_classes_are_looked_for(tmp_path, monkeypatch):
+    _image(tmp_path / "train" / "a" / "1.png")
+    _image(tmp_path / "train" / "a" / "more" / "2.png")
+    _image(tmp_path / "train" / "c" / "deep" / "1.png")
+    (tmp_path / "train" / "empty").mkdir()
+    _image(tmp_path / "val" / "b" / "2.png")
+    scanned, scan = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: scanned.append(str(path)) or scan(path))
+    assert _open(tmp_path, split="test").info.class_names == ("a", "b", "c")
+    assert not any(path.endswith("more") for path in scanned)
+    _image(tmp_path / "train" / "astray.png")
+    with pytest.raises(ValueError, match=r"astray\.png lie beside class folders such as a"):
+        _open(tmp_path, split="test")
+
+
 def test_folders_without_images_say_so(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data\.path is '.*nowhere'"):
         _open(tmp_path / "nowhere")
@@ -70,7 +85,7 @@ def test_folders_without_images_say_so(tmp_path):
     with pytest.raises(ValueError, match=r"data\.split is test"):
         _open(tmp_path, split="test")
     _image(tmp_path / "class" / "b.png")
-    with pytest.raises(ValueError, match=r"1 of 2 images, such as .*a\.png"):
+    with pytest.raises(ValueError, match=r"images such as .*a\.png lie beside class folders such as class"):
         _open(tmp_path)
 
 

