@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -79,8 +80,8 @@ class Drawer(NamedTuple):
     def compile(self, mesh: jax.sharding.Mesh, given: Given | None = None) -> Draw:
         """Reads the parameters and makes one program over all processes.
 
-        It takes conditions and image numbers, the same on every process, and gives the images of this process's rows.
-        Images that are not finite raise ValueError.
+        It takes conditions and image numbers, the same on every process, and gives the images of this process's rows. The
+        devices begin at once; whoever asks for the images waits. Images that are not finite raise ValueError.
         """
         options, sampling, decoder, order_fn = self.options, self.sampling, self.decoder, self.order
         share = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -127,11 +128,15 @@ class Drawer(NamedTuple):
                     program.trace(*arguments)
                 drawn = program(*arguments)
             parts = [x.addressable_shards for x in jax.tree.leaves(drawn)]
-            for shards in zip(*parts):
-                if shards[0].replica_id:  # of copies of these rows, one is written
-                    continue
+            shares = [shards for shards in zip(*parts) if not shards[0].replica_id]  # of copies of rows, one is written
+            for part in itertools.chain(*shares):
+                part.data.copy_to_host_async()
+            return images_of(shares, jax.tree.structure(drawn))
+
+        def images_of(shares, structure):
+            for shards in shares:
                 values = [np.asarray(shard.data) for shard in shards]
-                images, finite, account = jax.tree.unflatten(jax.tree.structure(drawn), values)
+                images, finite, account = jax.tree.unflatten(structure, values)
                 if not finite.all():
                     raise ValueError(
                         f"images drawn from {self.model.folder} hold NaN or infinity; are its weights or those of "
@@ -143,6 +148,31 @@ class Drawer(NamedTuple):
                     yield Drawn((shards[0].index[0].start or 0) + i, image, calls, account.accepted[i])
 
         return draw
+
+
+def in_batches(draw: Draw, conditions: Batch, ids: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, list[Drawn]]]:
+    """Draws numbered images; while one batch is used, the devices work on the next.
+
+    Args:
+      draw: from `Drawer.compile`.
+      conditions: from `condition_table`, used in turn.
+      ids: of the images.
+      size: of a batch; the last one too runs the one compiled program.
+    Yields:
+      The numbers of a batch, and those of its images that this process holds.
+    """
+    waiting = None
+    for first in [*range(0, len(ids), size), None]:
+        begun = None
+        if first is not None:
+            some = ids[first : first + size]
+            padded = np.resize(some, size)
+            batch = {name: table[padded % len(table)] for name, table in conditions.items()}
+            begun = some, draw(batch, padded)
+        if waiting:
+            some, images = waiting
+            yield some, [drawn for drawn in images if drawn.row < len(some)]
+        waiting = begun
 
 
 def image_keys(seed: int, ids: Int[Array, "b"]) -> tuple[Key[Array, "b"], Key[Array, "b"]]:

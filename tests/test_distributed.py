@@ -350,6 +350,22 @@ def test_a_cloud_tpu_machine_tells_its_hosts(nowhere, attributes, found):
     server.shutdown()
 
 
+def test_processes_of_one_machine_and_of_one_set_of_cores_are_counted(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3}, raising=False)
+    known = []
+
+    def gathered(mine):
+        known.append(mine)
+        return np.stack([mine, mine, [mine[0], 1], [2, 3]])  # the second has the same cores, the fourth another machine
+
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gathered)
+    assert distributed._count_host() == distributed.Host(processes=3, sharing=2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {4, 5}, raising=False)
+    distributed._count_host()
+    assert known[0][0] == known[1][0]
+    assert known[0][1] != known[1][1]
+
+
 def test_a_command_alone_ends_in_one_sentence():
     with pytest.raises(SystemExit, match=r"^some\.py: no such thing$"), distributed.command("some.py"):
         raise ValueError("no such thing")

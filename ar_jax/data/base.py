@@ -77,7 +77,7 @@ class Source(Protocol):
 
     A record has "image" (PIL image or uint8 [h w 3]) or "tokens" ([a n k] or [a n c], a versions of one
     image), "label" (int) if `info.classes` and "caption" if `info.captions`. A source with captions also has
-    `captions() -> list[str]`, which returns all of them without decoding images.
+    `captions() -> Sequence[str]`, which returns all of them without decoding images.
     """
 
     info: Info
