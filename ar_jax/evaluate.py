@@ -203,7 +203,7 @@ def _data_of(folder):
         known = model.settings.get("data", {})
         if known.get("name", "tokens") == "tokens":  # cached tokens; the tokenizer knows the images
             continue
-        return Data(**known | {"crop": "centre", "flip": False, "text": ""})
+        return Data(**known | {"crop": "centre", "flip": False, "text": "", "shards": "all"})
     return Data()
 
 

@@ -105,7 +105,7 @@ def _parse(data, prog, arguments):
 def default_data(tokenizer: Model) -> Data:
     """The images a tokenizer was trained on, or of its size, without random crops."""
     known = tokenizer.settings.get("data", {"name": "image_folder"})
-    return Data(**known | {"size": max(tokenizer.module.size), "crop": "centre", "flip": False})
+    return Data(**known | {"size": max(tokenizer.module.size), "crop": "centre", "flip": False, "shards": "all"})
 
 
 def tokenize(tokenizer: Model, options: Options) -> None:

@@ -25,6 +25,8 @@ class Texted:
     def __init__(self, source: Source, rows: Rows, info: Info):
         self.source, self.rows, self.info = source, rows, info
         self.captions = source.captions
+        if hasattr(source, "runs"):
+            self.runs = source.runs
 
     def __len__(self) -> int:
         return len(self.source)

@@ -162,6 +162,24 @@ def batch_rows(mesh: jax.sharding.Mesh, batch: int, name: str = "batch") -> np.n
     return np.unique(np.concatenate([np.arange(batch)[rows] for rows in held]))
 
 
+def batch_part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """Which part of every batch this process's devices hold, of how many; processes that hold the same rows have the same.
+
+    Raises:
+      ValueError: processes hold some of their rows together and others not.
+    """
+    shares, held = mesh.shape["data"] * mesh.shape["fsdp"], {}
+    for device, (rows,) in batch_sharding(mesh).devices_indices_map((shares,)).items():
+        held.setdefault(device.process_index, set()).update(range(shares)[rows])
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) > shares:
+        raise ValueError(
+            f"on the mesh {dict(mesh.shape)} processes share some rows of a batch and not others, so shards cannot be dealt "
+            "out; set data.shards to all, or choose another mesh"
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
 def padded(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
     """A whole batch whose rows the mesh divides evenly: its rows once more behind the last, with a weight of 0 in "valid".
 
