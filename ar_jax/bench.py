@@ -44,7 +44,7 @@ from ar_jax.nets.linear import cast
 from ar_jax.options import SHORT, Sampler, options_of, sampling_file
 from ar_jax.orders import OrderFn
 from ar_jax.sampler import open_drawer
-from ar_jax.train.optim import make_optimiser
+from ar_jax.train.optim import decayed, make_optimiser
 from ar_jax.train.recipes import generator_loss, gradients, update_settings
 from ar_jax.train.state import create, make_update
 from ar_jax.typing import Batch, Params
@@ -261,7 +261,8 @@ def bench_train(subject: Subject, options: Options) -> Bench:
     images, stage, dtype = options.batch or 4, subject.stage, jnp.dtype(options.dtype)
     generator, tokenizer, params, frozen = subject[:4]
     order = stage.train_order or stage.order
-    tx = make_optimiser(stage.optim, max(stage.steps, stage.optim.warmup + 1))
+    networks = {"model": decayed(generator.init_params)}
+    tx = make_optimiser(stage.optim, max(stage.steps, stage.optim.warmup + 1), networks)
     loss = generator_loss(generator, tokenizer, order, stage.drop)
     update = make_update(gradients(loss), tx, **update_settings(stage.optim) | {"accumulate": 1})
     begin = jax.jit(lambda params: create({"model": params}, {}, tx, stage.optim.ema))

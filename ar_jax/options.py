@@ -42,6 +42,8 @@ class Sampler:
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the generator's matrix products, kernels and embeddings; all else is float32."""
+    pixels: Literal["own", "float32", "bfloat16"] = "own"
+    """Of the tokenizer's layers where tokens become pixels; own is what it was trained with."""
     unroll: bool | None = None
     """Lay the layers out one by one: faster loops on CPU, longer compilation. Left out: if a step reveals one token."""
     average: bool = True
@@ -54,6 +56,11 @@ class Sampler:
     """A Python file whose `get_sampling(own)` returns how images are drawn, given the model's own way."""
     fields: Annotated[Fields, tyro.conf.arg(name="")] = Fields()
     """Fields of the model that are changed."""
+
+    @property
+    def precision(self) -> dict[str, str]:
+        """What tells drawings of other numerics apart; `pixels` is said where it is not the tokenizer's own."""
+        return {"dtype": self.dtype} | ({} if self.pixels == "own" else {"pixels": self.pixels})
 
 
 # Short names of options; of several long ones, the first that a model has.

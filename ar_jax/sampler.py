@@ -94,6 +94,7 @@ class Drawer(NamedTuple):
                 f"--batch is {options.batch}; it must be a positive multiple of the {share} batch shares of the mesh"
             )
         dtype = jnp.dtype(options.dtype).type
+        shown_in = None if options.pixels == "own" else jnp.dtype(options.pixels).type
         generator = with_fields(self.generator, dtype=dtype)
         with blamed(self.model):
             unroll = by_token(generator, order_fn) if options.unroll is None else options.unroll
@@ -114,7 +115,9 @@ class Drawer(NamedTuple):
                     order = known_first(order_fn, generator.spec, known, order_keys)
                 image, free = (jnp.broadcast_to(x, (len(ids), *x.shape)) for x in pixels)
                 edit = Edit(to_float(image), free, given.scales, int(known.sum()))
-            images, account = sampling.images(generator, decoder, params, frozen, batch, order, keys=keys, edit=edit)
+            images, account = sampling.images(
+                generator, decoder, params, frozen, batch, order, keys=keys, edit=edit, pixels=shown_in
+            )
             if given is not None and given.paste:
                 images = jnp.where(edit.free[..., None], images, edit.image)
             finite = jnp.isfinite(images).all((1, 2, 3))

@@ -53,13 +53,24 @@ def model(folders):
     return ar_jax.load(folders[0], tokenizer=folders[1])
 
 
+def commanded(folders, **options):
+    """What sample.py draws."""
+    drawer = open_drawer(str(folders[0]), Sampler(tokenizer=str(folders[1]), batch=2, seed=3, **options))
+    _, table = condition_table(INFO, drawer.options, ("bee", "2"))
+    draw = drawer.compile(make_mesh(devices=jax.devices()[:1]))
+    return np.stack([one.image for one in draw(table, np.arange(2))])
+
+
+def test_pixels_in_bfloat16_show_the_same_tokens(model, folders):
+    error = np.abs(commanded(folders, pixels="bfloat16").astype(int) - model.sample(labels=["bee", 2], seed=3))
+    assert 0 < error.max() <= 8
+    assert error.mean() < 1
+
+
 def test_samples_are_those_of_the_command(model, folders):
     images = model.sample(labels=["bee", 2], seed=3)
     assert (images.shape, images.dtype) == ((2, 8, 8, 3), np.uint8)
-    drawer = open_drawer(str(folders[0]), Sampler(tokenizer=str(folders[1]), batch=2, seed=3))
-    _, table = condition_table(INFO, drawer.options, ("bee", "2"))
-    draw = drawer.compile(make_mesh(devices=jax.devices()[:1]))
-    want = np.stack([one.image for one in draw(table, np.arange(2))])
+    want = commanded(folders)
     assert np.abs(images.astype(int) - want).max() <= 1
     np.testing.assert_array_equal(model.sample([1, 2], seed=3, decoder=Jacobi(4)), images)
     assert (model.sample([1, 2], seed=4) != images).any()

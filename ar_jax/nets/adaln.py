@@ -52,6 +52,8 @@ class Block(nn.Module):
     dtype: Any
     output_major: bool
 
+    no_decay = ("q_bias", "v_bias", "log_scale")
+
     def setup(self):
         def dense(features, std, bias=True):
             return Linear(features, self.dtype, None, nn.initializers.normal(std), self.output_major, bias)
@@ -120,6 +122,8 @@ class AdaLN(Backbone):
     final: bool = True
     depth: int = 0
     eps: float = 1e-6
+
+    no_decay = ("table",)
 
     def setup(self):
         if self.width % self.heads:
