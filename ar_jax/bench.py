@@ -40,11 +40,12 @@ from ar_jax.files.trust import taken
 from ar_jax.machine.chips import peak_flops, unknown
 from ar_jax.machine.flops import model_flops, with_fields, without_remat
 from ar_jax.machine.huge_pages import use_huge_pages
+from ar_jax.nets.linear import cast
 from ar_jax.options import SHORT, Sampler, options_of, sampling_file
 from ar_jax.orders import OrderFn
 from ar_jax.sampler import open_drawer
-from ar_jax.train.optim import make_optimiser
-from ar_jax.train.recipes import generator_loss, gradients
+from ar_jax.train.optim import decayed, make_optimiser
+from ar_jax.train.recipes import generator_loss, gradients, update_settings
 from ar_jax.train.state import create, make_update
 from ar_jax.typing import Batch, Params
 
@@ -192,7 +193,7 @@ def bench_sample(subject: Subject, options: Options) -> Bench:
 
     @jax.jit
     def laid_out(params):
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        params = cast(params, dtype)
         return stacked.unrolled(params)[1] if unroll else params
 
     if unroll:
@@ -260,9 +261,10 @@ def bench_train(subject: Subject, options: Options) -> Bench:
     images, stage, dtype = options.batch or 4, subject.stage, jnp.dtype(options.dtype)
     generator, tokenizer, params, frozen = subject[:4]
     order = stage.train_order or stage.order
-    tx = make_optimiser(stage.optim, max(stage.steps, stage.optim.warmup + 1))
+    networks = {"model": decayed(generator.init_params)}
+    tx = make_optimiser(stage.optim, max(stage.steps, stage.optim.warmup + 1), networks)
     loss = generator_loss(generator, tokenizer, order, stage.drop)
-    update = make_update(gradients(loss), tx, ema=stage.optim.ema)
+    update = make_update(gradients(loss), tx, **update_settings(stage.optim) | {"accumulate": 1})
     begin = jax.jit(lambda params: create({"model": params}, {}, tx, stage.optim.ema))
     spec, shape = generator.spec, generator.spec.zeros(images).shape
     tokens = jax.random.normal(jax.random.key(2), shape)

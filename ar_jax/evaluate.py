@@ -57,7 +57,7 @@ from ar_jax.machine.distributed import Launch
 from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.machine.sharding import make_mesh
 from ar_jax.options import SHORT, Sampler, open_models, options_of, own_sampling, replaced
-from ar_jax.sampler import condition_table, open_drawer
+from ar_jax.sampler import condition_table, in_batches, open_drawer
 
 PROG = "python -m ar_jax.evaluate"
 Metric = Literal["fd", "sfd", "is", "pr", "kid", "cfd"]
@@ -236,7 +236,7 @@ class RunImages:
         self.facts = {
             "format": "run", "checkpoint": model.checkpoint, "tokenizer": str(tokenizer.folder.resolve()),
             "tokenizer_checkpoint": tokenizer.checkpoint, "seed": sampler.seed, "sampling": codec.encode(drawer.sampling),
-            "dtype": sampler.dtype, "average": sampler.average, "resize": sampler.resize,
+            **sampler.precision, "average": sampler.average, "resize": sampler.resize,
             "conditions": f"{len(next(iter(self._conditions.values())))} in turn",
             "conditions_sha256": digest.hexdigest(),
         }  # fmt: skip
@@ -246,15 +246,10 @@ class RunImages:
 
     def read(self, rows: range) -> np.ndarray:
         images = np.zeros((len(rows), *self.size, 3), np.uint8)
-        turn = len(next(iter(self._conditions.values())))
-        for first in range(0, len(rows), self._batch):
-            ids = np.asarray(rows[first : first + self._batch])
-            padded = np.resize(ids, self._batch)
-            batch = {name: table[padded % turn] for name, table in self._conditions.items()}
-            for row, image, calls, accepted in self._draw(batch, padded):
-                if row < len(ids):
-                    images[first + row] = image
-                    self._taken[int(ids[row])] = calls | {"accepted": int(accepted.sum())}
+        for ids, drawn in in_batches(self._draw, self._conditions, np.asarray(rows), self._batch):
+            for row, image, calls, accepted in drawn:
+                images[ids[row] - rows.start] = image
+                self._taken[int(ids[row])] = calls | {"accepted": int(accepted.sum())}
         return images
 
     def taken(self) -> dict[str, float]:

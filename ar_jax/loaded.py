@@ -188,7 +188,7 @@ def load(
       tokenizer: its folder, for converted generators; a run knows its own.
       checkpoint: of the generator: "newest", "best", or a step.
       average: take the moving average of the weights, if the checkpoint has one.
-      dtype: of the generator's parameters and matrix products.
+      dtype: of the generator's matrix products, kernels and embeddings.
     Raises:
       ValueError: no such models, or they do not fit each other.
     """

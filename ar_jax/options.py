@@ -14,8 +14,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from ar_jax.config import CONFIGS, run_file
-from ar_jax.decode.sampling import Sampling, adjustable, read_sampling
-from ar_jax.files.models import Model, open_model
+from ar_jax.decode.sampling import Sampling, adjustable
+from ar_jax.files.models import Model, blamed, open_model
+from ar_jax.files.trust import Untrusted
+from ar_jax.files.words import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Sampler:
     """Side in pixels to resize to (bicubic, as LlamaGen's 384-pixel images are to 256); 0 keeps the model's."""
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of parameters and matrix products of the generator."""
+    """Of the generator's matrix products, kernels and embeddings; all else is float32."""
+    pixels: Literal["own", "float32", "bfloat16"] = "own"
+    """Of the tokenizer's layers where tokens become pixels; own is what it was trained with."""
     unroll: bool | None = None
     """Lay the layers out one by one: faster loops on CPU, longer compilation. Left out: if a step reveals one token."""
     average: bool = True
@@ -52,6 +56,11 @@ class Sampler:
     """A Python file whose `get_sampling(own)` returns how images are drawn, given the model's own way."""
     fields: Annotated[Fields, tyro.conf.arg(name="")] = Fields()
     """Fields of the model that are changed."""
+
+    @property
+    def precision(self) -> dict[str, str]:
+        """What tells drawings of other numerics apart; `pixels` is said where it is not the tokenizer's own."""
+        return {"dtype": self.dtype} | ({} if self.pixels == "own" else {"pixels": self.pixels})
 
 
 # Short names of options; of several long ones, the first that a model has.
@@ -80,15 +89,24 @@ def open_models(run: str, options: Sampler) -> tuple[Model, Model]:
       ValueError: no such models.
     """
     model = open_model(run, "generator", options.checkpoint)
-    own = model.settings.get("tokenizer")
-    if not (options.tokenizer or own):
-        raise ValueError(f"{model.folder} holds a generator only; give its tokenizer with --tokenizer FOLDER")
-    return model, open_model(options.tokenizer or model.folder / own, "tokenizer")
+    if options.tokenizer:
+        return model, open_model(options.tokenizer, "tokenizer")
+    if not (own := model.settings.get("tokenizer")):
+        raise ValueError(
+            f"{model.folder} holds a generator only; give its tokenizer with --tokenizer FOLDER (settings.tokenizer of its "
+            f"model.json names none)"
+        )
+    try:
+        return model, open_model(model.folder / own, "tokenizer")
+    except Untrusted:
+        raise
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{model.folder / 'model.json'}: settings.tokenizer is {shown(own)}: {error}") from error
 
 
 def own_sampling(model: Model, file: str = "") -> Sampling:
     """How a model says that it is drawn from, or what a file makes of that (see `sampling_file`)."""
-    return sampling_file(file, read_sampling(model.settings.get("sampling", {}), model.module))
+    return sampling_file(file, model.sampling)
 
 
 def sampling_file(file: str, own: Sampling) -> Sampling:
@@ -132,7 +150,8 @@ def options_of(arguments: list[str], prefix: str = "") -> tuple[Sampler, list[st
         return Sampler(), arguments
     sampling = own_sampling(model, given["sampling"] or "")
     parts = model.module, tokenizer.module, model.order
-    sampler = Sampler(sampling=sampling, fields=_fields(sampling, parts))
+    with blamed(model, tokenizer):
+        sampler = Sampler(sampling=sampling, fields=_fields(sampling, parts))
     return sampler, _spelt_out(arguments, prefix, sampler)
 
 

@@ -14,7 +14,7 @@ from flax import struct
 from jax import lax
 
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Bool, Float, Index, Int, Key, PRNGKey, Tokens, typed
+from ar_jax.typing import Array, Bool, Float, Index, Int, Key, PRNGKey, Share, Tokens, typed
 
 NEVER = np.int32(2**30)  # the step of padding: later than all others
 
@@ -127,7 +127,7 @@ class DrawnScales:
     """
 
     usual: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-    often: float = 0.05
+    often: Share = 0.05
     keep: tuple[int, ...] = (1, 2)
     some: tuple[tuple[int, int, int], ...] = ((5, 3, 10), (2, 11, 15))
     last: int = 16

@@ -5,7 +5,8 @@
     python -m ar_jax.plan configs/llamagen.py:xl_256 --topology v5e:16x16 --mesh.fsdp 16 --generator.batch 2048
     python -m ar_jax.plan configs/llamagen.py:xl_256 --topology v5e:2x4 --sample --images 64
 
-Compiles the real training step (or with --sample the real sampler) with the real TPU compiler, which needs no TPU
+Compiles the real training step and the preview between steps (or with --sample the real sampler) with the real TPU compiler,
+which needs no TPU
 (`pip install 'jax[tpu]'`, in an environment of its own: only one process at a time can hold it), and reads the result. The estimate assumes that every operation takes the longer of computing at the
 chip's peak and moving its data at the full bandwidth, one after the other, while collectives run beside them. Real steps
 take longer. Exits with 1 if the program does not fit, and names a setting with which it does.
@@ -14,6 +15,7 @@ take longer. Exits with 1 if the program does not fit, and names a setting with 
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import sys
 import time
@@ -33,6 +35,8 @@ from ar_jax.machine.chips import Chip, chip, unknown
 from ar_jax.machine.flops import model_flops, with_fields
 from ar_jax.machine.hlo import Program, Work
 from ar_jax.machine.sharding import batch_sharding, make_mesh, replicated, shard
+from ar_jax.nets.linear import cast
+from ar_jax.tokenize import kept
 from ar_jax.train.recipes import generator_recipe
 from ar_jax.train.tokenizer import tokenizer_recipe
 
@@ -122,6 +126,7 @@ class Compiled:
       images: made or seen in one run, over all chips.
       step: bytes that one decoding step has to move on a chip; 0 for training.
       steps: decoding steps; 1 for training.
+      preview: bytes per chip while training draws its preview, the state in its place; or what the compiler said.
     """
 
     facts: dict[str, str]
@@ -131,12 +136,18 @@ class Compiled:
     images: int
     step: float = 0.0
     steps: int = 1
+    preview: float | str = 0.0
 
     def verdict(self, limits: Chip) -> str:
         if isinstance(self.memory, str):
             return f"NO: {self.memory}"
+        if isinstance(self.preview, str):
+            return f"NO: the preview: {self.preview}"
         total = sum(self.memory.values())
-        return f"{'yes' if total <= limits.hbm else 'NO'}: {total / 1e9:.2f} of {limits.hbm / 1e9:.0f} GB a chip"
+        said = f"{total / 1e9:.2f} of {limits.hbm / 1e9:.0f} GB a chip"
+        if self.preview:
+            said += f", {self.preview / 1e9:.2f} GB during a preview"
+        return f"{'yes' if max(total, self.preview) <= limits.hbm else 'NO'}: {said}"
 
 
 def estimate(compiled: Compiled, options: Options, mesh: jax.sharding.Mesh, limits: Chip) -> dict[str, str]:
@@ -208,36 +219,54 @@ def network(mesh: jax.sharding.Mesh, limits: Chip) -> Callable[[list[int]], floa
 
 def compile_for(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -> Compiled:
     """Compiles what `options` ask for."""
-    facts, function, arguments, rest = (sampler if options.sample else trainer)(experiment, options, mesh)
+    facts, function, arguments, rest, preview = (sampler if options.sample else trainer)(experiment, options, mesh)
     facts |= {"mesh": ", ".join(f"{name} {size}" for name, size in mesh.shape.items())}
     start = time.perf_counter()
+    compiled, memory = _compiled(function, arguments, mesh)
+    facts["compile time"] = f"{time.perf_counter() - start:.1f} s"
+    if compiled is None:
+        return Compiled(facts, None, memory, **rest)
+    if preview is not None:
+        drawn, beside = preview()
+        start = time.perf_counter()
+        _, held = _compiled(*drawn, mesh)
+        facts["compile time"] += f", of the preview {time.perf_counter() - start:.1f} s"
+        rest["preview"] = held if isinstance(held, str) else sum(held.values()) + beside
+    text = compiled.as_text()
+    if options.hlo:
+        os.makedirs(options.hlo, exist_ok=True)
+        with open(os.path.join(options.hlo, f"{experiment.name}_{mesh.devices.flat[0].device_kind}.hlo"), "w") as file:
+            file.write(text)
+    return Compiled(facts, Program(text), memory, **rest)
+
+
+def _compiled(function: Any, arguments: tuple, mesh: jax.sharding.Mesh) -> tuple[Any, dict[str, float] | str]:
+    """The program and its bytes per chip by kind; or None and what the compiler said of memory."""
     with jax.set_mesh(mesh):
         lowered = function.lower(*arguments)
-        traced = time.perf_counter()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             said = next((line for line in str(error).splitlines() if "Used" in line), str(error).splitlines()[0])
-            return Compiled(facts, None, said.strip(), **rest)
-    facts["compile time"] = f"traced in {traced - start:.1f} s, compiled in {time.perf_counter() - traced:.1f} s"
-    text, stats = compiled.as_text(), compiled.memory_analysis()
-    if options.hlo:
-        os.makedirs(options.hlo, exist_ok=True)
-        with open(os.path.join(options.hlo, f"{experiment.name}_{mesh.devices.flat[0].device_kind}.hlo"), "w") as file:
-            file.write(text)
-    memory = {
+            return None, said.strip()
+    stats = compiled.memory_analysis()
+    return compiled, {
         "arguments": stats.argument_size_in_bytes,
         "results": stats.output_size_in_bytes - stats.alias_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
         "code": stats.generated_code_size_in_bytes,
     }
-    return Compiled(facts, Program(text), memory, **rest)
 
 
-def trainer(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -> tuple[dict, Any, tuple, dict]:
-    """Facts, jitted update, its arguments as shapes, and the rest of `Compiled`."""
+def trainer(
+    experiment: Experiment, options: Options, mesh: jax.sharding.Mesh
+) -> tuple[dict, Any, tuple, dict, Callable | None]:
+    """Facts, jitted update, its arguments as shapes, the rest of `Compiled`, and what makes the preview.
+
+    That is the jitted preview with its arguments, and the bytes on a chip of the state that lies beside them.
+    """
     generator, tokenizer = untrained(experiment)
     what = options.stage or ("generator" if generator is not None else "tokenizer")
     stage: Stage = getattr(experiment, what)
@@ -254,7 +283,7 @@ def trainer(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
     else:
         frozen = jax.eval_shape(tokenizer.init_params, jax.random.key(0))
         recipe = generator_recipe(stage, generator, tokenizer, frozen)
-    batch = shapes_of_batch(experiment, generator if what == "generator" else None, tokenizer, stage)
+    batch = shapes_of_batch(experiment, generator if what == "generator" else None, tokenizer, stage, stage.batch)
     state = jax.eval_shape(recipe.init, jax.random.key(0))
     layout = shard(state, mesh, recipe.rules)
     frozen, key = recipe.frozen, jax.eval_shape(lambda: jax.random.key(0))
@@ -267,29 +296,49 @@ def trainer(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
         "parameters": f"{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.1f} M",
         "global batch": f"{stage.batch} images, {stage.batch / mesh.size:g} a chip",
     }
-    return (
-        facts,
-        update,
-        arguments,
-        {"model": recipe.flops(state, frozen, batch, key), "images": stage.batch},
-    )
+
+    def preview():
+        """As `loop.fit` has it; an evaluation draws as many images at a time, and nothing else."""
+        share = mesh.shape["data"] * mesh.shape["fsdp"]
+        images = -(-stage.preview_images // share) * share
+        shown = shapes_of_batch(experiment, generator if what == "generator" else None, tokenizer, stage, images)
+        if images > stage.preview_images:
+            shown["valid"] = jax.ShapeDtypeStruct((images,), jnp.float32)
+        taken = (arguments[0].params["model"], arguments[1], placed(shown, batch_sharding(mesh)), arguments[3])
+        beside = held_by_a_chip(arguments[0]) - held_by_a_chip(taken[0])
+        return (jax.jit(recipe.preview, out_shardings=replicated(mesh)), taken), beside
+
+    rest = {"model": recipe.flops(state, frozen, batch, key), "images": stage.batch}
+    return facts, update, arguments, rest, preview if stage.preview_every or stage.evaluate_every else None
 
 
-def shapes_of_batch(experiment: Experiment, generator: Any, tokenizer: Any, stage: Stage) -> dict[str, Any]:
+def held_by_a_chip(tree: Any) -> int:
+    """Bytes of placed shapes on one device."""
+    each = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(each)
+
+
+def shapes_of_batch(
+    experiment: Experiment, generator: Any, tokenizer: Any, stage: Stage, images: int
+) -> dict[str, Any]:
     """A batch as training sees it."""
     if generator is None:
-        return {"image": jax.ShapeDtypeStruct((stage.batch, *tokenizer.size, tokenizer.channels), jnp.uint8)}
+        return {"image": jax.ShapeDtypeStruct((images, *tokenizer.size, tokenizer.channels), jnp.uint8)}
     example = jax.eval_shape(generator.conditioning.example)
-    batch = {name: jax.ShapeDtypeStruct((stage.batch, *x.shape[1:]), x.dtype) for name, x in example.items()}
-    if stage.tokens:
-        batch["tokens"] = jax.eval_shape(lambda: tokenizer.spec.zeros(stage.batch))
+    batch = {name: jax.ShapeDtypeStruct((images, *x.shape[1:]), x.dtype) for name, x in example.items()}
+    image = jax.ShapeDtypeStruct((images, *tokenizer.size, tokenizer.channels), jnp.uint8)
+    if stage.tokens and getattr(tokenizer, "draws", False):
+        params = jax.eval_shape(tokenizer.init_params, jax.random.key(0))
+        batch["moments"] = jax.eval_shape(functools.partial(kept, tokenizer), params, image, None)
+    elif stage.tokens:
+        batch["tokens"] = jax.eval_shape(lambda: tokenizer.spec.zeros(images))
     else:
-        batch["image"] = jax.ShapeDtypeStruct((stage.batch, *tokenizer.size, tokenizer.channels), jnp.uint8)
+        batch["image"] = image
     return batch
 
 
-def sampler(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -> tuple[dict, Any, tuple, dict]:
-    """Facts, jitted token loop, its arguments as shapes, and the rest of `Compiled`."""
+def sampler(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -> tuple[dict, Any, tuple, dict, None]:
+    """Facts, jitted token loop, its arguments as shapes, the rest of `Compiled`, and nothing."""
     generator, tokenizer = untrained(experiment)
     if generator is None:
         raise ValueError("--sample: the config has no generator")
@@ -299,8 +348,7 @@ def sampler(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
     generator, tokenizer, order_fn = sampling.adapted(generator, tokenizer, experiment.generator.order)
     dtype, images = jnp.dtype(options.dtype).type, options.images * mesh.size
     generator = with_fields(generator, dtype=dtype)
-    stacked = jax.eval_shape(generator.init_params, jax.random.key(0))
-    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), stacked)
+    stacked = jax.eval_shape(lambda key: cast(generator.init_params(key), dtype), jax.random.key(0))
     laid_out = []
     params = jax.eval_shape(lambda params: laid_out.append(generator.unrolled(params)) or laid_out[0][1], stacked)
     generator = laid_out[0][0]
@@ -329,7 +377,7 @@ def sampler(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
         "model": model_flops(draw, params, frozen, batch, keys), "images": images, "steps": len(order.sizes),
         "step": step_bytes(generator, params, per_replica, order.sizes, options.segments or 1) / mesh.shape["tp"],
     }  # fmt: skip
-    return facts, jax.jit(draw), arguments, rest
+    return facts, jax.jit(draw), arguments, rest, None
 
 
 def step_bytes(generator: Any, params: Any, rows: int, sizes: tuple[int, ...], segments: int) -> float:
@@ -389,7 +437,8 @@ def knobs_to_turn(experiment: Experiment, options: Options, chips: int) -> list[
     ]
     accumulate = [[f"--{stage}.optim.accumulate", str(settings.optim.accumulate * n)] for n in (2, 4)]
     all_of_them = [*(fsdp[-1] if fsdp else []), *(recompute[-1] if recompute else []), *accumulate[-1]]
-    return [*fsdp, *recompute, *accumulate, [f"--{stage}.batch", str(settings.batch // 2)], all_of_them]
+    previews = [[f"--{stage}.preview-every", "0"]] * bool(settings.preview_every)
+    return [*fsdp, *recompute, *accumulate, [f"--{stage}.batch", str(settings.batch // 2)], *previews, all_of_them]
 
 
 if __name__ == "__main__":

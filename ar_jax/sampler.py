@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -14,9 +15,9 @@ from ar_jax.data import Info, label_ids
 from ar_jax.decode.edit import Edit, free_slots
 from ar_jax.decode.sampling import Sampling
 from ar_jax.files.images import to_float, to_uint8
-from ar_jax.files.models import Model
+from ar_jax.files.models import Model, blamed
 from ar_jax.machine.flops import with_fields
-from ar_jax.machine.sharding import batch_sharding, put, shard
+from ar_jax.machine.sharding import batch_sharding, put
 from ar_jax.nets.resize import resize
 from ar_jax.options import Sampler, changes, open_models, own_sampling
 from ar_jax.orders import OrderFn, known_first
@@ -79,8 +80,8 @@ class Drawer(NamedTuple):
     def compile(self, mesh: jax.sharding.Mesh, given: Given | None = None) -> Draw:
         """Reads the parameters and makes one program over all processes.
 
-        It takes conditions and image numbers, the same on every process, and gives the images of this process's rows.
-        Images that are not finite raise ValueError.
+        It takes conditions and image numbers, the same on every process, and gives the images of this process's rows. The
+        devices begin at once; whoever asks for the images waits. Images that are not finite raise ValueError.
         """
         options, sampling, decoder, order_fn = self.options, self.sampling, self.decoder, self.order
         share = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -93,13 +94,13 @@ class Drawer(NamedTuple):
                 f"--batch is {options.batch}; it must be a positive multiple of the {share} batch shares of the mesh"
             )
         dtype = jnp.dtype(options.dtype).type
+        shown_in = None if options.pixels == "own" else jnp.dtype(options.pixels).type
         generator = with_fields(self.generator, dtype=dtype)
-        params = self.model.params(dtype=dtype, average=options.average)
-        frozen = self.tokenizer.params(average=options.average)
-        if by_token(generator, order_fn) if options.unroll is None else options.unroll:
-            generator, params = generator.unrolled(params)
-        params = put(params, shard(params, mesh, generator.rules))
-        frozen = put(frozen, shard(frozen, mesh, decoder.rules))
+        with blamed(self.model):
+            unroll = by_token(generator, order_fn) if options.unroll is None else options.unroll
+        params = self.model.params(dtype, options.average, mesh, unroll)
+        frozen = self.tokenizer.params(average=options.average, mesh=mesh)
+        generator = generator.by_layer() if unroll else generator
 
         known = np.zeros(decoder.spec.n, bool)
         if given is not None and generator.any_order:
@@ -114,7 +115,9 @@ class Drawer(NamedTuple):
                     order = known_first(order_fn, generator.spec, known, order_keys)
                 image, free = (jnp.broadcast_to(x, (len(ids), *x.shape)) for x in pixels)
                 edit = Edit(to_float(image), free, given.scales, int(known.sum()))
-            images, account = sampling.images(generator, decoder, params, frozen, batch, order, keys=keys, edit=edit)
+            images, account = sampling.images(
+                generator, decoder, params, frozen, batch, order, keys=keys, edit=edit, pixels=shown_in
+            )
             if given is not None and given.paste:
                 images = jnp.where(edit.free[..., None], images, edit.image)
             finite = jnp.isfinite(images).all((1, 2, 3))
@@ -122,14 +125,21 @@ class Drawer(NamedTuple):
 
         def draw(batch, ids):
             batch, ids = put((batch, ids.astype(np.uint32)), batch_sharding(mesh))
+            arguments = params, frozen, batch, ids, given and (given.image, given.free)
             with jax.set_mesh(mesh):
-                drawn = program(params, frozen, batch, ids, given and (given.image, given.free))
+                with blamed(self.model, self.tokenizer):
+                    program.trace(*arguments)
+                drawn = program(*arguments)
             parts = [x.addressable_shards for x in jax.tree.leaves(drawn)]
-            for shards in zip(*parts):
-                if shards[0].replica_id:  # of copies of these rows, one is written
-                    continue
+            shares = [shards for shards in zip(*parts) if not shards[0].replica_id]  # of copies of rows, one is written
+            for part in itertools.chain(*shares):
+                part.data.copy_to_host_async()
+            return images_of(shares, jax.tree.structure(drawn))
+
+        def images_of(shares, structure):
+            for shards in shares:
                 values = [np.asarray(shard.data) for shard in shards]
-                images, finite, account = jax.tree.unflatten(jax.tree.structure(drawn), values)
+                images, finite, account = jax.tree.unflatten(structure, values)
                 if not finite.all():
                     raise ValueError(
                         f"images drawn from {self.model.folder} hold NaN or infinity; are its weights or those of "
@@ -141,6 +151,31 @@ class Drawer(NamedTuple):
                     yield Drawn((shards[0].index[0].start or 0) + i, image, calls, account.accepted[i])
 
         return draw
+
+
+def in_batches(draw: Draw, conditions: Batch, ids: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, list[Drawn]]]:
+    """Draws numbered images; while one batch is used, the devices work on the next.
+
+    Args:
+      draw: from `Drawer.compile`.
+      conditions: from `condition_table`, used in turn.
+      ids: of the images.
+      size: of a batch; the last one too runs the one compiled program.
+    Yields:
+      The numbers of a batch, and those of its images that this process holds.
+    """
+    waiting = None
+    for first in [*range(0, len(ids), size), None]:
+        begun = None
+        if first is not None:
+            some = ids[first : first + size]
+            padded = np.resize(some, size)
+            batch = {name: table[padded % len(table)] for name, table in conditions.items()}
+            begun = some, draw(batch, padded)
+        if waiting:
+            some, images = waiting
+            yield some, [drawn for drawn in images if drawn.row < len(some)]
+        waiting = begun
 
 
 def image_keys(seed: int, ids: Int[Array, "b"]) -> tuple[Key[Array, "b"], Key[Array, "b"]]:
@@ -163,6 +198,9 @@ def open_drawer(run: str, options: Sampler) -> Drawer:
     model, tokenizer = open_models(run, options)
     sampling = options.sampling or own_sampling(model, options.parts)
     parts = model.module, tokenizer.module, model.order
+    if options.sampling is None:
+        with blamed(model, tokenizer):
+            sampling.adapted(*parts)
     sampling = dataclasses.replace(sampling, fields=changes(sampling, parts, options.fields))
     generator, decoder, order = sampling.adapted(*parts)
     makes, takes = generator.spec, decoder.spec
@@ -172,7 +210,8 @@ def open_drawer(run: str, options: Sampler) -> Drawer:
             return f"{spec.n} tokens " + (f"with codes {spec.codes}" if spec.codes else f"of {spec.channels} numbers")
 
         raise ValueError(
-            f"the generator makes {of(makes)}, but the tokenizer {tokenizer.folder} has {of(takes)}; give --tokenizer"
+            f"{model.folder / 'model.json'}: the generator makes {of(makes)}, but the tokenizer {tokenizer.folder} has "
+            f"{of(takes)}; give --tokenizer"
         )
     return Drawer(model.fixed(), tokenizer.fixed(), generator, decoder, order, sampling, options)
 

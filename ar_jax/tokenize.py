@@ -11,8 +11,9 @@ TOKENIZER is a run folder of train.py or a converted tokenizer. The data are tho
 --crops 10 keeps, as LlamaGen does, ten crops of every image: the corners and the middle of the image centre-cropped
 to 1.1 times the size, and their mirror images. Training draws one of the versions each time it meets the image.
 
-OUT is a folder of ArrayRecord shards. If it is interrupted, run the same command again: finished shards are kept, and
-an unfinished OUT is never read. For data with splits, write OUT/train and (with --data.split test) OUT/test.
+OUT is a folder of arrays (`ar_jax.data.arrays`): codes in the smallest type that holds them; of tokenizers that draw their
+tokens the mean and log-variance in float16, of which training draws anew each time. If it is interrupted, run the same
+command again: finished shards are kept, and an unfinished OUT is never read. For data with splits, write OUT/train and (with --data.split test) OUT/test.
 """
 
 import dataclasses
@@ -29,7 +30,18 @@ import jax
 import numpy as np
 import tyro
 
-from ar_jax.data import Data, Source, Unreadable, centre_crop, flip, open_records, open_source, ten_crop, write_shards
+from ar_jax.data import (
+    Data,
+    Source,
+    Unreadable,
+    arrays,
+    centre_crop,
+    flip,
+    open_records,
+    open_source,
+    ten_crop,
+    write_shards,
+)
 from ar_jax.data.packed import tokens
 from ar_jax.files import codec
 from ar_jax.files.images import to_float
@@ -40,8 +52,7 @@ from ar_jax.machine.compiled import keep_compiled
 from ar_jax.machine.distributed import Launch
 from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.machine.sharding import make_mesh, put_batch, replicated
-from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Params
+from ar_jax.typing import Array, Params, PRNGKey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +76,7 @@ class Options:
     dtype: Literal["", "float32", "bfloat16"] = ""
     """Of the tokenizer's matrix products and convolutions; empty keeps the tokenizer's own."""
     seed: int = 0
-    """For tokenizers that draw their tokens."""
+    """For tokenizers whose tokens depend on a key and that do not say from which Gaussian they draw them."""
     launch: Launch = Launch()
 
 
@@ -109,7 +120,7 @@ def tokenize(tokenizer: Model, options: Options) -> None:
     params = tokenizer.params()
     cache = Cache(tokenizer.module, params, source, options)
     info = {
-        **dataclasses.asdict(source.info), "tokenizer": identity(tokenizer, params), "versions": cache.versions,
+        "form": arrays.NAME, **dataclasses.asdict(source.info), "tokenizer": identity(tokenizer, params), "versions": cache.versions,
         "dtype": options.dtype, "seed": options.seed, "scales": options.scales if options.crops == 10 else (),
         "data": {name: getattr(data, name) for name in ("name", "path", "split", "size", "text", "text_rows")},
     }  # fmt: skip
@@ -122,14 +133,15 @@ def tokenize(tokenizer: Model, options: Options) -> None:
     spec = tokenizer.module.spec
     distributed.say(
         f"{options.out}: {len(source)} images of {data.name} {data.path} ({data.split}), {cache.versions} of each, "
-        f"{spec.n} tokens of {_kind(spec)}, by {tokenizer.folder} on {jax.device_count()} "
+        f"{spec.n} tokens of {_kind(tokenizer.module)}, by {tokenizer.folder} on {jax.device_count()} "
         f"{jax.devices()[0].device_kind}"
     )
     distributed.check_shared(Path(options.out).parent)
     if process == 0:  # claims the folder, so that the others find it begun
-        write_shards(options.out, cache, info, options.shards, only=())
+        write_shards(options.out, cache, info, options.shards, only=(), form=arrays.FORM)
     distributed.barrier("begun")
-    complete = write_shards(options.out, cache, info, options.shards, only=range(process, options.shards, count))
+    mine = range(process, options.shards, count)
+    complete = write_shards(options.out, cache, info, options.shards, only=mine, form=arrays.FORM)
     if cache.left_out:
         names = sorted(cache.left_out)
         print(f"left out {len(names)} that cannot be read:", *names, sep="\n  ")
@@ -137,10 +149,11 @@ def tokenize(tokenizer: Model, options: Options) -> None:
         print(f"{options.out} is complete: {len(open_records(options.out))} records")
 
 
-def _kind(spec):
-    return (
-        f"codes {' x '.join(map(str, spec.codes))} as {token_dtype(spec)}" if spec.codes else f"{spec.channels} numbers"
-    )
+def _kind(module):
+    spec, dtype = module.spec, kept_dtype(module)
+    if spec.codes:
+        return f"codes {' x '.join(map(str, spec.codes))} as {dtype}"
+    return f"{spec.channels} numbers, " + ("mean and log-variance" if draws(module) else "as they are") + f" as {dtype}"
 
 
 def _check(tokenizer, options):
@@ -173,7 +186,7 @@ class Cache:
         self.versions = 10 * len(options.scales) if options.crops == 10 else 1 + options.flip
         if options.dtype:
             module = module.clone(dtype=jax.numpy.dtype(options.dtype).type)
-        self.dtype = token_dtype(module.spec)
+        self.field = "moments" if draws(module) else "tokens"
         # Every process encodes on its own devices: shards differ in length, so processes cannot step together.
         self.mesh = make_mesh(devices=jax.local_devices())
         self.images = max(1, options.batch // self.versions)  # of a batch, each in all versions
@@ -183,7 +196,7 @@ class Cache:
 
         @jax.jit
         def encode(params, batch, key):
-            return module.apply({"params": params}, to_float(batch["image"]), key=key, method="encode")
+            return kept(module, params, batch["image"], key)
 
         self.encode = encode
 
@@ -204,14 +217,18 @@ class Cache:
             yield from self._records(*waiting)
 
     def _records(self, records, found):
-        found = np.asarray(found).astype(self.dtype)
+        found = np.asarray(found)
+        if not np.isfinite(found).all():
+            raise ValueError(
+                f"the tokenizer makes of some images numbers that are not finite as {found.dtype}; are its weights damaged?"
+            )
         for i, record in enumerate(records):
-            yield {"tokens": found[i * self.versions : (i + 1) * self.versions], **record}
+            yield {self.field: found[i * self.versions : (i + 1) * self.versions], **record}
 
     def _read(self, todo):
         """Batches of readable records with all versions as "image" uint8 [a h w 3], and the number of the first."""
         todo = iter(todo)
-        with futures.ThreadPoolExecutor() as pool:
+        with futures.ThreadPoolExecutor(distributed.cores()) as pool:
             ahead = None  # the batch that is decoded while the one before is encoded
             for some in itertools.chain(iter(lambda: list(itertools.islice(todo, self.images)), []), [None]):
                 running = some and (some[0], pool.map(self._record, some))
@@ -246,11 +263,23 @@ class Cache:
         return np.stack([image, flip(image)] if self.options.flip else [image])
 
 
-def token_dtype(spec: TokenSpec) -> np.dtype:
-    """The smallest type kept for tokens: uint16 or int32 for codes, float32 for continuous ones."""
-    if not spec.codes:
-        return np.dtype(np.float32)
-    return np.dtype(np.uint16 if max(spec.codes) <= 2**16 else np.int32)
+def draws(module: nn.Module) -> bool:
+    """Whether a cache keeps what tokens are drawn from, not tokens."""
+    return getattr(module, "draws", False)
+
+
+def kept_dtype(module: nn.Module) -> np.dtype:
+    """What a cache keeps is of this type: codes of the smallest, moments float16, other tokens float32."""
+    if module.spec.codes:
+        return np.min_scalar_type(max(module.spec.codes) - 1)
+    return np.dtype(np.float16 if draws(module) else np.float32)
+
+
+def kept(module: nn.Module, params: Params, image: Array, key: PRNGKey | None) -> Array:
+    """What a cache keeps of uint8 images: `moments` [b n 2c], or tokens [b n k] or [b n c]."""
+    image, method = to_float(image), "moments" if draws(module) else "encode"
+    found = module.apply({"params": params}, image, method=method, **({} if draws(module) else {"key": key}))
+    return found.astype(kept_dtype(module))
 
 
 def identity(tokenizer: Model, params: Params) -> dict[str, Any]:

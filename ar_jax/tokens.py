@@ -11,6 +11,7 @@ import numpy as np
 from ar_jax.typing import Array
 
 FARTHEST = 2**16  # levels, rows and columns are fewer
+MOST = 2**20  # slots of an image
 
 Scale = int | tuple[int, int]  # p is p x p, else height and width
 
@@ -54,7 +55,13 @@ class TokenSpec:
 
 
 def grid(height: int, width: int, level: int = 0) -> np.ndarray:
-    """Coordinates of a grid in raster order, int32 [height*width 3]."""
+    """Coordinates of a grid in raster order, int32 [height*width 3].
+
+    Raises:
+      ValueError: a million slots or more.
+    """
+    if height * width > MOST:
+        raise ValueError(f"a grid of {height}x{width} tokens is larger than the {MOST} that an image may have")
     row, column = np.divmod(np.arange(height * width, dtype=np.int32), np.int32(width))
     return np.stack([np.full_like(row, level), row, column], axis=-1)
 
@@ -65,6 +72,8 @@ def pyramid(scales: tuple[Scale, ...]) -> np.ndarray:
     Raises:
       ValueError: no scale, or one without slots.
     """
+    if sum(math.prod(sides(scale)) for scale in scales) > MOST:
+        raise ValueError(f"scales are of more than the {MOST} tokens that an image may have")
     if not scales or min(min(sides(scale)) for scale in scales) < 1:
         raise ValueError(f"scales is {scales}; it must be at least one side, or pair (height, width), of 1 or more")
     return np.concatenate([grid(*sides(scale), level) for level, scale in enumerate(scales)])

@@ -1,8 +1,9 @@
-"""Array aliases for annotations, the decorator that checks them while tracing, and the check of a setting's range."""
+"""Array aliases for annotations, the decorator that checks them while tracing, and what fields say of their values."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -12,16 +13,24 @@ from jaxtyping import Bool, Float, Int, Key, UInt8, jaxtyped
 __all__ = [
     "Array",
     "Batch",
+    "Blocks",
     "Bool",
     "Float",
+    "Having",
     "Index",
     "Int",
     "Key",
+    "Layers",
+    "Level",
     "Metrics",
     "PRNGKey",
     "Params",
+    "Share",
+    "Size",
+    "Steps",
     "Tokens",
     "UInt8",
+    "Within",
     "finite",
     "typed",
 ]
@@ -33,6 +42,35 @@ Batch = Mapping[str, Any]  # arrays by name: image, tokens, label, text, text_ma
 Metrics = dict[str, Any]
 Index = int | Int[Array, ""]
 Tokens = Int[Array, "b n k"] | Float[Array, "b n c"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """In an annotation (`Annotated[float, Within(0, 1)]`): the smallest and the largest number of a field.
+
+    Held where a model's description is written or read (`files.codec`), as all that is said of fields.
+    """
+
+    least: float
+    most: float
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Having:
+    """In an annotation (`Annotated[nn.Module, Having("loss", "sample")]`): what the class of a part has."""
+
+    names: tuple[str, ...]
+
+    def __init__(self, *names: str):
+        object.__setattr__(self, "names", names)
+
+
+Share = Annotated[float, Within(0, 1)]  # of a whole; a probability
+Layers = Annotated[int, Within(1, 1024)]  # and other things that are traced one by one
+Blocks = Annotated[int, Within(0, 1024)]  # that may be none
+Level = Annotated[int, Within(-32, 31)]  # of a network that halves its image, from the finest; -1 the coarsest
+Steps = Annotated[int, Within(1, 10_000)]  # of a loop
+Size = tuple[Annotated[int, Within(1, 2**13)], Annotated[int, Within(1, 2**13)]]  # height and width in pixels
 
 typed = jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))  # an int is a float
 

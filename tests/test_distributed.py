@@ -213,7 +213,7 @@ def test_two_processes_cache_the_records_of_one(place, tmp_path):
         assert any(f"is complete: {IMAGES} records" in text for text in said)
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("1", "2"))
     assert one == two
-    assert len(one) == 4
+    assert len(one) == 10  # of each shard its labels, its tokens, and that it is whole
     assert len({open_records(tmp_path / "2")[i]["tokens"].tobytes() for i in range(IMAGES)}) > IMAGES // 2
 
 
@@ -372,6 +372,22 @@ def test_a_cloud_tpu_machine_tells_its_hosts(nowhere, attributes, found):
     nowhere.delenv("TPU_SKIP_MDS_QUERY")
     assert surroundings()[1] == found
     server.shutdown()
+
+
+def test_processes_of_one_machine_and_of_one_set_of_cores_are_counted(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3}, raising=False)
+    known = []
+
+    def gathered(mine):
+        known.append(mine)
+        return np.stack([mine, mine, [mine[0], 1], [2, 3]])  # the second has the same cores, the fourth another machine
+
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gathered)
+    assert distributed._count_host() == distributed.Host(processes=3, sharing=2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {4, 5}, raising=False)
+    distributed._count_host()
+    assert known[0][0] == known[1][0]
+    assert known[0][1] != known[1][1]
 
 
 def test_a_command_alone_ends_in_one_sentence():

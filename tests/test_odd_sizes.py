@@ -1,37 +1,35 @@
 """The parity modules on folders of other sizes than the fixtures', against closed forms and second paths."""
 
-import pathlib
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from parity import givt, mar
-from parity.common import Case, Folder, Noted
+from parity import flowar, givt, mar, xar
+from parity.common import Case, Noted, loaded, made
 from scipy.special import logsumexp
 from scipy.stats import norm
 
+from ar_jax.convert import flowar as flowar_names
 from ar_jax.convert.sources import export
 from ar_jax.data import Info
+from ar_jax.generators.block_flow import BlockFlow
+from ar_jax.generators.causal import Causal
+from ar_jax.generators.inputs import NextLatent
 from ar_jax.generators.masked import Masked
 from ar_jax.heads.diffusion import Diffusion, cosine_betas
+from ar_jax.heads.joint_flow import JointFlow
 from ar_jax.nets.conditioning import Label
+from ar_jax.nets.gated import EncoderDecoder
 from ar_jax.nets.vit import ViT
 from ar_jax.orders import cosine_sizes
-from ar_jax.tokens import TokenSpec, grid
+from ar_jax.tokens import TokenSpec, grid, pyramid
 
 NUMBERS = np.random.default_rng(0)
 
 
 def random(*shape):
     return NUMBERS.normal(size=shape).astype(np.float32)
-
-
-def made(name, h, weights, io, cases=(), **shapes):
-    """A folder that lies nowhere."""
-    folder = object.__new__(Folder)
-    folder.path, folder.h, folder.io, folder.cases = pathlib.Path(name), Noted(h), Noted(io), cases
-    folder.files, folder.arrays = {"weights.safetensors": Noted(weights)}, {k: {"shape": v} for k, v in shapes.items()}
-    return folder
 
 
 def test_mar_of_pairs_of_widths_and_oblong_grids_of_patches():
@@ -150,3 +148,91 @@ def test_masked_givt_of_seven_tokens_keeps_as_many_as_it_is_told():
     lowest = np.argsort(np.log(probs) + 0.5 * gumbel, axis=1)[:, :5]
     np.testing.assert_array_equal(np.sort(np.nonzero(out["select.mask"])[1].reshape(2, 5)), np.sort(lowest))
     assert not folder.unread()
+
+
+def gated(info, spec, make):
+    """A generator of two gated stacks, the hyperparameters of its networks, and random weights under published names."""
+    h = {
+        "encoder_embed_dim": 24, "encoder_depth": 1, "encoder_num_heads": 3, "decoder_embed_dim": 24, "decoder_depth": 2,
+        "decoder_num_heads": 2, "vae_stride": 4, "patch_size": 1, "vae_embed_dim": spec.channels, "mlp_ratio": 3,
+        "label_drop_prob": 0.4, "num_class_embeddings": info.classes + 1, "null_class": info.classes, "rope_theta": 10000,
+        "rms_eps": 1e-6, "batch": 2, "labels": [1, 0],
+    }  # fmt: skip
+    net = make(lambda **fields: EncoderDecoder(1, 24, 3, 2, 2, hidden=48, **fields)).complete(spec, info)
+    keys = export(net, "generator").keys
+    return net, h, {key: 0.2 * random(*shape) for key, shape in keys.items()}
+
+
+def test_flowar_of_other_scales_follows_its_velocities():
+    """Each scale by hand: Euler in two speeds, fewer steps from scale to scale, guided from the middle on."""
+    sides, images, channels, scale, latest = (1, 2, 6), 2, 5, 1.9, 0.5
+    spec = TokenSpec(pyramid(sides), channels=channels)
+    net, h, weights = gated(
+        Info(classes=3), spec, lambda stacks: Causal(
+            stacks(span=6, last_positions=True), Label(24), JointFlow(16, 1, heads=2, cross=True, span=6), NextLatent(channels)
+        )
+    )  # fmt: skip
+    h |= {"img_size": 24, "scales": sides, "rope_grid": 6, "buffer_size": 0, "cross": True}
+    h |= {"flow_width": 16, "flow_depth": 1, "flow_heads": 2}
+    io = {
+        "latents": random(images, channels, 6, 6), "labels": np.array([1, 0]), "train.label_drop_uniform": np.array([0.1, 0.9]),
+        "train.t": np.float32(NUMBERS.random((3, images))), "train.noise": random(images, 41, channels),
+        "head.x": random(images, 4, channels), "head.t": np.float32([0.3, 0.8]), "head.cond": random(images, 4, 24),
+    }  # fmt: skip
+    noise = [io.setdefault(f"odd.scale{k}.noise", random(2 * images, side**2, channels)) for k, side in enumerate(sides)]
+    given = {"cfg": scale, "flow_upper_steps": 5, "flow_lower_steps": 3, "guidance_high": latest, "upsample_grid": 12}
+    case = Case(0, "flowar.sample_tokens", [], ["odd.latents"], Noted(given))
+    folder = made("flowar", h, weights, io, (case,))
+    out = flowar.generator_case(folder)
+    assert not folder.unread()
+
+    x = np.moveaxis(io["latents"], 1, -1)
+    means = [x.reshape(images, s, 6 // s, s, 6 // s, channels).mean((2, 4)).reshape(images, -1, channels) for s in sides]
+    np.testing.assert_allclose(out["train.pyramid_tokens"], np.concatenate(means, 1), atol=1e-5)
+    loss = (np.array([1, 4, 36]) / 36 * out["train.scale_losses"]).sum()
+    np.testing.assert_allclose(out["train.loss"], loss, rtol=1e-5)
+    params, _ = loaded(net, folder.weights, flowar_names)
+    times = [[1, 0.3, 0.25, 0.125, 0], [1, 0.3, 0.25, 0.125, 0], [1, 0.25, 0]]
+    for k, (t, weight) in enumerate(zip(times, 1 + (scale - 1) * np.arange(3) / 2)):
+        z = out[f"odd.scale{k}.z"]
+        velocity = jax.jit(
+            lambda x, t, z=z, k=k: net.apply({"params": params}, method=lambda self: self.head.field(jnp.asarray(z), k)(x, t))
+        )
+        np.testing.assert_allclose(out[f"odd.scale{k}.t"], t[:-1], rtol=1e-6)
+        x = noise[k]
+        for now, then in itertools.pairwise(t):
+            together = weight > 1 and now <= latest
+            v = velocity(np.tile(x[:images], (2, 1, 1)) if together else x, np.float32(now))
+            if together:
+                with_, without = np.split(v, 2)
+                v = np.tile(without + weight * (with_ - without), (2, 1, 1))
+            x = x + (then - now) * v
+        np.testing.assert_allclose(out[f"odd.scale{k}.sample"], x, rtol=1e-3, atol=1e-3)
+    latents = np.moveaxis(out["odd.scale2.sample"][:images].reshape(images, 6, 6, channels), -1, 1)
+    np.testing.assert_allclose(out["odd.latents"], latents, atol=1e-5)
+
+
+def test_xar_of_oblong_grids_takes_one_step_by_its_first_velocity():
+    images, channels, cells, scale = 2, 5, 6, 1.9
+    spec = TokenSpec(grid(4, 6), channels=channels)
+    _, h, weights = gated(Info(classes=3), spec, lambda stacks: BlockFlow(stacks(), Label(24)))
+    h |= {"img_size": 16, "rope_grid": 4, "cells": cells, "tokens_per_cell": 4}
+    latents, noise = random(images, channels, 4, 6), random(images, cells, 4, channels)
+    io = {
+        "latents": latents, "labels": np.array([1, 0]), "train.label_drop_uniform": np.array([0.1, 0.9]),
+        "train.time_normal": random(cells * images), "train.noise": noise,
+    }  # fmt: skip
+    start = [io.setdefault(f"odd.cell{s}.init_noise", random(images, 4, channels)) for s in range(cells)]
+    given = {"cfg": scale, "sampler": "euler_ode", "num_steps": 1}
+    case = Case(0, "xar.sample_tokens", [], ["odd.latents"], Noted(given))
+    folder = made("xar", h, weights, io, (case,), latents=latents.shape)
+    out = xar.generator_case(folder)
+    assert not folder.unread()
+    x = latents.reshape(images, channels, 2, 2, 3, 2).transpose(0, 2, 4, 3, 5, 1).reshape(images, -1, channels)
+    np.testing.assert_array_equal(np.reshape(out["cells"], x.shape), x)
+    error = noise.reshape(x.shape) - x - np.reshape(out["train.velocity"], x.shape)
+    np.testing.assert_allclose(out["train.loss"], (error**2).mean(), rtol=1e-5)
+    for s, weight in enumerate(1 + (scale - 1) * np.arange(cells) / (cells - 1)):
+        with_, without = np.split(out[f"odd.cell{s}.first_velocity"], 2)
+        want = start[s] - (without + weight * (with_ - without))
+        np.testing.assert_allclose(out[f"odd.cell{s}.sample"], want, rtol=1e-4, atol=1e-4)

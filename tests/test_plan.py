@@ -27,11 +27,11 @@ TINY = Experiment(
         module=VQGAN(
             size=(16, 16), features=8, mult=(1, 2), res_blocks=1, latent=8, codes=32, code_features=4, groups=4
         ),
-        losses=Losses(lpips=0.0, adversarial=0.0), steps=1, batch=8,
+        losses=Losses(lpips=0.0, adversarial=0.0), steps=1, batch=8, preview_every=0,
     ),
     generator=GeneratorStage(
         module=Causal(Transformer(layers=2, width=32, heads=2, hidden=64), Label(32)), steps=1, batch=16,
-        tokens="cache", sampling=Sampling(Interval(2.0)), optim=Optim(),
+        tokens="cache", sampling=Sampling(Interval(2.0)), optim=Optim(), preview_every=0,
     ),
 )  # fmt: skip
 LIMITS = Chip(1e12, 1e9, 1e11, 1e10, "invented")
@@ -68,6 +68,17 @@ def test_the_training_step_is_accounted_for():
     assert "all-gather" in found["collectives a chip"]
     assert found["fits"].startswith("yes: ")
     assert float(found["estimated MFU"].rstrip("%")) > 0
+
+
+def test_a_preview_has_to_fit_beside_the_state():
+    """Six images on four chips: each draws two, with weights of its own, while its part of the optimiser's state waits."""
+    stage = dataclasses.replace(TINY.generator, preview_every=5, preview_images=6)
+    compiled = plan.compile_for(dataclasses.replace(TINY, generator=stage), options(), mesh(fsdp=4))
+    params = sum(x.size * 4 for x in jax.tree.leaves(jax.eval_shape(plan.untrained(TINY)[0].init_params, jax.random.key(0))))
+    assert compiled.preview > params + 2 * params / 4, "whole weights, a quarter of two moments"
+    assert compiled.preview < 20 * params
+    assert f", {compiled.preview / 1e9:.2f} GB during a preview" in compiled.verdict(LIMITS)
+    assert compiled.verdict(dataclasses.replace(LIMITS, hbm=compiled.preview - 1)).startswith("NO: ")
 
 
 def test_recomputing_shows_in_the_compiled_operations():

@@ -1,3 +1,4 @@
+import collections
 import functools
 import re
 
@@ -11,7 +12,17 @@ from ar_jax.config import GeneratorStage, Losses, TokenizerStage
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
 from ar_jax.machine.hlo import Program
-from ar_jax.machine.sharding import MeshShape, batch_rows, make_mesh, put_batch, replicated, shard
+from ar_jax.machine.sharding import (
+    MeshShape,
+    batch_rows,
+    batch_sharding,
+    make_mesh,
+    padded,
+    put,
+    put_batch,
+    replicated,
+    shard,
+)
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.patchgan import PatchGan
 from ar_jax.nets.transformer import Transformer
@@ -256,3 +267,39 @@ def test_parts_of_a_batch_cost_no_more_operations_and_less_memory():
     whole, parts = compiled(1), compiled(4)
     assert parts[0] == pytest.approx(whole[0], rel=0.05)
     assert parts[1] < 0.5 * whole[1]
+
+
+@pytest.mark.parametrize("kind", ["generator", "tokenizer"])
+def test_a_preview_divides_its_rows_and_gathers_weights_once(kind):
+    """Three images on four devices: one row is drawn for nothing, and is seen in no figure."""
+    recipe, batch, frozen = recipe_of(kind), {name: rows[:3] for name, rows in batch_of(kind).items()}, {}
+    if kind == "generator":
+        small = TOKENIZER.clone(size=(4, 4))
+        recipe, frozen = generator_recipe(GeneratorStage(), GENERATOR, small, {}), small.init_params(jax.random.key(1))
+    params = jax.jit(recipe.init)(jax.random.key(0)).params["model"]
+    alone, figures = jax.jit(recipe.preview)(params, frozen, batch, jax.random.key(2))
+
+    mesh = mesh_of(1, 4, 1)
+    layout = shard(params, mesh, smallest=64)
+    with jax.set_mesh(mesh):
+        rows = put(padded(batch, mesh), batch_sharding(mesh))
+        preview = jax.jit(recipe.preview, out_shardings=replicated(mesh))
+        arguments = put(params, layout), put(frozen, replicated(mesh)), rows, put(jax.random.key(2), replicated(mesh))
+        preview = preview.lower(*arguments).compile()
+        pictures, again = preview(*arguments)
+    np.testing.assert_array_equal(np.asarray(pictures)[: len(alone)], alone)
+    for name, value in figures.items():
+        np.testing.assert_allclose(again[name], value, rtol=1e-5, err_msg=name)
+    if kind == "generator":
+        moved = sum((work.collectives for work in Program(preview.as_text()).work().values()), collections.Counter())
+        held = sum(x.nbytes for x in jax.tree.leaves(params))
+        assert sum(moved.values()) < 2 * held, "once for all sixteen tokens, and once for the loss"
+        assert not re.search(r"[a-z]\d+\[8,4,\d+,16\]", preview.as_text()), "a cache of all rows"
+
+
+def test_rows_that_pad_a_batch_weigh_nothing():
+    mesh, images = mesh_of(2, 2, 1), np.arange(6, dtype=np.uint8)[:, None]
+    assert padded({"image": images[:4]}, mesh).keys() == {"image"}
+    found = padded({"image": images}, mesh)
+    assert found["image"][:, 0].tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert found["valid"].tolist() == [1] * 6 + [0] * 2

@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,8 @@ from ar_jax.convert.sources import param_shapes
 from ar_jax.data import Data, Info, batches, centre_crop, flip, open_records, open_source, ten_crop
 from ar_jax.files import models
 from ar_jax.files.images import to_float
+from ar_jax.tokenizers.kl_vae import KLVAE
+from ar_jax.tokenizers.latent_pyramid import LatentPyramid
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
 from ar_jax.tokenizers.vqgan import VQGAN
@@ -88,18 +91,18 @@ def test_cached_tokens_are_those_of_the_tokenizer(place, tmp_path, capsys):
     assert len(records) == COUNT
     for i in range(COUNT):
         image = centre_crop(source[i]["image"], SIZE)
-        assert records[i]["tokens"].dtype == np.uint16
+        assert records[i]["tokens"].dtype == np.uint8
         assert records[i]["label"] == source[i]["label"]
         np.testing.assert_array_equal(records[i]["tokens"], encoded(place, image[None]))
     assert len({records[i]["tokens"].tobytes() for i in range(COUNT)}) > COUNT // 2  # the test could fail
-    assert "1 of each, 16 tokens of codes 32 as uint16" in capsys.readouterr().out
+    assert "1 of each, 16 tokens of codes 32 as uint8" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("network", [ResidualPyramid, functools.partial(Pyramid, latent=4)])
 def test_pyramids_are_cached_with_all_their_scales(place, tmp_path, network, capsys):
     tokenizer_folder(tmp_path / "vq", place / "images", module=network(scales=(1, 2, 4), **NET))
     tokenize.main([str(tmp_path / "vq"), "--out", str(tmp_path / "out"), "--batch", "4"])
-    assert "1 of each, 21 tokens of codes 32 as uint16" in capsys.readouterr().out
+    assert "1 of each, 21 tokens of codes 32 as uint8" in capsys.readouterr().out
     records, image = open_records(tmp_path / "out"), centre_crop(source_of(place)[5]["image"], SIZE)
     expected = encoder(tmp_path / "vq")(jnp.asarray(image[None]))
     np.testing.assert_array_equal(records[5]["tokens"], expected)
@@ -128,7 +131,7 @@ def test_tokens_of_several_sub_codes_are_cached(place):
     assert len(records) == COUNT
     for i, record in enumerate(records):
         assert record["tokens"].shape == (1, 4, 2)
-        assert record["tokens"].dtype == np.int32, "70,000 codes do not fit in 16 bits"
+        assert record["tokens"].dtype == np.uint32, "70,000 codes do not fit in 16 bits"
         image = centre_crop(images[i]["image"], SIZE)
         np.testing.assert_allclose(record["tokens"][0], Pairs().encode(to_float(image[None]))[0], atol=1)
 
@@ -155,13 +158,14 @@ def test_an_interrupted_cache_goes_on_to_the_same_files(place, tmp_path):
     info.pop("count")
     (out / "unfinished.json").write_text(json.dumps(info))
     (out / "info.json").unlink()
-    (out / "shard-00001-of-00003.array_record").unlink()
+    (out / "shard-00001-of-00003.json").unlink()  # killed while it wrote this shard
+    (out / "shard-00001-of-00003.tokens.npy").write_bytes(b"cut short")
     with pytest.raises(FileNotFoundError, match="interrupted"):
         open_records(out)
-    kept = (out / "shard-00000-of-00003.array_record").stat().st_mtime_ns
+    kept = (out / "shard-00000-of-00003.tokens.npy").stat().st_mtime_ns
     cache(place, out, "--batch", 4, "--shards", 3)
     assert content(out) == before
-    assert (out / "shard-00000-of-00003.array_record").stat().st_mtime_ns == kept
+    assert (out / "shard-00000-of-00003.tokens.npy").stat().st_mtime_ns == kept
     with pytest.raises(SystemExit, match="already holds other records"):
         cache(place, out, "--flip", "--shards", 3)
 
@@ -178,7 +182,7 @@ def test_training_reads_the_cache(place, tmp_path):
         assert batch["tokens"].shape == (5, 16, 1)
         assert batch["tokens"].dtype == np.int32
         assert batch["label"].shape == (5,)
-        seen |= {row.astype(np.uint16).tobytes() for row in batch["tokens"]}
+        seen |= {row.astype(np.uint8).tobytes() for row in batch["tokens"]}
     known = {version.tobytes() for i in range(COUNT) for version in records[i]["tokens"]}
     assert seen <= known
     assert len(seen) > COUNT  # both versions are drawn
@@ -268,7 +272,46 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
 
 
 def test_token_types():
-    spec = tokenize.TokenSpec(np.zeros((4, 3), np.int32), codes=(2**16,))
-    assert tokenize.token_dtype(spec) == np.uint16
-    assert tokenize.token_dtype(dataclasses.replace(spec, codes=(2**16 + 1,))) == np.int32
-    assert tokenize.token_dtype(dataclasses.replace(spec, codes=(), channels=16)) == np.float32
+    def dtype(codes=(), draws=False):
+        spec = TokenSpec(np.zeros((4, 3), np.int32), codes=codes, channels=0 if codes else 16)
+        return tokenize.kept_dtype(SimpleNamespace(spec=spec, draws=draws))
+
+    assert [dtype((2**bits,)) for bits in (8, 16)] == [np.uint8, np.uint16]
+    assert [dtype((2**bits + 1,)) for bits in (8, 16)] == [np.uint16, np.uint32]
+    assert dtype() == np.float32
+    assert dtype(draws=True) == np.float16
+
+
+VAE = KLVAE((SIZE, SIZE), features=4, mult=(1, 1), res_blocks=0, latent=2, groups=2, shift=(0.1, 0.2), scale=(0.5, 2.0))
+
+
+@pytest.mark.parametrize("module", [VAE.clone(patch=2), LatentPyramid(VAE, scales=(1, 2, 4))])
+def test_what_is_drawn_from_cached_moments_is_what_encoding_draws(place, tmp_path, module, capsys):
+    tokenizer_folder(tmp_path / "vae", place / "images", module=module)
+    tokenize.main([str(tmp_path / "vae"), "--out", str(tmp_path / "out"), "--batch", "4", "--flip"])
+    assert "numbers, mean and log-variance as float16" in capsys.readouterr().out
+    model, data = models.open_model(tmp_path / "vae", "tokenizer"), Data(name="tokens", path=str(tmp_path / "out"))
+    tokenize.check_cache(data, model)
+    source = open_source(data)
+    assert {name: x.dtype for name, x in source[0].items() if name != "label"} == {"moments": np.float16}
+    batch = next(batches(source, data, batch=COUNT, seed=0, train=False))
+    images = np.stack([centre_crop(source_of(place)[i]["image"], SIZE) for i in range(COUNT)])
+    for seed in range(2):
+        key = jax.random.key(seed)
+        drawn = module.apply({"params": model.params()}, batch["moments"], key=key, method="drawn")
+        expected = module.apply({"params": model.params()}, to_float(images), key=key, method="encode")
+        np.testing.assert_allclose(drawn, expected, atol=5e-3 * np.abs(expected).max())
+    stream = batches(source, data, batch=5, seed=0)
+    seen = {row.tobytes() for _ in range(8) for row in next(stream)["moments"]}
+    assert len(seen) > COUNT, "both versions are drawn"
+
+
+def test_numbers_that_float16_cannot_hold_are_refused(place, tmp_path):
+    folder = tokenizer_folder(tmp_path / "vae", place / "images", module=VAE)
+    params = models.open_model(folder, "tokenizer").params()
+    params["quant"]["bias"] = np.full_like(params["quant"]["bias"], 1e6)
+    shutil.rmtree(folder / "params")
+    save_params(folder / "params", params)
+    with pytest.raises(SystemExit, match="not finite as float16"):
+        tokenize.main([str(folder), "--out", str(tmp_path / "out")])
+    assert not list((tmp_path / "out").glob("*.npy"))

@@ -6,8 +6,9 @@ for batch in batches(source, data, batch=256, seed=0): ...
 
 from ar_jax.data.base import Data, Info, NoSplit, Source, Unreadable, label_ids, read_info
 from ar_jax.data.images import centre_crop, flip, random_crop, read_image, ten_crop
+from ar_jax.data.packed import open_records
 from ar_jax.data.pipeline import batches
-from ar_jax.data.records import open_records, write_shards
+from ar_jax.data.records import write_shards
 from ar_jax.data.sources import SOURCES, Opened, Spread, open_source, plain
 
 __all__ = [

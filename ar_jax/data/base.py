@@ -2,10 +2,13 @@
 
 import dataclasses
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+
+from ar_jax.typing import Within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Data:
     """Mirror half of the training images."""
     unreadable: Literal["refuse", "skip"] = "refuse"
     """An image that cannot be read stops the run, or the next readable one stands in for it."""
-    unreadable_limit: int = 100
+    unreadable_limit: Annotated[int, Within(0, 2**24)] = 100
     """With `skip`: stop when more images than this cannot be read."""
     shards: Literal["all", "split"] = "all"
     """Of tars and Parquet files: every host opens all, or they are dealt out and a host opens its own only. Then batches, and
@@ -85,7 +88,7 @@ class Source(Protocol):
 
     A record has "image" (PIL image or uint8 [h w 3]) or "tokens" ([a n k] or [a n c], a versions of one
     image), "label" (int) if `info.classes` and "caption" if `info.captions`. A source with captions also has
-    `captions() -> list[str]`, which returns all of them without decoding images. One that cannot read a record alone has
+    `captions() -> Sequence[str]`, which returns all of them without decoding images. One that cannot read a record alone has
     `runs`, int [r], the lengths of the runs of records that it reads at once.
     """
 
@@ -113,6 +116,21 @@ def held_out(count: int, split: str) -> np.ndarray:
     """Indices of a split of a data set that has none: every tenth record, from the first, is the test."""
     index = np.arange(count)
     return {"test": index[index % 10 == 0], "train": index[index % 10 != 0], "all": index}[split]
+
+
+def spread(ends: np.ndarray, index: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Which of several parts, one after the other, hold records.
+
+    Args:
+      ends: int [parts], the number of records up to the end of each.
+      index: int [b].
+    Yields:
+      A part, the places in `index` that it serves, and what these are called within it.
+    """
+    which = np.searchsorted(ends, index, side="right")
+    for part in np.unique(which):
+        places = np.flatnonzero(which == part)
+        yield int(part), places, index[places] - (ends[part - 1] if part else 0)
 
 
 def folder_of(data: Data) -> Path:

@@ -1,7 +1,7 @@
 """Caption features beside the images of a source: computed once and kept on disk, or read from a file."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def left_pad(features: np.ndarray, mask: np.ndarray, rows: int) -> tuple[np.ndar
     return padded, np.arange(rows) >= rows - len(real)
 
 
-def _encode(captions: list[str], rows: int) -> tuple[Rows, int]:
+def _encode(captions: Sequence[str], rows: int) -> tuple[Rows, int]:
     """Features of every different caption, encoded once and kept in the cache in files that are read row by row."""
     from ar_jax.text import minilm
 
@@ -91,7 +91,7 @@ def _encode(captions: list[str], rows: int) -> tuple[Rows, int]:
         save_file({"features": features, "mask": mask}, path, {"encoder": encoder})
 
     cache.make(paths, write)
-    where = np.array([unique[caption] for caption in captions])
+    where = np.fromiter((unique[caption] for caption in captions), np.int32, len(captions))
     files = [_kept(path, len(part)) for path, part in zip(paths, parts)]
 
     def row(i: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,11 @@
-"""Folders of ArrayRecord shards: written so that a half-written one is never read, and read at random."""
+"""Folders of shards, written so that a half-written one is never read; those of ArrayRecord files, read at random."""
 
 import json
 import os
 import uuid
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grain
 from array_record.python import array_record_module
@@ -23,8 +23,28 @@ class Sliceable(Protocol):
     def __getitem__(self, rows: slice) -> Iterable[dict[str, Any]]: ...
 
 
+class Form(NamedTuple):
+    """How shards lie on disk.
+
+    Attributes:
+      suffix: of the file that is there once a shard is whole.
+      write: (path of that file, records, progress) writes a shard.
+      count: paths -> records in these shards.
+    """
+
+    suffix: str
+    write: Callable[[Path, Iterable[dict[str, Any]], tqdm], None]
+    count: Callable[[list[Path]], int]
+
+
 def write_shards(
-    out: str | os.PathLike, records: Sliceable, info: dict[str, Any], shards: int, *, only: Container[int] | None = None
+    out: str | os.PathLike,
+    records: Sliceable,
+    info: dict[str, Any],
+    shards: int,
+    *,
+    only: Container[int] | None = None,
+    form: Form | None = None,
 ) -> bool:
     """Writes records (dictionaries of arrays, bytes, strings and numbers) and `info` to a folder of shards.
 
@@ -36,12 +56,13 @@ def write_shards(
       records: the records of a slice may be fewer than its length, if some have to be left out.
       info: JSON-able; anything that changes the records belongs in it, so that attempts do not mix.
       only: numbers of the shards to write here, when several processes share the work; None is all.
+      form: ArrayRecord files if left out.
     Returns:
       Whether the folder is complete (with `only`, the others may not be done).
     Raises:
       ValueError: `out` holds something else.
     """
-    out = Path(out)
+    out, form = Path(out), form or ARRAY_RECORD
     if len(records) == 0:
         raise ValueError(f"no records to write to {out}")
     shards = min(shards, len(records))
@@ -49,66 +70,75 @@ def write_shards(
         raise ValueError(f"shards is {shards}; it must be at least 1")
     plan = json.loads(json.dumps(info | {"records": len(records), "shards": shards}))
     if (out / "info.json").exists():
-        finished = _read_json(out / "info.json")
+        finished = read_json(out / "info.json")
         finished.pop("count", None)
         if finished == plan:
             return True
         raise ValueError(f"{out} already holds other records; give another folder or delete it")
     if (out / "unfinished.json").exists():
-        if _read_json(out / "unfinished.json") != plan:
+        if read_json(out / "unfinished.json") != plan:
             raise ValueError(f"{out} holds an unfinished attempt with other settings; delete it or repeat them")
     elif out.exists() and any(out.glob("shard-*")):
         raise ValueError(f"{out} holds shards of unknown origin; give another folder or delete it")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        _write_json(out / "unfinished.json", plan)
+        write_json(out / "unfinished.json", plan)
 
     bounds = [len(records) * i // shards for i in range(shards + 1)]
     mine = [i for i in range(shards) if only is None or i in only]
     total = sum(bounds[i + 1] - bounds[i] for i in mine)
     with tqdm(total=total, desc=str(out), unit=" records", disable=None) as progress:
         for i in mine:
-            path = out / _shard_name(i, shards)
+            path = shard_path(out, i, shards, form)
             if path.exists():
                 progress.update(bounds[i + 1] - bounds[i])
             else:
-                _write_shard(path, records[bounds[i] : bounds[i + 1]], progress)
+                form.write(path, records[bounds[i] : bounds[i + 1]], progress)
 
-    paths = [out / _shard_name(i, shards) for i in range(shards)]
+    paths = [shard_path(out, i, shards, form) for i in range(shards)]
     if not all(path.exists() for path in paths):
         return False
-    count = len(grain.sources.ArrayRecordDataSource([str(path) for path in paths]))
-    _write_json(out / "info.json", plan | {"count": count})
+    write_json(out / "info.json", plan | {"count": form.count(paths)})
     (out / "unfinished.json").unlink(missing_ok=True)
     return True
 
 
+def open_shards(folder: Path, form: Form) -> tuple[dict[str, Any], list[Path]]:
+    """The info.json of a complete folder, and the files of its shards that say that these are whole.
+
+    Raises:
+      FileNotFoundError, ValueError: half-written, damaged, or not such a folder.
+    """
+    if not (folder / "info.json").exists():
+        unfinished = (folder / "unfinished.json").exists()
+        raise FileNotFoundError(
+            f"{folder} has no info.json; "
+            + (
+                "its writer was interrupted: run the same command again"
+                if unfinished
+                else "write records with python -m ar_jax.data.pack or python -m ar_jax.tokenize"
+            )
+        )
+    info = read_json(folder / "info.json")
+    paths = [shard_path(folder, i, info["shards"], form) for i in range(info["shards"])]
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing; copy it again, or delete the folder and write it anew")
+    count = form.count(paths)
+    if count != info["count"]:
+        raise ValueError(
+            f"{folder} holds {count} records, its info.json says {info['count']}; delete the folder and write it anew"
+        )
+    return info, paths
+
+
 class Records:
-    """What `write_shards` wrote, by index; `info` is its info.json."""
+    """Records of ArrayRecord files, by index; `info` is the folder's info.json."""
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        if not (self.folder / "info.json").exists():
-            unfinished = (self.folder / "unfinished.json").exists()
-            raise FileNotFoundError(
-                f"{self.folder} has no info.json; "
-                + (
-                    "its writer was interrupted: run the same command again"
-                    if unfinished
-                    else "write records with python -m ar_jax.data.pack or python -m ar_jax.tokenize"
-                )
-            )
-        self.info = _read_json(self.folder / "info.json")
-        paths = [self.folder / _shard_name(i, self.info["shards"]) for i in range(self.info["shards"])]
-        for path in paths:
-            if not path.exists():
-                raise FileNotFoundError(f"{path} is missing; copy it again, or delete the folder and write it anew")
-        self._source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
-        if len(self._source) != self.info["count"]:
-            raise ValueError(
-                f"{self.folder} holds {len(self._source)} records, its info.json says "
-                f"{self.info['count']}; delete the folder and write it anew"
-            )
+        self.info, paths = open_shards(self.folder, ARRAY_RECORD)
+        self._source = _array_record(paths)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -122,17 +152,12 @@ class Records:
             raise Unreadable(f"record {index} of {self.folder}", error) from error
 
 
-def open_records(folder: str | os.PathLike) -> Records:
-    """Opens a complete folder of shards.
-
-    Raises:
-      FileNotFoundError, ValueError: half-written, damaged, or not such a folder.
-    """
-    return Records(folder)
+def shard_path(folder: Path, i: int, shards: int, form: Form) -> Path:
+    return folder / f"shard-{i:05d}-of-{shards:05d}{form.suffix}"
 
 
-def _shard_name(i: int, shards: int) -> str:
-    return f"shard-{i:05d}-of-{shards:05d}.array_record"
+def _array_record(paths: list[Path]) -> grain.sources.ArrayRecordDataSource:
+    return grain.sources.ArrayRecordDataSource([str(path) for path in paths])
 
 
 def _write_shard(path: Path, records: Iterable[dict[str, Any]], progress: tqdm):
@@ -150,14 +175,17 @@ def _write_shard(path: Path, records: Iterable[dict[str, Any]], progress: tqdm):
         part.unlink(missing_ok=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+ARRAY_RECORD = Form(".array_record", _write_shard, lambda paths: len(_array_record(paths)))
+
+
+def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); delete its folder and write it anew") from error
 
 
-def _write_json(path: Path, values: dict[str, Any]):
+def write_json(path: Path, values: dict[str, Any]):
     part = path.with_suffix(f".{uuid.uuid4().hex[:8]}.part")  # several processes may write it at once
     part.write_text(json.dumps(values, indent=1))
     os.replace(part, path)

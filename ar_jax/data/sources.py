@@ -70,7 +70,9 @@ class Opened:
         source = self(bare)
         if data.text:
             source = with_text(source, data)
-        return Skipping(source, data.unreadable_limit) if data.unreadable == "skip" else source
+        if data.unreadable == "skip" and not hasattr(source, "gather"):  # of arrays every record can be read
+            return Skipping(source, data.unreadable_limit)
+        return source
 
     def _bare(self, data: Data) -> Source:
         function = _function(data.name)

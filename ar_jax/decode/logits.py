@@ -71,5 +71,7 @@ class Filter:
         if self.banned:
             if max(self.banned) >= logits.shape[-1]:
                 raise ValueError(f"banned has code {max(self.banned)}, but there are only {logits.shape[-1]} codes")
+            if len(set(self.banned)) == logits.shape[-1]:
+                raise ValueError(f"banned is all of the {logits.shape[-1]} codes; leave some to be drawn")
             logits = logits.at[..., np.array(self.banned)].set(-jnp.inf)
         return top_p(top_k(logits, self.top_k), self.top_p)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ar_jax.data import Data, centre_crop, open_source, plain, read_image
+from ar_jax.machine.distributed import cores
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -169,7 +170,7 @@ class Folder:
         return len(self._files)
 
     def read(self, rows: range) -> np.ndarray:
-        with futures.ThreadPoolExecutor() as pool:
+        with futures.ThreadPoolExecutor(cores()) as pool:
             return np.stack(list(pool.map(self._one, rows)))
 
     def _one(self, row):
@@ -202,7 +203,7 @@ class DataImages:
     def labels(self) -> np.ndarray | None:
         if not self._source.info.classes:
             return None
-        with futures.ThreadPoolExecutor() as pool:
+        with futures.ThreadPoolExecutor(cores()) as pool:
             return np.array(list(pool.map(lambda i: self._source[self._at(i)]["label"], range(len(self)))))
 
     def _at(self, row):
@@ -212,7 +213,7 @@ class DataImages:
         return self._count
 
     def read(self, rows: range) -> np.ndarray:
-        with futures.ThreadPoolExecutor() as pool:
+        with futures.ThreadPoolExecutor(cores()) as pool:
             return np.stack(list(pool.map(lambda i: centre_crop(self._source[self._at(i)]["image"], self._size), rows)))
 
 

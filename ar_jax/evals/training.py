@@ -9,7 +9,7 @@ from ar_jax.evals.extract import Extractor
 from ar_jax.evals.metrics import Gaussian, Moments, frechet
 from ar_jax.evals.networks import PROTOCOLS, Network, open_network
 from ar_jax.machine import distributed
-from ar_jax.machine.sharding import put, replicated
+from ar_jax.machine.sharding import batch_sharding, padded, put, replicated
 from ar_jax.train.recipes import Recipe
 from ar_jax.typing import Params
 
@@ -73,9 +73,9 @@ class Evaluation:
         source, data, size = self._batches
         stream, left, i = batches(source, data, batch=size, seed=0, train=False), self._count, 0
         while left > 0:
-            batch = put(next(stream), replicated(self._mesh))
+            batch = put(padded(next(stream), self._mesh), batch_sharding(self._mesh))
             key = put(jax.random.fold_in(jax.random.key(0), i), replicated(self._mesh))
-            images = np.asarray(self._draw(params, self._frozen, batch, key))[:left]
+            images = np.asarray(self._draw(params, self._frozen, batch, key))[: min(size, left)]
             yield np.broadcast_to(images, (*images.shape[:3], 3))
             left, i = left - len(images), i + 1
 

@@ -10,8 +10,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import math
-import reprlib
 import sys
 import types
 import typing
@@ -26,17 +24,17 @@ import numpy as np
 
 from ar_jax.files import trust
 from ar_jax.files.trust import PACKAGE
+from ar_jax.files.words import shown
+from ar_jax.typing import Having, Within
 
 HOMES = ("decode", "generators", "heads", "nets", "orders", "tokenizers", "tokens")  # of parts of models in ar_jax
 MOVED: dict[str, str] = {}  # "module:name" as earlier versions wrote it -> as it is now
-LARGEST = 2**24  # a whole number in a model's description is no larger; sizes beyond it are damage or malice
+LARGEST = 2**24  # a number in a model's description is no larger, to either side; beyond it are damage and malice
 LONGEST = 2**25  # bytes of a JSON file
+WORDIEST = 4096  # characters of a text in it
 DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32",
           "float64", "bfloat16")  # fmt: skip
-
-_shown = reprlib.Repr()
-_shown.maxstring = _shown.maxother = 100
-shown = _shown.repr  # a stranger's value in a message: short, and on one line
+COMPUTED = ("float16", "bfloat16", "float32", "float64")  # of them, those that networks compute with
 
 
 def encode(value: Any) -> Any:
@@ -119,40 +117,44 @@ def decode(value: Any, kind: Any, where: str = "value", hints: collections.abc.M
 def _decode(value, kind, where, hints, least):
     options = _options(kind)
     if isinstance(value, dict):
-        return _thing(value, kind, options, where, hints)
+        return _thing(value, options, where, hints, _words(kind, least))
     for option in options:
         if isinstance(value, list | tuple) and (each := _items(option, len(value))) is not None:
             pairs = enumerate(zip(value, each))
-            return tuple(_decode(item, inner, f"{where}[{i}]", hints, least) for i, (item, inner) in pairs)
+            return tuple(
+                _decode(item, inner, f"{where}[{i}]", hints, -LARGEST if float in _options(inner) else least)
+                for i, (item, inner) in pairs
+            )
         if not isinstance(value, list | tuple) and _plain(value, option, least):
             return value
     raise ValueError(f"{where} is {shown(value)}; it must be {_words(kind, least)}")
 
 
-def _thing(value, kind, options, where, hints):
+def _thing(value, options, where, hints, needed):
     """What a JSON object stands for: an array, a dtype, a function, or a dataclass with its fields."""
     if value.keys() == {"array", "dtype"}:
         if not {np.ndarray, Any} & set(options):
-            raise ValueError(f"{where} is an array; it must be {_words(kind)}")
+            raise ValueError(f"{where} is an array; it must be {needed}")
         return _array(value, where)
     if value.keys() == {"dtype"}:
-        if Any not in options or value["dtype"] not in DTYPES:
-            raise ValueError(f"{where} is {shown(value)}; it must be {_words(kind)}")
+        allowed = DTYPES if Any in options else COMPUTED if np.dtype in options else ()
+        if value["dtype"] not in allowed:
+            raise ValueError(f"{where} is {shown(value)}; it must be {needed}")
         return jnp.dtype(value["dtype"]).type
     if value.keys() == {"function"}:
-        found = _find(value["function"], where, hints)
+        found = _find(value["function"], f"{where}.function", hints)
         if not isinstance(found, types.FunctionType):
             raise ValueError(f"{where} is {shown(value['function'])}, which is no function")
         if not any(_called_like(found, option) for option in options):
-            raise ValueError(f"{where} is {shown(value['function'])}; it must be {_words(kind)}")
+            raise ValueError(f"{where} is {shown(value['function'])}; it must be {needed}")
         return found
     if "type" not in value:
-        raise ValueError(f"{where} is {shown(value)}; it must be {_words(kind)}")
-    found = _find(value["type"], where, hints)
+        raise ValueError(f"{where} is {shown(value)}; it must be {needed}")
+    found = _find(value["type"], f"{where}.type", hints)
     if not isinstance(found, type) or not dataclasses.is_dataclass(found):
-        raise ValueError(f"{where} is {shown(value['type'])}, which is no dataclass")
+        raise ValueError(f"{where}.type is {shown(value['type'])}, which is no dataclass")
     if not any(_is_a(found, option) for option in options):
-        raise ValueError(f"{where} is {shown(value['type'])}; it must be {_words(kind)}")
+        raise ValueError(f"{where}.type is {shown(value['type'])}; {where} must be {needed}")
     return build(found, {name: field for name, field in value.items() if name != "type"}, where, hints)
 
 
@@ -172,9 +174,7 @@ def build(kind: type, values: Any, where: str, hints: collections.abc.Mapping[st
             if required:
                 raise ValueError(f"{where}.{name} is missing")
             continue
-        # sizes of our own: those without a default are needed, others may be 0, and only what is by default may be negative
-        negative = not _ours(kind.__module__) or _negative(default)
-        least = -LARGEST if negative else int(required)
+        least = _least(default, required) if _ours(kind.__module__) else -LARGEST
         made[name] = _decode(values[name], _like(annotation, default), f"{where}.{name}", hints or {}, least)
     try:
         return kind(**made)
@@ -182,10 +182,13 @@ def build(kind: type, values: Any, where: str, hints: collections.abc.Mapping[st
         raise ValueError(f"{where}: {error}") from error
 
 
-def _negative(default):
-    if isinstance(default, tuple):
-        return any(map(_negative, default))
-    return isinstance(default, int) and default < 0
+def _least(default, required):
+    """The smallest number that may stand in a field of our own: none is below 0 but those that are by default, and whole
+    numbers that are needed, or by default above 0, are at least 1."""
+    numbers = [x for x in jax.tree.leaves(default) if isinstance(x, int | float)]
+    if any(x < 0 for x in numbers):
+        return -LARGEST
+    return int(required or (bool(numbers) and all(isinstance(x, int) and x > 0 for x in numbers)))
 
 
 @functools.cache
@@ -193,7 +196,7 @@ def _fields(kind):
     """Annotation and default of every field that is given to a dataclass."""
     hidden = ("parent", "name") if issubclass(kind, nn.Module) else ()
     try:
-        hints = typing.get_type_hints(kind)
+        hints = typing.get_type_hints(kind, include_extras=True)
     except Exception:  # names that exist for type checkers only
         hints = {}
     found = {}
@@ -214,7 +217,7 @@ def _ours(module):
 def _find(name, where, hints):
     """The class or function that a file names: defined where the name says, and not merely imported there."""
     if not isinstance(name, str):
-        raise ValueError(f"{where} is named {shown(name)}; a name is text such as {PACKAGE}.orders:raster")
+        raise ValueError(f"{where} is {shown(name)}; it must be a name such as {PACKAGE}.orders:raster")
     module, _, attribute = MOVED.get(name, name).partition(":")
     named = f"{where}: {shown(name)}"
     if not attribute.isidentifier():
@@ -233,16 +236,28 @@ def _find(name, where, hints):
 
 
 def _options(kind):
-    """The alternatives of an annotation."""
+    """The alternatives of an annotation; what `Within` and `Having` say stays on each."""
     if typing.get_origin(kind) is typing.Annotated:
-        kind = typing.get_args(kind)[0]
+        kind, *marks = typing.get_args(kind)
+        marks = tuple(mark for mark in marks if isinstance(mark, Within | Having))
+        return [typing.Annotated[(option, *marks)] if marks else option for option in _options(kind)]
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return [option for part in typing.get_args(kind) for option in _options(part)]
     return [Any if kind in (Any, object) or isinstance(kind, typing.TypeVar) else kind]
 
 
+def _marked(option, mark):
+    """An option without what is said of it, and what a mark says (or None)."""
+    if typing.get_origin(option) is not typing.Annotated:
+        return option, None
+    option, *marks = typing.get_args(option)
+    return option, next((found for found in marks if isinstance(found, mark)), None)
+
+
 def _like(annotation, default):
-    """The annotation of a field; a plain `Callable` is one like the default."""
+    """The annotation of a field; a plain `Callable` is one like the default, and `Any` a dtype if the default is one."""
+    if annotation is Any and isinstance(getattr(default, "dtype", None), np.dtype):
+        return np.dtype
     if annotation not in (Callable, typing.Callable):
         return annotation
     return _signature(default) if callable(default) else Callable
@@ -293,6 +308,9 @@ def _alike(a, b):
 
 def _is_a(kind, option):
     """Whether a dataclass may stand where an annotation says `option`."""
+    option, needs = _marked(option, Having)
+    if needs and not all(hasattr(kind, name) for name in needs.names):
+        return False
     if option is Any:
         return True
     if isinstance(option, type) and typing.get_origin(option) is None:
@@ -315,15 +333,16 @@ def _items(option, count):
 
 def _plain(value, option, least):
     """Whether a number, a text or None is of a kind."""
+    option, within = _marked(option, Within)
+    low, high = (within.least, within.most) if within else (least, LARGEST)
     if isinstance(value, bool):
         return option in (bool, Any) or _literal(value, option)
     if isinstance(value, int):
-        within = abs(value) <= 2**53 if option is float else option in (int, Any) and least <= value <= LARGEST
-        return within or _literal(value, option)
+        return (option in (int, float, Any) and low <= value <= high) or _literal(value, option)
     if isinstance(value, float):
-        return option in (float, Any) and math.isfinite(value)
+        return option in (float, Any) and low <= value <= high  # which NaN is not
     if isinstance(value, str):
-        return option in (str, Any) or _literal(value, option)
+        return (option in (str, Any) and len(value) <= WORDIEST) or _literal(value, option)
     return value is None and option in (types.NoneType, None, Any)
 
 
@@ -337,15 +356,19 @@ def _words(kind, least=-LARGEST):
     """An annotation in words."""
 
     def word(option):
-        if option is int:
-            return f"a whole number from {least} to {LARGEST}"
-        plain = {float: "a finite number", str: "text", bool: "true or false", types.NoneType: "null"}
+        option, within = _marked(option, Within)
+        low, high = (within.least, within.most) if within else (least, LARGEST)
+        numbers = f"number from {low} to {high}"
+        plain = {
+            int: f"a whole {numbers}", float: f"a {numbers}", str: "text", bool: "true or false", types.NoneType: "null",
+            np.dtype: f"a dtype, one of {', '.join(COMPUTED)}",
+        }  # fmt: skip
         if option in plain:
             return plain[option]
         if typing.get_origin(option) is typing.Literal:
             return "one of " + ", ".join(repr(value) for value in typing.get_args(option))
         if option is Any:
-            return "a finite number no larger than 2^24, text, a list, a dtype, an array or part of a model"
+            return "a number no larger than 2^24, text, a list, a dtype, an array or part of a model"
         if isinstance(option, type) and typing.get_origin(option) is None:
             return option.__name__
         return str(option).replace("collections.abc.", "").replace("typing.", "")
@@ -398,13 +421,13 @@ def read_json(path: Path, finite: bool = True) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def difference(a: Any, b: Any, where: str = "module") -> str:
+def difference(a: Any, b: Any, where: str = "module", sides: tuple[str, str] = ("there", "here")) -> str:
     """The first difference of two encoded values in words; empty if they are equal."""
     if isinstance(a, dict) and isinstance(b, dict):
         for name in [*a, *b]:
             if name not in a or name not in b:
                 return f"{where}.{name} is only on one side"
-            if found := difference(a[name], b[name], f"{where}.{name}"):
+            if found := difference(a[name], b[name], f"{where}.{name}", sides):
                 return found
         return ""
-    return "" if a == b else f"{where} is {a!r} there and {b!r} here"
+    return "" if a == b else f"{where} is {shown(a)} {sides[0]} and {shown(b)} {sides[1]}"

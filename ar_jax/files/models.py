@@ -3,24 +3,30 @@
 Run folders and converted checkpoints are both of this kind, so every command takes either.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from ar_jax import __version__
 from ar_jax.config import Experiment
 from ar_jax.data import Data, Info
-from ar_jax.files import codec
+from ar_jax.decode.sampling import Sampling, read_sampling
+from ar_jax.files import codec, words
 from ar_jax.files.trust import Untrusted
+from ar_jax.machine.sharding import shard
+from ar_jax.nets.linear import cast
 from ar_jax.orders import OrderFn
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.train import checkpoint
@@ -32,6 +38,16 @@ KINDS = {  # and what a module of the kind has
     "tokenizer": ("spec", "init_params", "encode", "embed", "decode"),
     "generator": ("spec", "complete", "init_params", "condition", "loss", "begin", "step"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Which released file a converted folder came from: its family, name and entry, and entries that are no parameters."""
+
+    family: str = ""
+    file: str = ""
+    entry: str = ""
+    buffers: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,20 +70,41 @@ class Model:
     settings: dict[str, Any]
     checkpoint: str = "newest"
 
-    def params(self, dtype: Any = None, average: bool = True) -> Params:
+    def params(
+        self, dtype: Any = None, average: bool = True, mesh: jax.sharding.Mesh | None = None, unrolled: bool = False
+    ) -> Params:
         """The parameters: those of a converted folder, or a checkpoint's moving average (if it keeps one).
 
         Args:
-          dtype: floating type to cast to.
+          dtype: of kernels and embeddings (see `nets.linear.cast`); None leaves them as they are.
           average: False takes the trained parameters instead of their average.
+          mesh: the devices over which they are divided as the module's rules say, each reading its own part; None is this
+            process's first device, for all of them.
+          unrolled: in the layout of `Generator.unrolled`.
         Raises:
           ValueError: there is no such checkpoint, or it is of another model.
         """
         if not jax.tree.leaves(self.shapes):
             return self.shapes
-        folder, part = self.place(average)
-        params = checkpoint.load_params(folder, self.shapes, part)
-        return params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
+        (folder, part), like, become = self.place(average), self.shapes, None
+        if dtype is not None:
+            like = jax.eval_shape(functools.partial(cast, dtype=dtype), like)
+        if unrolled:
+            after = jax.eval_shape(lambda params: self.module.unrolled(params)[1], like)
+            layout = mesh and flatten_dict(shard(after, mesh, self.module.by_layer().rules))
+
+            def become(path, leaf):
+                slices = functools.partial(self.module.slices, path)
+                where = mesh and {name: layout[name] for name in jax.eval_shape(slices, leaf)}
+                return jax.jit(slices, out_shardings=where)(leaf)
+
+        if mesh is not None:
+            layout_of_files = shard(like, mesh, self.module.rules)
+            like = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), like, layout_of_files)
+        try:
+            return checkpoint.load_params(folder, like, part, become)
+        except ValueError as error:
+            raise ValueError(f"{self.folder / 'model.json'} and its parameters: {error}") from error
 
     @functools.cached_property
     def shapes(self) -> Params:
@@ -80,10 +117,7 @@ class Model:
         try:
             found = jax.eval_shape(self.module.init_params, jax.random.key(0))
         except Exception as error:  # whatever a network of senseless sizes raises
-            what = str(error).strip().partition("\n")[0][:300]
-            raise ValueError(
-                f"{path}: the network of its module cannot be built: {type(error).__name__}: {what}"
-            ) from error
+            raise ValueError(f"{path}: the network of its module cannot be built: {words.reason(error)}") from error
         for name, leaf in jax.tree_util.tree_leaves_with_path(found):
             if not math.prod(leaf.shape):
                 name = jax.tree_util.keystr(name, simple=True, separator="/")
@@ -102,6 +136,11 @@ class Model:
                 f"{self.folder / 'model.json'}: settings.order is missing; a generator is drawn in an order"
             )
         return codec.decode(self.settings["order"], OrderFn, "settings.order")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How a generator says that it is drawn from."""
+        return read_sampling(self.settings.get("sampling", {}), self.module)
 
     def place(self, average: bool = True) -> tuple[Path, str]:
         """Folder and part that `checkpoint.load_params` reads the parameters from."""
@@ -210,6 +249,16 @@ def open_model(folder: str | os.PathLike, kind: str, checkpoint: str = "newest")
     raise ValueError(f"{folder} {what}; a {kind} is needed: the folder of a run of train.py or of ar_jax.convert")
 
 
+@contextlib.contextmanager
+def blamed(*models: Model) -> Iterator[None]:
+    """Whatever goes wrong inside is said, as a ValueError, of the descriptions of these models."""
+    try:
+        yield
+    except Exception as error:
+        files = " with ".join(str(model.folder / "model.json") for model in models)
+        raise ValueError(f"{files}: no images can be drawn so: {words.reason(error)}") from error
+
+
 def holds(folder: str | os.PathLike, kind: str) -> bool:
     """Whether a folder has a model of a kind, itself or as sub-folder."""
     places = [place for place in (Path(folder), Path(folder) / kind) if (place / "model.json").is_file()]
@@ -219,7 +268,7 @@ def holds(folder: str | os.PathLike, kind: str) -> bool:
 def _read(folder):
     path = folder / "model.json"
     try:
-        return _parsed(folder, codec.read_json(path))
+        return _parsed(folder, codec.read_json(path, finite=False))  # what is not finite is refused by its field
     except Untrusted as error:
         raise Untrusted(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
@@ -230,7 +279,7 @@ def _parsed(folder, content):
     """The model that a description speaks of; everything that commands use of it is looked at."""
     if not isinstance(content, dict):
         raise ValueError(f"it is {codec.shown(content)}, not an object with a format")
-    if content.get("format") != FORMAT:
+    if content.get("format") != FORMAT or content["format"] is True:
         raise ValueError(f"format is {codec.shown(content.get('format'))}, not {FORMAT}, the one this version reads")
     if missing := {"kind", "module", "info", "settings"} - content.keys():
         raise ValueError(f"{min(missing)} is missing")
@@ -254,4 +303,26 @@ def _parsed(folder, content):
         raise ValueError(f"settings.sampling is {codec.shown(settings['sampling'])}; it must be an object")
     if "data" in settings:
         codec.build(Data, settings["data"], "settings.data")
-    return Model(folder, kind, module, info, settings)
+    if "origin" in settings:
+        codec.build(Origin, settings["origin"], "settings.origin")
+    model = Model(folder, kind, module, info, settings)
+    if kind == "tokenizer":
+        _built("module.spec", lambda: module.spec)
+        return model
+    if module.spec is None:
+        raise ValueError("module.spec is missing; a generator knows its tokens")
+    sampling = model.sampling
+    for codes in module.spec.codes:
+        logits = jax.ShapeDtypeStruct((1, codes), jnp.float32)
+        _built("settings.sampling.filter", lambda logits=logits: jax.eval_shape(sampling.filter, logits))
+    fitting = codec.encode(_built("module", lambda: module.complete(module.spec, info)))
+    if found := codec.difference(codec.encode(module), fitting, "module", ("there", "by module.spec and info")):
+        raise ValueError(found)
+    return model
+
+
+def _built(where, make):
+    try:
+        return make()
+    except Exception as error:  # whatever modules of senseless fields raise
+        raise ValueError(f"{where}: {words.reason(error)}") from error

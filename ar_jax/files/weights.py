@@ -4,6 +4,7 @@ A pickle is a program that calls whatever it names. Here a name is looked up in 
 and a name that is not in the table ends the reading. Stand-ins are strings, or objects nothing can alter.
 """
 
+import io
 import mmap
 import os
 import pickle
@@ -183,19 +184,24 @@ def _read_zip(file: BinaryIO, data: np.ndarray) -> _Checkpoint:
         if len(roots) != 1:
             raise _Refused(f"a zip file without the data.pkl of torch.save; it holds {sorted(records)[:5]}")
         root = roots[0]
-        blocks, checked = {}, any(record.CRC for record in records.values())  # torch can be told to write none
+        spans, checked = {}, any(record.CRC for record in records.values())  # torch can be told to write none
         for name, record in records.items():
             if record.compress_type != zipfile.ZIP_STORED:
                 raise _Refused(f"its record {name} is compressed, which torch never does; save it anew")
-            if name.startswith(root + "data/"):
-                first, size = blocks[name.removeprefix(root + "data/")] = _record_span(record, data)
-                if checked and zlib.crc32(data[first : first + size]) != record.CRC:
-                    raise _Refused(f"its record {name} has other content than when it was saved; get it again")
-        order = archive.read(root + "byteorder").decode() if root + "byteorder" in records else "little"
-        if order not in ("little", "big"):
-            raise _Refused(f"unknown byte order {order!r}")
-        with archive.open(root + "data.pkl") as pickled:
-            return _Checkpoint(_Unpickler(pickled, _TORCH).load(), data, blocks, order)
+            first, size = spans[name] = _record_span(record, data)
+            if checked and zlib.crc32(data[first : first + size]) != record.CRC:
+                raise _Refused(f"its record {name} has other content than when it was saved; get it again")
+
+    def content(name):
+        first, size = spans[root + name]
+        return data[first : first + size].tobytes()
+
+    order = content("byteorder").decode() if root + "byteorder" in spans else "little"
+    if order not in ("little", "big"):
+        raise _Refused(f"unknown byte order {order!r}")
+    stored = root + "data/"
+    blocks = {name.removeprefix(stored): span for name, span in spans.items() if name.startswith(stored)}
+    return _Checkpoint(_Unpickler(io.BytesIO(content("data.pkl")), _TORCH).load(), data, blocks, order)
 
 
 def _record_span(record: zipfile.ZipInfo, data: np.ndarray) -> tuple[int, int]:

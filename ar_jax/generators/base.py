@@ -1,20 +1,24 @@
 """What generators share: how they are completed, begun and seen by a decoder."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ar_jax.data import Info
 from ar_jax.machine.sharding import Rules
 from ar_jax.nets.conditioning import Cond
 from ar_jax.orders import Order, whole
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Index, Params, PRNGKey
+from ar_jax.typing import Array, Batch, Bool, Float, Having, Index, Params, PRNGKey
 
+Conditioning = Annotated[nn.Module, Having("complete", "example")]
+Head = Annotated[nn.Module, Having("loss", "sample")]
 Frozen = Callable  # (*arguments, method=name) -> what that method of the frozen tokenizer returns
 
 
@@ -121,9 +125,35 @@ class Generator(nn.Module):
 
     def unrolled(self, params: Params) -> tuple["Generator", Params]:
         """The same generator laid out for decoding one token a step; itself, if a step computes too many rows to gain."""
-        return self, params
+        laid_out = {}
+        for path, leaf in flatten_dict(params).items():
+            laid_out |= self.slices(path, leaf)
+        return self.by_layer(), unflatten_dict(laid_out)
+
+    def by_layer(self) -> "Generator":
+        """The module of `unrolled`."""
+        return self
+
+    def slices(self, path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:
+        """What becomes of one parameter in `unrolled`."""
+        return {path: leaf}
+
+    def multiplied(self, params: Params) -> Params:
+        """Parameters for many calls: every part's kernels in the dtype in which it multiplies."""
+        parts = self.parts() | {"conditioning": self.conditioning}
+
+        def one(path, leaf):
+            part = parts.get(path[0].key, self)
+            return leaf.astype(getattr(part, "dtype", leaf.dtype)) if path[-1].key == "kernel" else leaf
+
+        return jax.tree_util.tree_map_with_path(one, params)
 
     def init_params(self, key: PRNGKey) -> Params:
+        net = next((getattr(self, name) for name in ("backbone", "encoder") if hasattr(self, name)), None)
+        for name in ("conditioning", "inputs"):
+            width = getattr(getattr(self, name, None), "width", None)
+            if net is not None and width not in (None, net.width):
+                raise ValueError(f"{name}.width is {width}; it must be {net.width}, that of the network")
         order, tokenizer = self.example()
         return self.init(
             key, self.spec.zeros(1), self.conditioning.example(), order, drop=jnp.zeros(1, bool), key=key,

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from ar_jax.data import Info
-from ar_jax.generators.base import Frozen, Generator, Setting, State, Step, image_weight
+from ar_jax.generators.base import Conditioning, Frozen, Generator, Setting, State, Step, image_weight
 from ar_jax.generators.inputs import some
 from ar_jax.heads.diffusion import TRAINED, continuous
 from ar_jax.heads.flow import draw_times
@@ -25,14 +25,14 @@ from ar_jax.nets.mlp import TimeEmbedding, xavier
 from ar_jax.nets.transformer import Cache
 from ar_jax.orders import Order, to_ranks
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Index, Key, Metrics, PRNGKey, typed
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Key, Metrics, PRNGKey, Share, Steps, typed
 
 
 @dataclasses.dataclass(frozen=True)
 class Until:
     """Times from 1 to `last` in equal steps, and one step more to 0."""
 
-    last: float = 0.04
+    last: Share = 0.04
 
     def __call__(self, steps: int) -> np.ndarray:
         return np.append(np.linspace(1, self.last, steps), 0.0)
@@ -61,14 +61,14 @@ class BlockFlow(Generator):
     """
 
     backbone: EncoderDecoder
-    conditioning: nn.Module
+    conditioning: Conditioning
     times: Literal["uniform", "logit_normal"] = "logit_normal"
-    steps: int = 50
+    steps: Steps = 50
     grid: Callable = Until()
     solver: Solver = "stochastic"
-    guided_until: float = 1.0
+    guided_until: Share = 1.0
     anneal: Anneal = "constant"
-    last_steps: int = 15
+    last_steps: Steps = 15
     dtype: Any = jnp.float32
     spec: TokenSpec | None = None
 

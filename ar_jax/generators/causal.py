@@ -1,5 +1,7 @@
 """Causal generators: each token is predicted from those of earlier steps, rows are fed once into a cache."""
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from ar_jax.data import Info
-from ar_jax.generators.base import Frozen, Generator, Setting, State, Step, image_weight
+from ar_jax.generators.base import Conditioning, Frozen, Generator, Head, Setting, State, Step, image_weight
 from ar_jax.generators.inputs import NextScale, Previous, some
 from ar_jax.heads.categorical import Categorical
 from ar_jax.machine.sharding import BATCH, constrain
@@ -16,10 +18,10 @@ from ar_jax.nets.conditioning import Cond
 from ar_jax.nets.gated import EncoderDecoder
 from ar_jax.nets.linear import output_major
 from ar_jax.nets.positions import NOWHERE
-from ar_jax.nets.transformer import Backbone, Cache, unrolled
+from ar_jax.nets.transformer import Backbone, Cache, slices
 from ar_jax.orders import NEVER, Order, to_ranks
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Metrics, Params, PRNGKey, Tokens, typed
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Metrics, PRNGKey, Share, Tokens, typed
 
 
 class Causal(Generator):
@@ -40,11 +42,11 @@ class Causal(Generator):
     """
 
     backbone: Backbone | EncoderDecoder
-    conditioning: nn.Module
-    head: nn.Module = Categorical()
+    conditioning: Conditioning
+    head: Head = Categorical()
     inputs: Previous | NextScale = Previous()
-    dropout: float = 0.0
-    emphasis: str = "equal"
+    dropout: Share = 0.0
+    emphasis: Literal["equal", "lognorm"] = "equal"
     spec: TokenSpec | None = None
 
     def complete(self, spec: TokenSpec, info: Info) -> "Causal":
@@ -55,18 +57,16 @@ class Causal(Generator):
     def on(self, spec: TokenSpec) -> "Causal":
         return Generator.on(self.clone(inputs=self.inputs.clone(width=self.backbone.width)), spec)
 
-    def unrolled(self, params: Params) -> tuple["Causal", Params]:
-        """The same generator laid out for decoding (see `transformer.unrolled`)."""
-        networks, heads, changed = self.parts(Backbone), self.parts(Categorical), dict(params)
-        for name, module in networks.items():
-            changed[name] = unrolled(params[name], module.layers)
-        for name in heads:
-            changed[name] = output_major(params[name])
-        module = self.clone(
-            **{name: module.clone(unroll=True) for name, module in networks.items()},
-            **{name: module.clone(output_major=True) for name, module in heads.items()},
+    def by_layer(self) -> "Causal":
+        return self.clone(
+            **{name: module.clone(unroll=True) for name, module in self.parts(Backbone).items()},
+            **{name: module.clone(output_major=True) for name, module in self.parts(Categorical).items()},
         )
-        return module, changed
+
+    def slices(self, path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:
+        if path[0] in self.parts(Categorical):
+            return {path: output_major(path[-1], leaf)}
+        return slices(path, leaf) if path[0] in self.parts(Backbone) else {path: leaf}
 
     def example(self) -> tuple[Order, Frozen | None]:
         return self.inputs.example()

@@ -1,6 +1,6 @@
 """HMAR: next-scale prediction that sees its own scale only, and redraws parts of a scale by masked prediction."""
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -44,7 +44,7 @@ class Hmar(Causal):
     masks: AdaLN | None = None
     mask_head: Categorical = Categorical()
     refine: tuple[tuple[int, ...], ...] = ()
-    branches: tuple[str, ...] = BRANCHES
+    branches: tuple[Literal["scales", "masks"], ...] = BRANCHES
 
     adjustable = ("refine",)
 

@@ -2,21 +2,22 @@
 
 import dataclasses
 import math
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ar_jax.generators.base import Frozen, Generator, Setting, State, Step, image_weight
+from ar_jax.generators.base import Conditioning, Frozen, Generator, Head, Setting, State, Step, image_weight
 from ar_jax.machine.sharding import BATCH, constrain
 from ar_jax.nets.conditioning import Cond, widen
-from ar_jax.nets.linear import look_up
+from ar_jax.nets.linear import Linear, look_up
 from ar_jax.nets.mlp import norm, xavier
 from ar_jax.nets.transformer import init
 from ar_jax.nets.vit import ViT
 from ar_jax.orders import Order, to_ranks
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Metrics, PRNGKey, typed
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Metrics, PRNGKey, Share, Within, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class MaskRatio:
 
     mean: float = 1.0
     std: float = 0.25
-    least: float = 0.7
+    least: Share = 0.7
 
     def draw(self, key: PRNGKey) -> Float[Array, ""]:
         low, high = (self.least - self.mean) / self.std, (1 - self.mean) / self.std
@@ -55,9 +56,9 @@ class Masked(Generator):
 
     encoder: ViT
     decoder: ViT
-    conditioning: nn.Module
-    head: nn.Module
-    buffer: int = 64
+    conditioning: Conditioning
+    head: Head
+    buffer: Annotated[int, Within(0, 2**24)] = 64
     mask: MaskRatio = MaskRatio()
     spec: TokenSpec | None = None
 
@@ -66,11 +67,11 @@ class Masked(Generator):
     def setup(self):
         rows, wide, width = self.buffer + self.spec.n, self.encoder.width, self.decoder.width
         if self.spec.codes:
-            self.input = nn.Embed(self.spec.codes[0], wide, embedding_init=init, dtype=self.encoder.dtype)
+            self.input = nn.Embed(self.spec.codes[0], wide, embedding_init=init)
         else:
-            self.input = nn.Dense(wide, kernel_init=xavier, dtype=self.encoder.dtype)
+            self.input = Linear(wide, self.encoder.dtype, None, xavier, bias=True)
         self.input_norm = norm(None, self.encoder.dtype)
-        self.decoder_input = nn.Dense(width, kernel_init=xavier, dtype=self.decoder.dtype)
+        self.decoder_input = Linear(width, self.decoder.dtype, None, xavier, bias=True)
         self.encoder_positions = self.param("encoder_positions", init, (rows, wide))
         self.decoder_positions = self.param("decoder_positions", init, (rows, width))
         self.head_positions = self.param("head_positions", init, (self.spec.n, width))
@@ -129,18 +130,18 @@ class Masked(Generator):
         unknown = self.spec.n - tokens.shape[1]
         blank = jnp.broadcast_to(self.mask_token.astype(decoded.dtype), (len(rows), unknown, rows.shape[-1]))
         x = jnp.concatenate([rows, blank], axis=1)
-        x = x + self._positions(self.decoder_positions, order, len(cond.rows)).astype(x.dtype)
+        x = (x + self._positions(self.decoder_positions, order, len(cond.rows))).astype(x.dtype)
         h = self.decoder(constrain(x, BATCH))[:, self.buffer :]
         slots = widen(jnp.asarray(order.slot), len(h) // len(order.slot) if len(order.slot) > 1 else 1)
-        return h + look_up(self.head_positions, slots).astype(h.dtype)
+        return (h + look_up(self.head_positions, slots)).astype(h.dtype)
 
     def encode(self, tokens: Array, known: Index, cond: Cond, order: Order) -> Float[Array, "B p d"]:
         """The encoder's rows: the buffer, then the first ranks; those not yet known mean nothing."""
         ways = len(cond.rows) // len(tokens)
-        embedded = widen(self.input(tokens[..., 0] if self.spec.codes else tokens), ways)
+        embedded = widen(self.input(tokens[..., 0] if self.spec.codes else tokens), ways).astype(self.encoder.dtype)
         buffer = jnp.broadcast_to(cond.rows, (len(cond.rows), self.buffer, cond.rows.shape[-1]))
         x = jnp.concatenate([buffer.astype(embedded.dtype), embedded], axis=1)
-        x = x + self._positions(self.encoder_positions, order, len(x))[:, : x.shape[1]].astype(x.dtype)
+        x = (x + self._positions(self.encoder_positions, order, len(x))[:, : x.shape[1]]).astype(x.dtype)
         valid = jnp.arange(x.shape[1])[None] < self.buffer + known
         return self.encoder(constrain(self.input_norm(x), BATCH), valid=valid)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ar_jax.generators.base import Frozen, Generator, Setting, Step, image_weight
+from ar_jax.generators.base import Conditioning, Frozen, Generator, Head, Setting, Step, image_weight
 from ar_jax.machine.sharding import BATCH, constrain
 from ar_jax.nets.attention import Rows
 from ar_jax.nets.conditioning import Cond, widen
@@ -19,7 +19,7 @@ from ar_jax.nets.mlp import xavier
 from ar_jax.nets.vit import GPT
 from ar_jax.orders import Order, to_ranks, to_slots
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Int, Metrics, PRNGKey, typed
+from ar_jax.typing import Array, Batch, Bool, Float, Int, Metrics, PRNGKey, Share, typed
 
 
 @struct.dataclass
@@ -53,10 +53,10 @@ class MaskGIT(Generator):
     """
 
     backbone: GPT
-    conditioning: nn.Module
-    head: nn.Module
+    conditioning: Conditioning
+    head: Head
     choice: float = 35.0
-    most: float = 0.7
+    most: Share = 0.7
     spec: TokenSpec | None = None
 
     any_order = True

@@ -7,7 +7,7 @@ Source: RAR (arXiv:2411.00776).
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -26,7 +26,7 @@ from ar_jax.nets.transformer import Cache, init
 from ar_jax.nets.vit import Plain
 from ar_jax.orders import Order
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Key, Tokens, finite, typed
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Key, Share, Tokens, Within, finite, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Annealed:
       end: train step from which none is; in between their part falls linearly.
     """
 
-    start: int = 125_000
+    start: Annotated[int, Within(0, 2**24)] = 125_000
     end: int = 187_500
 
     def __post_init__(self):
@@ -88,6 +88,8 @@ class StartLabel(Label):
     Attributes: see `Label`; "no class" is the table's last row.
     """
 
+    no_decay = ("position",)
+
     @nn.compact
     @typed
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
@@ -97,7 +99,7 @@ class StartLabel(Label):
         std = nn.initializers.normal(self.std)
         table = self.param("embedding", std, (self.classes + 2, self.width))
         position = self.param("position", std, (2, self.width))
-        start = self.param("cls", nn.initializers.zeros, (self.width,))  # weight decay has it, unlike those named start
+        start = self.param("cls", nn.initializers.zeros, (self.width,))
         label = look_up(table, 1 + jnp.where(drop, self.classes, batch["label"]))
         rows = jnp.stack([jnp.broadcast_to(start, label.shape), label], axis=1) + position
         return Cond(rows, mod=label)
@@ -113,6 +115,8 @@ class Aimed(Previous):
     """
 
     rows: int = 0
+
+    no_decay = ("position",)
 
     def setup(self):
         super().setup()
@@ -141,8 +145,8 @@ class Block(nn.Module):
     width: int
     heads: int
     hidden: int
-    dropout: float
-    attention_dropout: float
+    dropout: Share
+    attention_dropout: Share
     eps: float
     dtype: Any
     output_major: bool

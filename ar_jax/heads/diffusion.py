@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ from ar_jax.machine.sharding import Rules
 from ar_jax.nets.conditioning import fold, widen
 from ar_jax.nets.mlp import ModulatedMLP
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Float, Index, Int, Key, PRNGKey, typed
+from ar_jax.typing import Array, Float, Index, Int, Key, Layers, PRNGKey, Steps, Within, typed
 
 TRAINED = 1000  # steps of the noise schedule the network is trained on
 
@@ -48,13 +48,13 @@ class Diffusion(nn.Module):
     """
 
     width: int = 1024
-    depth: int = 6
+    depth: Layers = 6
     channels: int = 0
     multiplier: int = 4
     steps: str = "100"
     anneal: Anneal = "constant"
-    last_steps: int = 5
-    latest: int = TRAINED
+    last_steps: Steps = 5
+    latest: Annotated[int, Within(1, TRAINED)] = TRAINED
     sampler: Literal["ancestral", "ddim"] = "ancestral"
     dtype: Any = jnp.float32
     remat: Literal["none", "full"] = "none"

@@ -15,7 +15,7 @@ from ar_jax.machine.sharding import Rules
 from ar_jax.nets.conditioning import fold, widen
 from ar_jax.nets.mlp import ModulatedMLP
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Float, Index, Key, PRNGKey, typed
+from ar_jax.typing import Array, Float, Index, Key, Layers, PRNGKey, Share, Steps, typed
 
 
 def uniform(steps: int) -> np.ndarray:
@@ -60,16 +60,16 @@ class Flow(nn.Module):
     """
 
     width: int = 1024
-    depth: int = 6
+    depth: Layers = 6
     channels: int = 0
     multiplier: int = 4
     times: Literal["uniform", "logit_normal"] = "logit_normal"
-    steps: int = 25
+    steps: Steps = 25
     grid: Callable = uniform
     solver: Solver = "euler"
-    guided_until: float = 1.0
+    guided_until: Share = 1.0
     anneal: Anneal = "constant"
-    last_steps: int = 15
+    last_steps: Steps = 15
     dtype: Any = jnp.float32
     remat: Literal["none", "full"] = "none"
 

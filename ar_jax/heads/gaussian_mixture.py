@@ -11,6 +11,7 @@ from jax import lax
 
 from ar_jax.heads.diffusion import continuous
 from ar_jax.machine.sharding import Rules
+from ar_jax.nets.linear import Linear
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Float, Index, Int, Key, PRNGKey, typed
 
@@ -61,7 +62,8 @@ class GaussianMixture(nn.Module):
 
     def setup(self):
         features = self.mixtures * (1 + 2 * self.channels)
-        self.readout = nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.zeros, bias_init=self._bias)
+        zeros = nn.initializers.zeros
+        self.readout = Linear(features, self.dtype, jnp.float32, zeros, bias=True, bias_init=self._bias)
 
     def _bias(self, key, shape, dtype=jnp.float32):
         """Spreads the means, which would otherwise be equal and learn the same."""
@@ -76,7 +78,7 @@ class GaussianMixture(nn.Module):
 
     @typed
     def __call__(self, h: Float[Array, "B m d"]) -> Mixture:
-        return self.mixture(self.readout(h).astype(jnp.float32))
+        return self.mixture(self.readout(h))
 
     @nn.nowrap
     def mixture(self, raw: Float[Array, "*b o"]) -> Mixture:

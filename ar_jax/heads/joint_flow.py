@@ -20,7 +20,7 @@ from ar_jax.nets.mlp import TimeEmbedding, xavier
 from ar_jax.nets.positions import rotary, stretched
 from ar_jax.nets.transformer import Backbone, RMSNorm
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Float, Index, Int, PRNGKey, typed
+from ar_jax.typing import Array, Float, Index, Int, Layers, PRNGKey, Share, typed
 
 
 def two_speeds(steps: int) -> np.ndarray:
@@ -137,11 +137,11 @@ class JointFlow(Flow):
     Source: FlowAR (arXiv:2412.15205); annealing: DiSA (arXiv:2505.20297).
     """
 
-    depth: int = 12
+    depth: Layers = 12
     multiplier: int = 1
     times: Literal["uniform", "logit_normal"] = "uniform"
     grid: Callable = two_speeds
-    guided_until: float = 0.9
+    guided_until: Share = 0.9
     remat: Literal["none", "dots", "full"] = "none"
     heads: int = 0
     cross: bool = True

@@ -10,9 +10,10 @@ import time
 import traceback
 import urllib.request
 import uuid
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -48,6 +49,7 @@ def join(launch: Launch, notices: bool = False) -> None:
     Raises:
       ValueError: options that do not go together, or surroundings that do not tell enough.
     """
+    global _host
     _check(launch)
     who, count = ("the command line", launch.processes) if launch.processes else surroundings()
     if count == 1:
@@ -78,6 +80,40 @@ def join(launch: Launch, notices: bool = False) -> None:
             f"{who} asks for {count} processes, but the devices belong to {jax.process_count()}; start one process on "
             f"every host"
         )
+    _host = _count_host()
+
+
+class Host(NamedTuple):
+    """Processes of this command on this machine, and those of them that may run on the same cores."""
+
+    processes: int = 1
+    sharing: int = 1
+
+
+_host = Host()  # counted by `join`
+
+
+def neighbours() -> int:
+    """Processes of this command on this machine, this one included."""
+    return _host.processes
+
+
+def cores() -> int:
+    """Processor cores for this process: those it may run on, divided among the processes that share them."""
+    return max(1, len(_allowed()) // _host.sharing)
+
+
+def _allowed() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _count_host() -> Host:
+    """Asks all processes where they run."""
+    machine = socket.gethostname()
+    mine = np.array([zlib.crc32(text.encode()) for text in (machine, f"{machine} {_allowed()}")], np.uint32)
+    return Host(*(int(same) for same in (multihost_utils.process_allgather(mine) == mine).sum(0)))
 
 
 HOW = (

@@ -81,12 +81,8 @@ def shard(tree: Any, mesh: jax.sharding.Mesh, rules: Rules = (), smallest: int =
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = [None] * leaf.ndim
-        for pattern, last in rules:
-            if re.search(pattern, name) and leaf.ndim >= len(last):
-                unused.discard(pattern)
-                spec[leaf.ndim - len(last) :] = last
-                break
+        spec, pattern = _ruled(path, leaf, rules)
+        unused.discard(pattern)
         for size, axes in zip(leaf.shape, spec):
             if size % (parts := _parts(mesh, axes)):
                 raise ValueError(
@@ -107,6 +103,20 @@ def shard(tree: Any, mesh: jax.sharding.Mesh, rules: Rules = (), smallest: int =
     return shardings
 
 
+def gathered(tree: Any, rules: Rules = ()) -> Any:
+    """Parameters whole on every device but for what `rules` divide, on the mesh in use; without one, as they are.
+
+    For loops of many calls: with parameters split by `shard`, every call would gather them anew.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+
+    def one(path, leaf):
+        return jax.lax.with_sharding_constraint(leaf, P(*_ruled(path, leaf, rules)[0]))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
 def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     """Divides the first axes of an array over mesh axes, on the mesh in use (`jax.set_mesh`); without one, does nothing.
 
@@ -123,6 +133,15 @@ def platform() -> str:
     """Of the devices that a traced function is for: those of the mesh in use, else the default ones."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def _ruled(path, leaf, rules):
+    """The spec of a leaf by the first rule that matches, and its pattern."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    for pattern, last in rules:
+        if re.search(pattern, name) and leaf.ndim >= len(last):
+            return [None] * (leaf.ndim - len(last)) + list(last), pattern
+    return [None] * leaf.ndim, None
 
 
 def _parts(mesh, axes):
@@ -159,6 +178,20 @@ def batch_part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
             "out; set data.shards to all, or choose another mesh"
         )
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
+def padded(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
+    """A whole batch whose rows the mesh divides evenly: its rows once more behind the last, with a weight of 0 in "valid".
+
+    Work on rows that do not divide would be done by all devices, with memory for all of it on each.
+    """
+    images = len(next(iter(batch.values())))
+    more = -images % (mesh.shape["data"] * mesh.shape["fsdp"])
+    if not more:
+        return batch
+    batch = {"valid": np.ones(images, np.float32)} | batch
+    again = {name: np.take(rows, np.arange(images + more), axis=0, mode="wrap") for name, rows in batch.items()}
+    return again | {"valid": np.where(np.arange(images + more) < images, again["valid"], 0).astype(np.float32)}
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:

@@ -15,7 +15,7 @@ from ar_jax.nets.attention import Rows, join_heads, remember, split_heads
 from ar_jax.nets.linear import Linear, product
 from ar_jax.nets.transformer import Backbone, Cache
 from ar_jax.tokenizers.quantize import normalise
-from ar_jax.typing import Array, Float, typed
+from ar_jax.typing import Array, Float, Share, typed
 
 
 @struct.dataclass
@@ -52,6 +52,8 @@ class Block(nn.Module):
     dtype: Any
     output_major: bool
 
+    no_decay = ("q_bias", "v_bias", "log_scale")
+
     def setup(self):
         def dense(features, std, bias=True):
             return Linear(features, self.dtype, None, nn.initializers.normal(std), self.output_major, bias)
@@ -72,7 +74,9 @@ class Block(nn.Module):
 
     def attend(self, x, cache, seen, first):
         q, k, v = split_heads(self.qkv(x), self.heads)
-        q, v = (y + bias.astype(y.dtype).reshape(self.heads, 1, -1) for y, bias in ((q, self.q_bias), (v, self.v_bias)))
+        q, v = (
+            (y + bias.reshape(self.heads, 1, -1)).astype(y.dtype) for y, bias in ((q, self.q_bias), (v, self.v_bias))
+        )
         if self.l2_norm:
             sharp = jnp.exp(jnp.minimum(self.log_scale.astype(jnp.float32), math.log(100)))[:, None, None]
             q = (normalise(q.astype(jnp.float32)) * sharp).astype(x.dtype)
@@ -112,12 +116,14 @@ class AdaLN(Backbone):
     hidden: int = 0
     shared: bool = False
     l2_norm: bool = True
-    path_drop: tuple[float, float] = (0.0, 0.0)
+    path_drop: tuple[Share, Share] = (0.0, 0.0)
     gate: float = 1e-3
     sees: Literal["past", "step"] = "past"
     final: bool = True
     depth: int = 0
     eps: float = 1e-6
+
+    no_decay = ("table",)
 
     def setup(self):
         if self.width % self.heads:
@@ -190,8 +196,7 @@ class Projections(nn.Module):
 
         def one(weights):  # layer by layer, so that a mesh gathers one kernel at a time
             kernel, bias = weights
-            y = product(vector.astype(self.dtype), kernel.astype(self.dtype), jnp.float32)
-            return y + bias.astype(jnp.float32)
+            return product(vector.astype(self.dtype), kernel, jnp.float32) + bias
 
         y = lax.map(one, (kernel, bias))
         return jnp.moveaxis(y, 0, 1).reshape(len(vector), self.count, parts, d)

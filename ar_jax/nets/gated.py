@@ -1,7 +1,7 @@
 """The transformer of flow models over tokens: modulated RMS norms, rotary positions, gated perceptrons."""
 
 import itertools
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from ar_jax.nets.mlp import xavier
 from ar_jax.nets.positions import rotary, rotate, stretched
 from ar_jax.nets.transformer import Backbone, Cache, RMSNorm, init
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Float, Index, Int, typed
+from ar_jax.typing import Array, Blocks, Float, Index, Int, Layers, Share, Within, typed
 
 EPS = 1e-6  # of all norms
 
@@ -80,8 +80,8 @@ class Attention(nn.Module):
     heads: int
     bias: bool = True
     cross: bool = False
-    attention_dropout: float = 0.0
-    dropout: float = 0.0
+    attention_dropout: Share = 0.0
+    dropout: Share = 0.0
     dtype: Any = jnp.float32
     output_major: bool = False
 
@@ -132,7 +132,7 @@ class GatedMLP(nn.Module):
 
     width: int
     hidden: int = 0
-    dropout: float = 0.0
+    dropout: Share = 0.0
     dtype: Any = jnp.float32
     output_major: bool = False
 
@@ -155,8 +155,8 @@ class Block(nn.Module):
     width: int
     heads: int
     hidden: int
-    dropout: float
-    attention_dropout: float
+    dropout: Share
+    attention_dropout: Share
     dtype: Any
     output_major: bool
 
@@ -188,9 +188,9 @@ class Gated(Backbone):
     """
 
     hidden: int = 0
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    base: float = 10000.0
+    dropout: Share = 0.0
+    attention_dropout: Share = 0.0
+    base: Annotated[float, Within(1, 2**24)] = 10000.0
 
     def setup(self):
         if self.width % self.heads or self.width // self.heads % 4:
@@ -245,14 +245,14 @@ class EncoderDecoder(nn.Module):
     Source: FlowAR (arXiv:2412.15205), xAR (arXiv:2502.20388).
     """
 
-    layers: int
+    layers: Layers
     width: int
     heads: int
-    decoder_layers: int = 0
+    decoder_layers: Blocks = 0
     decoder_heads: int = 0
     hidden: int = 0
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
+    dropout: Share = 0.0
+    attention_dropout: Share = 0.0
     span: int = 0
     last_positions: bool = False
     dtype: Any = jnp.float32
@@ -299,12 +299,12 @@ class EncoderDecoder(nn.Module):
         rows = rows.replace(coords=stretched(rows.coords, self.spec.scales, self.span))
         table = [look_up(table, slot) for table in self.tables]
         caches = [None, None] if cache is None else [Cache(k, v) for k, v in zip(cache.k, cache.v)]
-        x = self.input_norm(x.astype(self.dtype) + table[0].astype(self.dtype))
+        x = self.input_norm((x + table[0]).astype(self.dtype))
         x, caches[0] = self.encoder(x, rows, mod=mod, cache=caches[0])
-        x = self.between(x) + table[1].astype(self.dtype)
+        x = (self.between(x) + table[1]).astype(self.dtype)
         x, caches[1] = self.decoder(x, rows, mod=mod, cache=caches[1])
         if self.last_positions:
-            x = x + table[2].astype(x.dtype)
+            x = (x + table[2]).astype(x.dtype)
         return x, cache and Cache(tuple(part.k for part in caches), tuple(part.v for part in caches))
 
 

@@ -1,7 +1,10 @@
 """The linear layer of the transformers."""
 
+import contextlib
+import contextvars
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +17,19 @@ from ar_jax.machine.sharding import constrain
 from ar_jax.typing import Array, Float, Int, Params, typed
 
 PRODUCT = "product"  # name of the results, for policies of what a backward pass keeps
+MATRICES = ("kernel", "embedding")  # names of what rows are multiplied with, and of tables that they are looked up in
+
+_float32 = contextvars.ContextVar("float32", default=False)
+
+
+@contextlib.contextmanager
+def float32_gradients(on: bool = True) -> Iterator[None]:
+    """What is traced inside computes gradients of kernels in float32, whatever its products are in, and a mesh sums them so."""
+    token = _float32.set(on)
+    try:
+        yield
+    finally:
+        _float32.reset(token)
 
 
 class Linear(nn.Module):
@@ -24,7 +40,8 @@ class Linear(nn.Module):
       dtype: of the product's inputs; the parameter stays float32.
       out_dtype: of the result; None is `dtype`. float32 accumulates and returns float32.
       output_major: the kernel is [features, d], the layout for decoding (see `output_major`).
-      bias: add a learned vector, zero at the start.
+      bias: add a learned vector.
+      bias_init: where it begins.
     """
 
     features: int
@@ -33,6 +50,7 @@ class Linear(nn.Module):
     kernel_init: Any = nn.initializers.normal(0.02)
     output_major: bool = False
     bias: bool = False
+    bias_init: Any = nn.initializers.zeros
 
     @nn.compact
     @typed
@@ -40,28 +58,36 @@ class Linear(nn.Module):
         shape = (self.features, x.shape[-1]) if self.output_major else (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         multiply = stream if self.output_major else product
-        y = multiply(x.astype(self.dtype), kernel.astype(self.dtype), self.out_dtype or self.dtype)
+        y = multiply(x.astype(self.dtype), kernel, self.out_dtype or self.dtype)
         if self.bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
+            y = (y + self.param("bias", self.bias_init, (self.features,))).astype(y.dtype)
         return checkpoint_name(y, PRODUCT)
 
 
-def output_major(params: Params) -> Params:
-    """Parameters of `Linear` layers for `output_major=True`: every kernel transposed."""
+def output_major(name: str, leaf: Array) -> Array:
+    """A parameter of a `Linear` layer for `output_major=True`: kernels are transposed."""
+    return jnp.swapaxes(leaf, -1, -2) if name == "kernel" else leaf
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """Parameters for sampling in `dtype`: kernels and embeddings, which products round to it anyway.
+
+    All others are small and stay as they are: norms, biases, positions, the sharpness of attention.
+    """
 
     def one(path, leaf):
-        return jnp.swapaxes(leaf, -1, -2) if path[-1].key == "kernel" else leaf
+        return leaf.astype(dtype) if path[-1].key in MATRICES else leaf
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
 def stream(x: Float[Array, "*b d"], w: Float[Array, "f d"], dtype: Any) -> Float[Array, "*b f"]:
-    """x W^T in `dtype`, at the speed at which memory gives W where x has few rows, as in decoding.
+    """x W^T in `dtype`, W rounded to the dtype of x, at the speed at which memory gives W where x has few rows, as in decoding.
 
     XLA's matrix product on CPU reads W at half the bandwidth for two to eight rows, a multiplication and a sum at three
     quarters, and its product with one row at nearly all of it.
     """
-    by_dot = functools.partial(_dot, dtype=dtype)
+    by_dot, w = functools.partial(_dot, dtype=dtype), w.astype(x.dtype)
     if not 1 < math.prod(x.shape[:-1]) <= 8 or w.dtype != jnp.float32:
         return by_dot(x, w)
     return lax.platform_dependent(x, w, cpu=_multiply_and_sum, default=by_dot).astype(dtype)
@@ -85,28 +111,29 @@ def look_up(table: Float[Array, "v d"], index: Int[Array, "*b"]) -> Float[Array,
 
 @jax.custom_vjp
 def _product(x, w, like):
-    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=like.dtype)
+    return lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=like.dtype)
 
 
 def product(x: Float[Array, "*b d"], w: Float[Array, "d f"], dtype: Any) -> Float[Array, "*b f"]:
-    """x W in `dtype`, with the weight's gradient computed as x^T g.
+    """x W in `dtype`, W rounded to the dtype of x, with the weight's gradient computed as x^T g.
 
     JAX's own rule computes it as (g^T x)^T, which XLA on CPU may take almost twice as long for; a training step of
-    LlamaGen-B took 17% less time with it.
+    LlamaGen-B took 17% less time with it. The gradient is rounded to the dtype of x, unless in `float32_gradients`.
     """
-    return _product(x, w, jnp.zeros((), dtype))
+    return _product(x, w if _float32.get() else w.astype(x.dtype), jnp.zeros((), dtype))
 
 
 def _forward(x, w, like):
-    return _product(x, w, like), (x, w)
+    rounded = w.astype(x.dtype)
+    return _product(x, rounded, like), (x, rounded, jnp.zeros((), w.dtype))
 
 
 def _backward(saved, g):
-    x, w = saved
+    x, w, like = saved
     rows = tuple(range(x.ndim - 1))
     g = g.astype(x.dtype)
     dx = lax.dot_general(g, w, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=x.dtype)
-    dw = lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=w.dtype)
+    dw = lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=like.dtype)
     return dx, dw, None
 
 

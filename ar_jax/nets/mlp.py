@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ar_jax.machine.sharding import BATCH, constrain
+from ar_jax.nets.linear import Linear
 from ar_jax.typing import Array, Float, typed
 
 xavier = nn.initializers.xavier_uniform()
@@ -35,7 +36,7 @@ class TimeEmbedding(nn.Module):
         y = constrain(sinusoids(t), BATCH).astype(self.dtype)
         for name in ("fc1", "fc2"):
             y = nn.silu(y) if name == "fc2" else y
-            y = nn.Dense(self.width, dtype=self.dtype, kernel_init=self.kernel_init, name=name)(y)
+            y = Linear(self.width, self.dtype, None, self.kernel_init, bias=True, name=name)(y)
         return y
 
 
@@ -48,7 +49,7 @@ class ModulatedBlock(nn.Module):
     @nn.compact
     def __call__(self, x, y):
         def dense(features, kernel_init, name):
-            return nn.Dense(features, dtype=self.dtype, kernel_init=kernel_init, name=name)
+            return Linear(features, self.dtype, None, kernel_init, bias=True, name=name)
 
         shift, scale, gate = jnp.split(dense(3 * self.width, zeros, "modulation")(nn.silu(y)), 3, axis=-1)
         h = norm("norm", self.dtype)(x) * (1 + scale) + shift
@@ -84,8 +85,8 @@ class ModulatedMLP(nn.Module):
         gathers all rows on every device.
         """
 
-        def dense(features, kernel_init, name):
-            return nn.Dense(features, dtype=self.dtype, kernel_init=kernel_init, name=name)
+        def dense(features, kernel_init, name, out_dtype=None):
+            return Linear(features, self.dtype, out_dtype, kernel_init, bias=True, name=name)
 
         y = TimeEmbedding(self.width, self.dtype, name="time")(t) + dense(self.width, xavier, "condition")(h)
         x, y = constrain(dense(self.width, xavier, "input")(x), BATCH), constrain(y, BATCH)
@@ -96,7 +97,8 @@ class ModulatedMLP(nn.Module):
         x, _ = blocks(self.width, self.dtype, name="blocks")(x, y)
         shift, scale = jnp.split(dense(2 * self.width, zeros, "modulation")(nn.silu(y)), 2, axis=-1)
         x = norm(None, self.dtype, affine=False)(x) * (1 + scale) + shift
-        return dense(self.out, zeros, "output")(x).astype(jnp.float32)
+        # a diffusion's noisiest levels count an error of the noise up to 20,000 times
+        return dense(self.out, zeros, "output", jnp.float32)(x)
 
 
 def norm(name: str | None, dtype: Any, affine: bool = True) -> nn.LayerNorm:

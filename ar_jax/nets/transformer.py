@@ -1,6 +1,6 @@
 """The Llama-like transformer of next-token image models, for training (all rows at once) and decoding (cached)."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ from ar_jax.nets.attention import ATTENTION, Rows, join_heads, remember, split_h
 from ar_jax.nets.linear import PRODUCT, Linear, output_major
 from ar_jax.nets.positions import rotary, rotate
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Float, Params, typed
+from ar_jax.typing import Array, Float, Layers, Share, Within, typed
 
 init = nn.initializers.normal(0.02)
 
@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * scale.astype(x.dtype)
+        return (y * scale).astype(x.dtype)
 
 
 class Backbone(nn.Module):
@@ -72,10 +72,10 @@ class Backbone(nn.Module):
       dtype: of the matrix products; parameters stay float32.
       remat: what the backward pass computes again to save memory: "none", "dots" (all but matrix products and
         attention) or "full" (everything inside a block).
-      unroll: the layout for decoding, one tree of output-major kernels per layer instead of stacked ones (see `unrolled`).
+      unroll: the layout for decoding, one tree of output-major kernels per layer instead of stacked ones (see `slices`).
     """
 
-    layers: int
+    layers: Layers
     width: int
     heads: int
     dtype: Any = jnp.float32
@@ -150,7 +150,7 @@ class Block(nn.Module):
     width: int
     heads: int
     hidden: int
-    dropout: float
+    dropout: Share
     eps: float
     dtype: Any
     output_major: bool
@@ -190,8 +190,8 @@ class Transformer(Backbone):
     """
 
     hidden: int = 0
-    dropout: float = 0.0
-    base: float = 10000.0
+    dropout: Share = 0.0
+    base: Annotated[float, Within(1, 2**24)] = 10000.0
     eps: float = 1e-5
 
     def setup(self):
@@ -228,11 +228,12 @@ class Transformer(Backbone):
         return self.norm(x), cache
 
 
-def unrolled(params: Params, layers: int) -> Params:
-    """Parameters of a `Backbone` for `unroll=True`: slices the stacked blocks once, so a decoding loop need not.
+def slices(path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:
+    """What becomes of a parameter of a `Backbone`, path (its name, "blocks", ...), with `unroll=True`: its layers one by one.
 
     Inside a loop over tokens, XLA on CPU copies every layer's slice of stacked weights anew for every token.
     """
-    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
-    blocks = output_major(params["blocks"])
-    return rest | {f"blocks_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(layers)}
+    if path[1] != "blocks":
+        return {path: leaf}
+    leaf = output_major(path[-1], leaf)
+    return {(path[0], f"blocks_{i}", *path[2:]): leaf[i] for i in range(len(leaf))}

@@ -1,7 +1,7 @@
 """Pre-norm transformers of the plain kind: layer norm, attention, two-layer perceptron."""
 
 import functools
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from ar_jax.nets.linear import Linear
 from ar_jax.nets.mlp import xavier
 from ar_jax.nets.transformer import Backbone, Cache
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Bool, Float, typed
+from ar_jax.typing import Array, Bool, Float, Share, Within, typed
 
 
 class Block(nn.Module):
@@ -28,8 +28,8 @@ class Block(nn.Module):
     width: int
     heads: int
     hidden: int
-    dropout: float
-    attention_dropout: float
+    dropout: Share
+    attention_dropout: Share
     bias: bool
     dtype: Any
     output_major: bool
@@ -69,8 +69,8 @@ class Plain(Backbone):
     """
 
     hidden: int = 0
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
+    dropout: Share = 0.0
+    attention_dropout: Share = 0.0
 
     @nn.nowrap
     def blocks_with(self, bias: bool) -> Any:
@@ -126,7 +126,7 @@ class GPT(Plain):
     Source: GIVT (arXiv:2312.02116).
     """
 
-    rows: int = 256
+    rows: Annotated[int, Within(0, 2**24)] = 256
 
     def complete(self, spec: TokenSpec) -> "GPT":
         return self if self.rows else self.clone(rows=spec.n + 1)
@@ -145,7 +145,7 @@ class GPT(Plain):
                 f"backbone.rows is {self.rows}, but the sequence has {longest}; they are condition and tokens"
             )
         positions = lax.dynamic_slice_in_dim(self.positions, rows.first, x.shape[1])
-        x, cache = self.look(self.blocks, x.astype(self.dtype) + positions.astype(self.dtype), rows, cache)
+        x, cache = self.look(self.blocks, x + positions, rows, cache)
         return self.norm(x), cache
 
 

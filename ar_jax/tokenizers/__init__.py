@@ -1,7 +1,7 @@
 """Tokenizers: images to tokens and back, one file for each, and their quantisers.
 
 A tokenizer is a module. Of all are asked `size`, `channels`, `spec`, `rules`, `init_params`, and the methods `encode`,
-`embed` and `decode`, as `vqgan.py` has them. To be trained (`train/tokenizer.py`) it also has
+`embed` and `decode`, as `vqgan.py` has them. To be trained (`train/tokenizer.py`) or cached it also has
 
 - `autoencode(image, key=...)` -> the reconstruction, or None if its decoder is generative and makes no image in training;
   the losses that it reports itself, weighted, by name; and what it shows by name: "tokens" as of `encode`, if they are
@@ -10,5 +10,7 @@ A tokenizer is a module. Of all are asked `size`, `channels`, `spec`, `rules`, `
 - `codebooks`, where tokens are codes: which are learned, and where they lie (`quantize.Codebook`). Without it none is.
 - `last_layer`, the path of the parameter where the adaptive weight of a discriminator measures gradients. Needed for that
   only.
+- `draws = True`, if it draws tokens from a Gaussian: then `encode(image, key=...)` is `drawn(moments(image), key=...)`, and a
+  cache keeps the moments.
 - `generative = True`, if `decode` draws by its key; pictures in training then are `decode(encode(image), key=...)`.
 """

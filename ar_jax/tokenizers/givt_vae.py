@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ar_jax.machine.sharding import Rules
 from ar_jax.tokenizers.conv import norm
 from ar_jax.tokenizers.kl_vae import KLVAE
-from ar_jax.typing import Array, Float, PRNGKey, typed
+from ar_jax.typing import Array, Float, Level, PRNGKey, typed
 
 
 class GivtVAE(KLVAE):
@@ -20,7 +20,7 @@ class GivtVAE(KLVAE):
 
     shift: tuple[float, ...] = (0.0,)
     scale: tuple[float, ...] = (1.0,)
-    encoder_attention: tuple[int, ...] = ()
+    encoder_attention: tuple[Level, ...] = ()
 
     @property
     def rules(self) -> Rules:

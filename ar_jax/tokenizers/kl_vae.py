@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ar_jax.tokenizers.continuous import Measured, cells, draw, kl_divergence, noise, patchify, unpatchify
 from ar_jax.tokenizers.conv import Convolutional, Decoder, Encoder, init
 from ar_jax.tokens import Scale, TokenSpec, grid, sides
-from ar_jax.typing import Array, Float, Metrics, PRNGKey, typed
+from ar_jax.typing import Array, Blocks, Float, Level, Metrics, PRNGKey, Size, typed
 
 
 class KLVAE(Measured, Convolutional, nn.Module):
@@ -32,10 +32,10 @@ class KLVAE(Measured, Convolutional, nn.Module):
     Source: LDM (arXiv:2112.10752), with the sizes of MAR (arXiv:2406.11838).
     """
 
-    size: tuple[int, int] = (256, 256)
+    size: Size = (256, 256)
     features: int = 128
     mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    res_blocks: int = 2
+    res_blocks: Blocks = 2
     latent: int = 16
     patch: Scale = 1
     groups: int = 32
@@ -43,9 +43,11 @@ class KLVAE(Measured, Convolutional, nn.Module):
     shift: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
     channels: int = 3
-    encoder_attention: tuple[int, ...] = (-1,)
-    decoder_attention: tuple[int, ...] = ()
+    encoder_attention: tuple[Level, ...] = (-1,)
+    decoder_attention: tuple[Level, ...] = ()
     dtype: Any = jnp.float32
+
+    draws = True
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -66,7 +68,20 @@ class KLVAE(Measured, Convolutional, nn.Module):
     @typed
     def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Float[Array, "b n c2"]:
         """Tokens of images in [-1, 1], of unit variance once measured: drawn from the posterior, or its mean without a key."""
-        mean, logvar = self.posterior(image)
+        return self.tokens_of(*self.posterior(image), key)
+
+    def moments(self, image: Float[Array, "b H W c"]) -> Float[Array, "b n c2"]:
+        """Mean and log-variance of every number of the latents, beside each other in every token."""
+        return jnp.concatenate([patchify(x, self.patch) for x in self.posterior(image)], axis=-1)
+
+    def drawn(self, moments: Float[Array, "b n c2"], *, key: PRNGKey | None = None) -> Float[Array, "b n c"]:
+        """Tokens of `moments`, of any float type: those that `encode` draws with this key."""
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return self.tokens_of(*(unpatchify(x, self.grid, self.patch) for x in (mean, logvar)), key)
+
+    def tokens_of(
+        self, mean: Float[Array, "b h w c"], logvar: Float[Array, "b h w c"], key: PRNGKey | None
+    ) -> Float[Array, "b n c2"]:
         return patchify(self.standardise(draw(mean, logvar, noise(mean, key))), self.patch)
 
     @typed

@@ -1,7 +1,7 @@
 """The pyramid of latents: what a continuous tokenizer says of an image, averaged to several sizes."""
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from ar_jax.machine.sharding import Rules
 from ar_jax.nets.resize import resize
 from ar_jax.tokenizers.continuous import Measured
 from ar_jax.tokens import Scale, TokenSpec, maps, pyramid, rows, sides
-from ar_jax.typing import Array, Float, Metrics, Params, PRNGKey, typed
+from ar_jax.typing import Array, Float, Having, Metrics, Params, PRNGKey, Within, typed
 
 
 class LatentPyramid(Measured, nn.Module):
@@ -26,9 +26,9 @@ class LatentPyramid(Measured, nn.Module):
     Source: FlowAR (arXiv:2412.15205).
     """
 
-    base: nn.Module
+    base: Annotated[nn.Module, Having("grid", "encode", "decode")]
     scales: tuple[Scale, ...] = (1, 2, 4, 8, 16)
-    via: int = 0
+    via: Annotated[int, Within(0, 1024)] = 0
     shift: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
 
@@ -62,6 +62,10 @@ class LatentPyramid(Measured, nn.Module):
         return self.base.rules
 
     @property
+    def draws(self) -> bool:
+        return getattr(self.base, "draws", False)
+
+    @property
     def last_layer(self) -> str:
         return getattr(self.base, "last_layer", "")
 
@@ -74,7 +78,19 @@ class LatentPyramid(Measured, nn.Module):
     @typed
     def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Float[Array, "b n c2"]:
         """Tokens of images in [-1, 1], of all scales; `key` as in the base."""
-        tokens = self.standardise(self.base.encode(image, key=key))
+        return self.pyramid_of(self.base.encode(image, key=key))
+
+    def moments(self, image: Float[Array, "b H W c"]) -> Float[Array, "b n c2"]:
+        """Of the base; the scales are made of what is drawn."""
+        return self.base.moments(image)
+
+    def drawn(self, moments: Float[Array, "b n c2"], *, key: PRNGKey | None = None) -> Float[Array, "b m c"]:
+        """Tokens of `moments`, of all scales: those that `encode` draws with this key."""
+        return self.pyramid_of(self.base.drawn(moments, key=key))
+
+    def pyramid_of(self, tokens: Float[Array, "b n c"]) -> Float[Array, "b m c"]:
+        """Tokens of all scales from those of the base."""
+        tokens = self.standardise(tokens)
         return self.averages(tokens.reshape(len(tokens), *self.base.grid, -1))
 
     def averages(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b n c"]:

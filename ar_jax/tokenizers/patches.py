@@ -7,7 +7,7 @@ import flax.linen as nn
 from ar_jax.machine.sharding import Rules
 from ar_jax.tokenizers.continuous import Measured, cells, patchify, unpatchify
 from ar_jax.tokens import Scale, TokenSpec, grid, sides
-from ar_jax.typing import Array, Float, Metrics, Params, PRNGKey, typed
+from ar_jax.typing import Array, Float, Metrics, Params, PRNGKey, Size, typed
 
 
 class Patches(Measured, nn.Module):
@@ -20,7 +20,7 @@ class Patches(Measured, nn.Module):
       channels: of the image; 1 keeps the mean of three and gives it back thrice.
     """
 
-    size: tuple[int, int] = (32, 32)
+    size: Size = (32, 32)
     patch: Scale = 4
     shift: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()

@@ -161,13 +161,21 @@ def look_up(codes: Float[Array, "v c"], tokens: Tokens) -> Float[Array, "b n c"]
 
 
 @typed
-def count_codes(tokens: Int[Array, "b n k"], spec: TokenSpec) -> Int[Array, "l v"]:
-    """How often every level of a batch uses every code; codes of all sub-codes lie one after the other."""
+def count_codes(
+    tokens: Int[Array, "b n k"], spec: TokenSpec, weight: Float[Array, "b"] | None = None
+) -> Int[Array, "l v"] | Float[Array, "l v"]:
+    """How often every level of a batch uses every code; codes of all sub-codes lie one after the other.
+
+    Args:
+      weight: of every image; None counts all alike.
+    """
     level, total = spec.coords[:, 0], sum(spec.codes)
     first = np.cumsum([0, *spec.codes[:-1]])
     places = level[:, None] * total + first + tokens
     levels = int(level.max()) + 1
-    return jnp.bincount(places.reshape(-1), length=levels * total).reshape(levels, total)
+    if weight is not None:
+        weight = jnp.broadcast_to(weight[:, None, None], places.shape).reshape(-1)
+    return jnp.bincount(places.reshape(-1), weight, length=levels * total).reshape(levels, total)
 
 
 @typed

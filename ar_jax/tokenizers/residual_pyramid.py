@@ -13,7 +13,7 @@ from ar_jax.nets.resize import resize, touched
 from ar_jax.tokenizers.conv import Convolutional, Decoder, Encoder, init
 from ar_jax.tokenizers.quantize import Codebook, VectorLoss, codebook_init, look_up, residual_quantise
 from ar_jax.tokens import Scale, TokenSpec, maps, pyramid, rows, sides
-from ar_jax.typing import Array, Bool, Float, Int, Metrics, PRNGKey, Tokens, typed
+from ar_jax.typing import Array, Blocks, Bool, Float, Int, Metrics, PRNGKey, Share, Size, Tokens, typed
 
 Held = tuple[Array, Array]
 
@@ -44,16 +44,16 @@ class ResidualPyramid(Convolutional, nn.Module):
     Source: VAR (arXiv:2404.02905).
     """
 
-    size: tuple[int, int] = (256, 256)
+    size: Size = (256, 256)
     scales: tuple[Scale, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
     features: int = 160
     mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    res_blocks: int = 2
+    res_blocks: Blocks = 2
     codes: int = 4096
     code_features: int = 32
     kernel: int = 3
-    smoothers: int = 4
-    smoothing: float = 0.5
+    smoothers: Blocks = 4
+    smoothing: Share = 0.5
     groups: int = 32
     cosine: bool = False
     vq: VectorLoss = VectorLoss()

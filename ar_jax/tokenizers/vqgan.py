@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ar_jax.tokenizers.conv import Convolutional, Decoder, Encoder, init
 from ar_jax.tokenizers.quantize import Codebook, VectorLoss, codebook_init, look_up, normalise, vector_quantise
 from ar_jax.tokens import TokenSpec, grid
-from ar_jax.typing import Array, Float, Int, Metrics, PRNGKey, Tokens, typed
+from ar_jax.typing import Array, Blocks, Float, Int, Layers, Metrics, PRNGKey, Size, Tokens, typed
 
 
 class VQGAN(Convolutional, nn.Module):
@@ -31,11 +31,11 @@ class VQGAN(Convolutional, nn.Module):
     Source: VQGAN (arXiv:2012.09841), LlamaGen (arXiv:2406.06525).
     """
 
-    size: tuple[int, int] = (256, 256)
+    size: Size = (256, 256)
     features: int = 128
     mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    decoder_mult: tuple[int, ...] = ()
-    res_blocks: int = 2
+    decoder_mult: tuple[Layers, ...] = ()
+    res_blocks: Blocks = 2
     latent: int = 256
     codes: int = 16384
     code_features: int = 8

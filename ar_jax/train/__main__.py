@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from ar_jax.config import Experiment, Stage, keep_config, load_config, parse
 from ar_jax.data import Data, Info, NoSplit, Opened, Spread, batches, plain
@@ -180,7 +179,7 @@ def stage_fit(
 
 
 def load_start(stage: Stage, kind: str, params: Params) -> Params:
-    """The parameters of `stage.start` in the place of initialised ones, but for those of `stage.fresh`."""
+    """The parameters of `stage.start` in the place of shapes, but for those of `stage.fresh`."""
     folder, part = open_model(stage.start, kind).place()
     loaded, stayed, unused = load_matching(folder, params, part, stage.fresh)
     count = len(jax.tree.leaves(params))
@@ -192,7 +191,6 @@ def load_start(stage: Stage, kind: str, params: Params) -> Params:
     for part, other in stage.alike:
         if not {part, other} <= loaded.keys() or shapes(loaded[part]) != shapes(loaded[other]):
             raise ValueError(f"{kind}.alike has {(part, other)}, which are no two equal parts; it has {tuple(loaded)}")
-        loaded = {**loaded, part: jax.tree.map(jnp.copy, loaded[other])}
     return loaded
 
 

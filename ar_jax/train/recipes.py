@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from ar_jax.config import GeneratorStage
 from ar_jax.files.images import to_float, to_uint8
 from ar_jax.machine.flops import model_flops, without_remat
-from ar_jax.machine.sharding import Rules
-from ar_jax.train.optim import Optim, make_optimiser, only_trained, schedule
+from ar_jax.machine.sharding import Rules, gathered
+from ar_jax.train.optim import Optim, decayed, make_optimiser, only_trained, schedule
 from ar_jax.train.state import GradFn, TrainState, create, make_update
 from ar_jax.typing import Array, Batch, Float, Metrics, Params, PRNGKey, UInt8
 
@@ -23,7 +23,8 @@ class Recipe(NamedTuple):
       init: key -> state.
       update: state, frozen, batch, key -> state, metrics.
       flops: of one update, from the same arguments (see `flops.model_flops`); recomputation does not count.
-      preview: model parameters, frozen, batch, key -> uint8 images to look at, and metrics of a held-out batch.
+      preview: model parameters, frozen, batch, key -> uint8 images to look at, as many for every row, and metrics of a
+        held-out batch, in which rows count by "valid", if the batch has it.
       frozen: parameters that are read but not trained.
       lr: learning rate by update, for the log.
       rules: what tensor parallelism divides (see `sharding.shard`).
@@ -53,14 +54,18 @@ LossFn = Callable[[Params, Params, Batch, PRNGKey, Array], tuple[Float[Array, ""
 def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate: float, train: bool = True) -> LossFn:
     """Mean loss of a generator over the tokens of a batch; with dropout if `train`.
 
-    `frozen` are the tokenizer's parameters. A batch holds "image" (uint8) or ready "tokens", and the condition.
+    `frozen` are the tokenizer's parameters. A batch holds "image" (uint8), "moments" that tokens are drawn from, or ready
+    "tokens"; and the condition.
     """
 
     def loss_fn(params, frozen, batch, key, step):
         order_key, drop_key, loss_key, encode_key, dropout_key = jax.random.split(key, 5)
         call = functools.partial(tokenizer.apply, {"params": frozen})
-        tokens = batch.get("tokens")
-        if tokens is None:
+        if "tokens" in batch:
+            tokens = batch["tokens"]
+        elif "moments" in batch:
+            tokens = call(batch["moments"], key=encode_key, method="drawn")
+        else:
             tokens = call(to_float(batch["image"]), key=encode_key, method="encode")
         images = len(tokens)
         loss, weight, metrics = generator.apply(
@@ -88,15 +93,20 @@ def gradients(loss_fn: LossFn, optim: Optim = Optim()) -> GradFn:
     return grad_fn
 
 
+def update_settings(optim: Optim) -> dict[str, Any]:
+    """What `make_update` is told of an optimiser's settings."""
+    return {"ema": optim.ema, "accumulate": optim.accumulate, "float32": optim.gradients == "float32"}
+
+
 def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, frozen: Params) -> Recipe:
     """Trains a generator on a frozen tokenizer's tokens."""
-    tx = make_optimiser(stage.optim, stage.steps)
+    tx = make_optimiser(stage.optim, stage.steps, {"model": decayed(generator.init_params)})
     train_order = stage.train_order or stage.order
     held_out_loss = generator_loss(generator, tokenizer, train_order, 0.0, train=False)
 
     def update_of(generator):
         grad_fn = gradients(generator_loss(generator, tokenizer, train_order, stage.drop), stage.optim)
-        return make_update(grad_fn, tx, ema=stage.optim.ema, accumulate=stage.optim.accumulate)
+        return make_update(grad_fn, tx, **update_settings(stage.optim))
 
     def init(key):
         return create({"model": generator.init_params(key)}, {}, tx, stage.optim.ema)
@@ -106,7 +116,9 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
         drawer, decoder, order_fn = stage.sampling.adapted(generator, tokenizer, stage.order)
         keys = jax.random.split(key, count)
         order = order_fn(drawer.spec, keys, count, stage.steps)
-        images, _ = stage.sampling.images(drawer, decoder, params, frozen, batch, order, keys=keys)
+        # once for all steps, as sampling has them
+        held = gathered(drawer.multiplied(params), drawer.rules)
+        images, _ = stage.sampling.images(drawer, decoder, held, frozen, batch, order, keys=keys)
         # the same order at every preview, or losses could not be compared
         loss, _ = held_out_loss(params, frozen, batch, jax.random.key(0), stage.steps)
         return to_uint8(images), {"loss": loss}

@@ -10,6 +10,7 @@ import optax
 from flax import struct
 
 from ar_jax.machine.sharding import BATCH, constrain
+from ar_jax.nets.linear import float32_gradients
 from ar_jax.typing import Array, Batch, Int, Metrics, Params, PRNGKey
 
 # (params, extra, frozen, batch, key, step) -> (gradients of params, extra, metrics); if the loss is a weighted mean, the
@@ -56,6 +57,7 @@ def make_update(
     *,
     ema: float = 0.0,
     accumulate: int = 1,
+    float32: bool = False,
     after: Callable[[TrainState, PRNGKey], TrainState] = lambda state, key: state,
 ) -> Callable[[TrainState, Params, Batch, PRNGKey], tuple[TrainState, Metrics]]:
     """The training step: gradients (of `accumulate` parts of the batch, one after the other), optimiser, EMA.
@@ -68,6 +70,7 @@ def make_update(
       tx: optimiser over the whole of `params`.
       ema: decay per update; 0 keeps none.
       accumulate: number of parts; the batch size is a multiple of it.
+      float32: gradients of kernels leave their products so (see `float32_gradients`).
       after: last change to the state, for recipes that edit parameters directly.
 
     Returns:
@@ -98,7 +101,8 @@ def make_update(
 
     def update(state, frozen, batch, key):
         key, after_key = jax.random.split(key)
-        grads, extra, metrics = gradients(state, frozen, batch, key)
+        with float32_gradients(float32):
+            grads, extra, metrics = gradients(state, frozen, batch, key)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads))
 
         def apply(state, grads, extra):

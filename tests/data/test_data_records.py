@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ar_jax.data import Data, batches, open_records, open_source, write_shards
+from ar_jax.data import Data, arrays, batches, open_records, open_source, write_shards
 from ar_jax.data.pack import pack
 
 
@@ -180,3 +180,98 @@ def test_tokens_and_images_are_told_apart(tmp_path):
     write_shards(tmp_path, _records(2), {"classes": 2}, 1)
     with pytest.raises(ValueError, match=r"no image; is data\.name=tokens meant"):
         open_source(Data(name="array_record", path=str(tmp_path)))
+
+
+def _cached(count, offset=0):
+    """Records as `ar_jax.tokenize` writes them, with captions of other lengths and features of other rows."""
+    rng, text = np.random.default_rng(0), np.random.default_rng(1).random((count, 4, 5), np.float32)
+    for i in range(count):
+        tokens = rng.integers(0, 300, (3, 6, 2)).astype(np.uint16)
+        mask = np.arange(4) >= 4 - i % 5
+        record = {"tokens": tokens + offset, "label": i % 4, "caption": "é" * (i % 3)}
+        yield record | {"text": text[i] * mask[:, None], "text_mask": mask}
+
+
+CACHED = {"classes": 4, "captions": True, "text": "test", "text_rows": 4, "text_width": 5}
+
+
+def _both(folder, count, **changes):
+    """The same records as ArrayRecord files, as earlier versions wrote them, and as arrays."""
+    write_shards(folder / "old", list(_cached(count)), CACHED, 3)
+    write_shards(folder / "new", list(_cached(count)), CACHED | {"form": arrays.NAME}, 3, form=arrays.FORM)
+    return [Data(name="tokens", path=str(folder / name), **changes) for name in ("old", "new")]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_arrays_give_the_batches_of_the_records_of_earlier_versions(tmp_path, train):
+    old, new = _both(tmp_path, 11)
+    sources = [open_source(data) for data in (old, new)]
+    assert not hasattr(sources[0], "gather")
+    assert hasattr(sources[1], "gather"), "read a batch at a time"
+    for i in range(11):
+        for name, value in sources[0][i].items():
+            np.testing.assert_array_equal(sources[1][i][name], value)
+            assert np.asarray(sources[1][i][name]).dtype == np.asarray(value).dtype
+    assert sources[1].captions() == sources[0].captions()
+    one, other = (batches(source, old, batch=4, seed=3, train=train) for source in sources)
+    for _ in range(3 if not train else 9):
+        a, b = next(one), next(other)
+        assert a.keys() == b.keys() == {"tokens", "label", "text", "text_mask"}
+        for name in a:
+            assert a[name].dtype == b[name].dtype
+            np.testing.assert_array_equal(a[name], b[name])
+    if train:  # resumed, on one of two processes
+        again = batches(sources[1], new, batch=4, seed=3, rows=np.array([1, 3]))
+        again.set_state({"global_next_index": 4 * 9})
+        np.testing.assert_array_equal(next(again)["tokens"], next(one)["tokens"][[1, 3]])
+
+
+def test_splits_of_arrays_are_gathered_together(tmp_path):
+    for split, count, offset in (("train", 5, 0), ("val", 3, 1000)):
+        info = CACHED | {"form": arrays.NAME}
+        write_shards(tmp_path / split, list(_cached(count, offset)), info, 2, form=arrays.FORM)
+    data = Data(name="tokens", path=str(tmp_path), split="all")
+    source = open_source(data)
+    batch = source.gather(np.array([6, 0, 7, 4]), np.array([0, 1, 2, 0]))
+    assert (batch["tokens"][:, 0, 0] >= 1000).tolist() == [True, False, True, False]
+    for place, (i, version) in enumerate(((6, 0), (0, 1), (7, 2), (4, 0))):
+        np.testing.assert_array_equal(batch["tokens"][place], source[i]["tokens"][version])
+        np.testing.assert_array_equal(batch["text"][place], source[i]["text"])
+
+
+def test_a_shard_of_arrays_is_whole_or_not_there(tmp_path):
+    info = {"form": arrays.NAME}
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(tmp_path, _Interrupted(_records(6), at=3), info, 3, form=arrays.FORM)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")]
+    assert [path.name for path in sorted(tmp_path.glob("*.json"))] == ["shard-00000-of-00003.json", "unfinished.json"]
+    again = _Interrupted(_records(6), at=None)
+    assert write_shards(tmp_path, again, info, 3, form=arrays.FORM)
+    assert again.asked == [2, 4]
+    assert _values(tmp_path) == list(range(6))
+    np.testing.assert_array_equal(np.load(tmp_path / "shard-00001-of-00003.label.npy"), np.array([0, 1], np.int32))
+
+    tokens = tmp_path / "shard-00001-of-00003.tokens.npy"
+    whole = tokens.read_bytes()
+    tokens.write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match=r"tokens\.npy cannot be read .* copy it again"):
+        open_records(tmp_path)
+    tokens.write_bytes((tmp_path / "shard-00000-of-00003.label.npy").read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"tokens\.npy cannot be read"):
+        open_records(tmp_path)
+    np.save(tokens, np.zeros((5, 2, 3, 1), np.int32))
+    with pytest.raises(ValueError, match=r"holds 5 records, shard-00001-of-00003\.json says 2"):
+        open_records(tmp_path)
+    tokens.unlink()
+    with pytest.raises(ValueError, match=r"tokens\.npy cannot be read"):
+        open_records(tmp_path)
+
+
+def test_records_of_other_shapes_and_labels_outside_the_classes_are_refused(tmp_path):
+    records = [{"tokens": np.zeros((1, n, 1), np.uint8), "label": n} for n in (3, 4)]
+    with pytest.raises(ValueError, match=r"a record is uint8 \[1, 4, 1\], those before it uint8 \[1, 3, 1\]"):
+        write_shards(tmp_path / "a", records, {"form": arrays.NAME}, 1, form=arrays.FORM)
+    write_shards(tmp_path / "b", records[:1], {"form": arrays.NAME, "classes": 2}, 1, form=arrays.FORM)
+    data = Data(name="tokens", path=str(tmp_path / "b"))
+    with pytest.raises(ValueError, match=r"label 3, outside 0\.\.1"):
+        next(batches(open_source(data), data, batch=1, seed=0))

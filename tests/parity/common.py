@@ -146,6 +146,14 @@ class Folder:
         return left + [f"input {name}" for name in self.io.unread()]
 
 
+def made(name: str, h: Mapping, weights: Mapping, io: Mapping, cases: tuple = (), **shapes: tuple[int, ...]) -> Folder:
+    """A folder that lies nowhere: of hyperparameters, weights and inputs, and the shapes of outputs that are looked at."""
+    folder = object.__new__(Folder)
+    folder.path, folder.h, folder.io, folder.cases = pathlib.Path(name), Noted(h), Noted(io), cases
+    folder.files, folder.arrays = {"weights.safetensors": Noted(weights)}, {k: {"shape": v} for k, v in shapes.items()}
+    return folder
+
+
 def fixed(entries: Mapping[str, Any], **values: Any) -> None:
     """Entries of a folder that the library has one value of, or that say again what is known."""
     for name, value in values.items():

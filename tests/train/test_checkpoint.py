@@ -164,6 +164,39 @@ def test_parameters_alone_come_back_bit_for_bit(states, tmp_path):
         load_params(tmp_path / "params", shapes(width=8).params["model"])
 
 
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+CHANGES = {
+    "flipped": flipped, "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a link to itself": lambda path: (path.unlink(), path.symlink_to(path)),
+    "sparse": lambda path: os.truncate(path, 2**40), "missing": os.unlink,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_parameters_that_are_not_what_was_saved_are_refused(tmp_path, change):
+    params, whole = {"kernel": np.arange(32, dtype=np.float32)}, tmp_path / "whole"
+    like = jax.eval_shape(lambda: params)
+    save_params(whole, params)
+    files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.stat().st_size]
+    assert len(files) > 4
+    for file in files:
+        place = tmp_path / "changed" / "params"
+        shutil.copytree(whole, place)
+        CHANGES[change](place / file)
+        if change == "missing" and file.name == checkpoint.CONTENTS:  # as a folder of an earlier version
+            assert_same(load_params(place, like), params)
+        else:
+            with pytest.raises(ValueError, match=r"changed/params.* (get .*again|get it again)$") as caught:
+                load_params(place, like)
+            assert "\n" not in str(caught.value)
+        shutil.rmtree(place)
+
+
 @contextlib.contextmanager
 def full_disk(allowed):
     """No file can grow beyond `allowed` bytes, for root too: writes then fail as they do on a full disk."""
