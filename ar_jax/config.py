@@ -16,6 +16,7 @@ import tyro
 
 from ar_jax.data import Data
 from ar_jax.decode.sampling import Sampling
+from ar_jax.files.places import on_disk
 from ar_jax.machine.distributed import Launch
 from ar_jax.machine.sharding import MeshShape
 from ar_jax.orders import raster
@@ -202,7 +203,8 @@ def parse(experiment: Experiment, arguments: list[str], prog: str, description: 
     """Applies dotted overrides; unknown names are refused with near ones suggested, `--help` lists all."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The field .*module", UserWarning)  # stages without a network
-        return tyro.cli(
+        parsed = tyro.cli(
             type(experiment), default=experiment, args=arguments, prog=prog, description=description,
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),  # without the first, no near names
         )  # fmt: skip
+    return on_disk(parsed)

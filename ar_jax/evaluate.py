@@ -50,6 +50,7 @@ from ar_jax.evals.images import DataImages, Images, Statistics, open_images, ope
 from ar_jax.evals.networks import PROTOCOLS, Network, Protocol, open_network
 from ar_jax.files import codec
 from ar_jax.files.models import image_shape, open_model
+from ar_jax.files.places import on_disk
 from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
@@ -169,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     with distributed.command(f"{PROG} {command}"):
         if command not in COMMANDS:
             raise ValueError(f"there is no command {command!r}; there are {', '.join(COMMANDS)}")
-        COMMANDS[command](taken(rest))
+        COMMANDS[command](on_disk(taken(rest)))
 
 
 def _options(kind: type, command: str, arguments: list[str]) -> Any:

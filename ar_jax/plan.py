@@ -49,6 +49,8 @@ class Options:
     """Config file; all its settings can be given too, as for train.py."""
     topology: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
     """A slice such as v5e:16x16, v5p:8x8x8, v6e:16x16 or v4:2x2x1; may be given several times."""
+    slices: int = 1
+    """So many of each, joined by the data centre's network; `--mesh.data` must be a multiple of it."""
     stage: Literal["", "generator", "tokenizer"] = ""
     """Whose training; empty takes the generator's if the config has one."""
     sample: bool = False
@@ -86,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def plan(experiment: Experiment, options: Options, topology: str) -> bool:
     """Prints the table of one topology; whether the program fits its chips."""
-    devices = topology_devices(topology)
+    devices = topology_devices(topology, options.slices)
     limits = chip(devices[0])
     if limits is None:
         raise ValueError(f"--topology {topology}: {unknown(devices[0])}")
@@ -94,7 +96,7 @@ def plan(experiment: Experiment, options: Options, topology: str) -> bool:
     compiled = compile_for(experiment, options, mesh)
     rows = {
         "config": options.config + (" (sampler)" if options.sample else ""),
-        "topology": f"{topology}, {len(devices)} x {devices[0].device_kind}",
+        "topology": f"{f'{options.slices} x ' * (options.slices > 1)}{topology}, {len(devices)} x {devices[0].device_kind}",
         **compiled.facts,
     }
     if compiled.program is not None:
@@ -184,8 +186,8 @@ def estimate(compiled: Compiled, options: Options, mesh: jax.sharding.Mesh, limi
     return rows
 
 
-def topology_devices(name: str) -> list[Any]:
-    """Devices of a TPU slice that need not exist.
+def topology_devices(name: str, slices: int = 1) -> list[Any]:
+    """Devices of TPU slices that need not exist.
 
     Raises:
       ValueError: libtpu is missing, or there is no such slice.
@@ -198,7 +200,8 @@ def topology_devices(name: str) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        many = {"num_slices": slices} if slices != 1 else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **many).devices)
     except Exception as error:  # of the plugin, of many kinds
         raise ValueError(
             f"--topology {name}: {error}. Give a slice such as v5e:16x16 or v5p:8x8x8, and install the compiler that "
@@ -207,10 +210,21 @@ def topology_devices(name: str) -> list[Any]:
 
 
 def network(mesh: jax.sharding.Mesh, limits: Chip) -> Callable[[list[int]], float]:
-    """Bytes per second that a chip receives in a collective among some devices: two ports per torus axis they span."""
+    """Bytes per second that a chip receives in a collective among some devices: two ports per torus axis they span.
+
+    Among slices it is a chip's part of the data centre's network.
+
+    Raises:
+      ValueError: there are several slices of chips for which nobody published that.
+    """
     places = np.array([device.coords for device in mesh.devices.flat])
+    slices = np.array([getattr(device, "slice_index", 0) for device in mesh.devices.flat])
+    if np.ptp(slices) and not limits.dcn:
+        raise ValueError(f"--slices: {limits.source} does not say how fast slices are joined; plan one")
 
     def speed(group: list[int]) -> float:
+        if np.ptp(slices[group] if group else slices):
+            return limits.dcn
         spanned = sum(len(np.unique(axis)) > 1 for axis in places[group].T) if group else places.shape[1]
         return 2 * max(spanned, 1) * limits.link
 

@@ -38,6 +38,7 @@ from ar_jax.decode.sampling import read_sampling
 from ar_jax.files import codec
 from ar_jax.files.images import save_png, tile
 from ar_jax.files.models import image_shape, write_json
+from ar_jax.files.places import on_disk
 from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
@@ -80,7 +81,7 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         raise SystemExit(__doc__)
     with distributed.command("sample.py"):
-        own, arguments = options_of(taken(arguments))
+        own, arguments = options_of(on_disk(taken(arguments)))
         default = Options(run=tyro.MISSING, sampling=own.sampling, fields=own.fields)
         options = tyro.cli(
             Options, args=arguments, default=default, prog="sample.py", description=__doc__,

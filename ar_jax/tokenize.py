@@ -46,6 +46,7 @@ from ar_jax.data.packed import tokens
 from ar_jax.files import codec
 from ar_jax.files.images import to_float
 from ar_jax.files.models import Model, open_model
+from ar_jax.files.places import on_disk
 from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments:
         raise SystemExit(__doc__)
     with distributed.command(prog):
-        arguments = taken(arguments) or ["--help"]
+        arguments = on_disk(taken(arguments)) or ["--help"]
         if arguments[0].startswith("-"):  # --help, or an option in the place of TOKENIZER
             _parse(Data(), f"{prog} TOKENIZER", arguments)
             raise ValueError("give TOKENIZER first, a run folder of train.py or a converted tokenizer")

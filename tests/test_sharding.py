@@ -1,6 +1,7 @@
 import collections
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -303,3 +304,21 @@ def test_rows_that_pad_a_batch_weigh_nothing():
     found = padded({"image": images}, mesh)
     assert found["image"][:, 0].tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
     assert found["valid"].tolist() == [1] * 6 + [0] * 2
+
+
+def test_slices_lie_along_data():
+    """Two TPU slices of 2x4 chips, invented: every row of the mesh's data axis is of one slice."""
+    kind = {"platform": "tpu", "device_kind": "TPU v5 lite", "core_on_chip": 0}
+    chips = [
+        types.SimpleNamespace(id=8 * s + i, coords=(i // 4, i % 4, 0), slice_index=s, process_index=s, **kind)
+        for s in range(2)
+        for i in range(8)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.sharding, "Mesh", lambda placed, *_, **__: placed)
+        placed = make_mesh(MeshShape(4, 4, 1), chips)
+        with pytest.raises(ValueError, match=r"mesh\.data is 1 on 2 TPU slices; it must be a multiple"):
+            make_mesh(MeshShape(1, 16, 1), chips)
+    assert placed.shape == (4, 4, 1)
+    assert np.vectorize(lambda chip: chip.slice_index)(placed)[..., 0].tolist() == [[0] * 4, [0] * 4, [1] * 4, [1] * 4]
+    assert sorted(chip.id for chip in placed.flat) == list(range(16))

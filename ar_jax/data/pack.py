@@ -23,6 +23,7 @@ from ar_jax.data.folder import ImageFiles, image_folder
 from ar_jax.data.images import centre_crop, read_image
 from ar_jax.data.packed import open_records
 from ar_jax.data.records import write_shards
+from ar_jax.files.places import on_disk
 from ar_jax.machine.distributed import cores
 
 
@@ -115,6 +116,7 @@ def _describe(source: ImageFiles, folder: Path, size: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
+        on_disk(sys.argv)
         tyro.cli(pack, prog="python -m ar_jax.data.pack", description=inspect.cleandoc(pack.__doc__.split("Args:")[0]))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

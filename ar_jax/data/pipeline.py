@@ -13,7 +13,7 @@ import numpy as np
 from ar_jax.data.arrays import VERSIONED
 from ar_jax.data.base import Data, Info, Source
 from ar_jax.data.images import centre_crop, flip, random_crop
-from ar_jax.machine.distributed import agreed, cores, neighbours, say
+from ar_jax.machine import distributed
 
 AHEAD = 2**31  # bytes of batches that the processes of a machine make ahead, but two batches each at least
 
@@ -71,16 +71,16 @@ def batches(
     options = read_options(_record_bytes(source, data) * len(rows), 2 if hasattr(source, "gather") else threads())
     if not train:
         stream = iter(grain.MapDataset.source(_Share(picks, make, 0, batch, rows)).to_iter_dataset(options))
-        return map(agreed, stream) if data.shards == "split" else stream
+        return map(distributed.agreed, stream) if data.shards == "split" else stream
     if split:
         return Batches(picks, make, batch, np.arange(len(rows)), options, here=len(rows))
     stream = Batches(picks, make, batch, rows, options, here=batch)
-    return map(agreed, stream) if data.shards == "split" else stream
+    return map(distributed.agreed, stream) if data.shards == "split" else stream
 
 
 def threads() -> int:
     """That read records."""
-    return min(cores(), 32)
+    return min(distributed.cores(), 32)
 
 
 def read_options(size: int, most: int) -> grain.ReadOptions:
@@ -88,7 +88,7 @@ def read_options(size: int, most: int) -> grain.ReadOptions:
 
     These are what the budget of bytes allows, from 2 up to one for each core.
     """
-    ahead = max(2, min(threads(), AHEAD // neighbours() // max(size, 1)))
+    ahead = max(2, min(threads(), AHEAD // distributed.neighbours() // max(size, 1)))
     return grain.ReadOptions(num_threads=min(ahead, most), prefetch_buffer_size=ahead)
 
 
@@ -127,7 +127,7 @@ class Batches:
     def set_state(self, state: dict[str, int]) -> None:
         self._next, parts = state["global_next_index"], self._batch // self._here
         if self._next and state.get("parts", 1) != parts:
-            say(
+            distributed.say(
                 f"the data were dealt out in {state.get('parts', 1)} parts before and in {parts} now, so in this pass some "
                 "images come twice and others not at all"
             )

@@ -303,7 +303,7 @@ def _parsed(folder, content):
         raise ValueError(f"settings.sampling is {codec.shown(settings['sampling'])}; it must be an object")
     if "data" in settings:
         codec.build(Data, settings["data"], "settings.data")
-    if "origin" in settings:
+    if not isinstance(settings.get("origin", ""), str):  # a run that took the network of another folder names that folder
         codec.build(Origin, settings["origin"], "settings.origin")
     model = Model(folder, kind, module, info, settings)
     if kind == "tokenizer":

@@ -179,7 +179,7 @@ def test_threads_and_batches_ahead_follow_from_what_the_process_has_to_itself(mo
 
 def test_large_batches_are_read_by_all_threads_but_few_are_held(monkeypatch):
     monkeypatch.setattr(pipeline, "AHEAD", 1)
-    monkeypatch.setattr(pipeline, "cores", lambda: 8)
+    monkeypatch.setattr(distributed, "cores", lambda: 8)
     barrier, read = threading.Barrier(8), []
 
     class Together(Numbered):

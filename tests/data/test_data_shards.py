@@ -283,21 +283,13 @@ def test_shards_that_cannot_be_dealt_out_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mixed", [1, 7, 20, 1000])
 def test_runs_are_shuffled_and_a_pass_has_every_record_once(mixed):
-    class Runs:
-        runs = np.array([5, 1, 9, 2, 8, 6, 3])
-
-        def __len__(self):
-            return 34
-
-        def __getitem__(self, index):
-            return index
-
-    order = _Mixed(Runs(), mixed, seed=3)
+    runs = np.array([5, 1, 9, 2, 8, 6, 3])
+    order = _Mixed(runs, mixed, seed=3)
     passes = [[order[34 * i + j] for j in range(34)] for i in range(3)]
     assert all(sorted(each) == list(range(34)) for each in passes)
     assert passes[0] != passes[1] != passes[2] != list(range(34))
-    assert [_Mixed(Runs(), mixed, seed=3)[i] for i in (100, 3, 40)] == [passes[2][32], passes[0][3], passes[1][6]]
-    of = np.repeat(np.arange(7), Runs.runs)[passes[0]]
+    assert [_Mixed(runs, mixed, seed=3)[i] for i in (100, 3, 40)] == [passes[2][32], passes[0][3], passes[1][6]]
+    of = np.repeat(np.arange(7), runs)[passes[0]]
     if mixed == 1:
         assert (np.diff(of) != 0).sum() == 6, "a run at a time"
     if mixed == 7:  # runs mix with their neighbours only
@@ -400,7 +392,9 @@ def test_a_function_of_ones_own_is_opened_where_it_is_trusted(tmp_path, monkeypa
     monkeypatch.setattr(trust, "_trusted", set())
     monkeypatch.setattr(sys, "path", list(sys.path))
     data = Data(name="my_own_data:grey", size=8)
-    with pytest.raises(trust.Untrusted, match=r"data\.name: 'my_own_data:grey' lies outside ar_jax.* give --trust"):
+    with pytest.raises(
+        trust.Untrusted, match=r"data\.name\.function: 'my_own_data:grey' lies outside ar_jax.* give --trust"
+    ):
         open_source(data)
     assert "my_own_data" not in sys.modules
     trust.trust(str(tmp_path / "my_own_data.py"))
@@ -414,7 +408,7 @@ def test_a_function_of_ones_own_is_opened_where_it_is_trusted(tmp_path, monkeypa
 
 def test_what_a_file_names_is_not_run():
     for name in ("os:system", "ar_jax.train.checkpoint:_set_aside", "builtins:exec"):
-        with pytest.raises(ValueError, match=r"data\.name: "):
+        with pytest.raises(ValueError, match=r"data\.name\.function: "):
             open_source(Data(name=name))
     with pytest.raises(ValueError, match="or my_module:function"):
         open_source(Data(name="my_function"))
