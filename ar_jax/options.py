@@ -35,6 +35,8 @@ class Sampler:
     """Captions, used in turn."""
     features: str = ""
     """Caption features instead of captions: .npz with `features` [N rows c] and `mask` [N rows]."""
+    text_encoder: str = ""
+    """Folder of the T5 or CLIP (config.json, tokenizer.json, .safetensors) whose features the model was trained on."""
     batch: int = 25
     """Images drawn at a time, over all devices."""
     resize: int = 0

@@ -231,16 +231,19 @@ def condition_table(info: Info, options: Sampler, labels: tuple[str, ...] = ()) 
             names = [f"features {i}" for i in range(len(text))]
         elif not options.captions:
             raise ValueError("this model takes captions; give --captions or --features")
-        elif info.text == "minilm":
-            from ar_jax.text.minilm import encode
+        elif info.text == "minilm" or options.text_encoder:
+            from ar_jax.text.encoder import open_encoder
 
-            names = list(options.captions)
-            text, mask = encode(names, info.text_rows)
+            names, encoder = list(options.captions), open_encoder(options.text_encoder or "minilm")
+            text, mask = encoder.encode(names, info.text_rows)
         else:
-            raise ValueError(f"this model was trained on features of {info.text!r}; give them with --features")
+            raise ValueError(
+                f"this model was trained on features of {info.text!r}; give its folder (config.json, tokenizer.json, "
+                ".safetensors) with --text-encoder, or features with --features"
+            )
         if text.shape[1:] != (info.text_rows, info.text_width) or mask.shape != text.shape[:2]:
             raise ValueError(
-                f"--features has shapes {text.shape} and {mask.shape}; the model needs [N {info.text_rows} "
+                f"{'--features has' if options.features else 'the text encoder makes'} shapes {text.shape} and {mask.shape}; the model needs [N {info.text_rows} "
                 f"{info.text_width}] and [N {info.text_rows}]"
             )
         return names, {"text": text, "text_mask": mask}
