@@ -140,7 +140,7 @@ def packed(place: Path, kind: str) -> Path:
 def train(place: Path, name: str, updates: dict[str, int]) -> subprocess.Popen:
     """Starts train.py on one CPU device; no program is compiled twice."""
     environment = {"JAX_COMPILATION_CACHE_DIR": str(place / "compiled")} | os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }  # fmt: skip

@@ -41,7 +41,8 @@ def batches(
 
     A source with `runs` is shuffled by these, and then `data.mixed` records with one another: an order as fixed as the other.
     With `data.shards` split the rows of a process come from its own records, in an order and passes of their own; the
-    state then stands for the same batches on as many processes only. What every process reads is what the first one has.
+    state then stands for the same batches on as many processes only, and says how many parts there were ("parts"). What every
+    process reads is what the first one has.
 
     Args:
       batch: records over all processes.
@@ -120,10 +121,16 @@ class Batches:
         return value
 
     def get_state(self) -> dict[str, int]:
-        return {"global_next_index": self._next}
+        parts = self._batch // self._here
+        return {"global_next_index": self._next} | ({"parts": parts} if parts > 1 else {})
 
     def set_state(self, state: dict[str, int]) -> None:
-        self._next = state["global_next_index"]
+        self._next, parts = state["global_next_index"], self._batch // self._here
+        if self._next and state.get("parts", 1) != parts:
+            distributed.say(
+                f"the data were dealt out in {state.get('parts', 1)} parts before and in {parts} now, so in this pass some "
+                "images come twice and others not at all"
+            )
         first = self._next * self._here // self._batch
         share = _Share(self._picks, self._make, first, self._here, self._rows)
         self._iterator = iter(grain.MapDataset.source(share).to_iter_dataset(self._options))

@@ -165,7 +165,7 @@ def _class_names(path):
 
 
 def _index(path: Path) -> dict[str, np.ndarray]:
-    """Of every sample: "image" and "text", offset and size (-1: none) int64 [n 2]; "label" int64 [n] (-1: none); "kind" of
+    """Of every sample: "image" and "text", offset and size (-1: none) int64 [n 2]; "label" int32 [n] (-1: none); "kind" of
     the text int8 [n]; and "keys", bytes with a zero between two."""
     samples = []
     try:
@@ -178,7 +178,7 @@ def _index(path: Path) -> dict[str, np.ndarray]:
     keys, images, labels, texts, kinds = zip(*samples) if samples else ((),) * 5
     return {
         "image": np.array(images, np.int64).reshape(-1, 2), "text": np.array(texts, np.int64).reshape(-1, 2),
-        "label": np.array(labels, np.int64), "kind": np.array(kinds, np.int8),
+        "label": np.array(labels, np.int32), "kind": np.array(kinds, np.int8),
         "keys": np.frombuffer("\0".join(keys).encode("utf-8", "replace"), np.uint8),
     }  # fmt: skip
 

@@ -228,7 +228,7 @@ def which(batch):
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "parquet"])
-def test_hosts_open_their_own_shards_only(tmp_path, kind, monkeypatch):
+def test_hosts_open_their_own_shards_only(tmp_path, kind, capsys):
     data = packed(tmp_path, kind, shards="split")
     pattern = tmp_path / kind / ("part-{000..002}" + (".tar" if kind == "webdataset" else ".parquet"))
     data = Data(**vars(data) | {"path": str(pattern)})
@@ -237,13 +237,16 @@ def test_hosts_open_their_own_shards_only(tmp_path, kind, monkeypatch):
     assert [sorted(each) for each in seen] == [list(range(10)), list(range(10, 20)), list(range(20, 30))], "a pass each"
     assert seen[0] != [i - 10 for i in seen[1]], "in orders of their own"
     state = streams[1].get_state()
-    assert state == {"global_next_index": 30}
+    assert state == {"global_next_index": 30, "parts": 3}
     rest = [which(next(streams[1])) for _ in range(3)]
     for file in (files[0], files[2]):
         file.unlink()  # the other hosts' disks have them
     again = batches(Opened((1, 3))(data), data, batch=6, seed=0, rows=np.array([2, 3]))
     again.set_state(state)
     assert [which(next(again)) for _ in range(3)] == rest
+    assert not capsys.readouterr().out
+    batches(Opened((1, 3))(data), data, batch=6, seed=0, rows=np.arange(6)).set_state(state)
+    assert "dealt out in 3 parts before and in 1 now" in capsys.readouterr().out
 
 
 def test_of_one_host_all_shards_are_its_own_in_the_same_order(tmp_path):
@@ -389,7 +392,9 @@ def test_a_function_of_ones_own_is_opened_where_it_is_trusted(tmp_path, monkeypa
     monkeypatch.setattr(trust, "_trusted", set())
     monkeypatch.setattr(sys, "path", list(sys.path))
     data = Data(name="my_own_data:grey", size=8)
-    with pytest.raises(trust.Untrusted, match=r"data\.name\.function: 'my_own_data:grey' lies outside ar_jax.* give --trust"):
+    with pytest.raises(
+        trust.Untrusted, match=r"data\.name\.function: 'my_own_data:grey' lies outside ar_jax.* give --trust"
+    ):
         open_source(data)
     assert "my_own_data" not in sys.modules
     trust.trust(str(tmp_path / "my_own_data.py"))
