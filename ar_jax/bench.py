@@ -33,7 +33,7 @@ from flax import traverse_util
 
 from ar_jax.config import Experiment, GeneratorStage, load_config, parse
 from ar_jax.decode.sampling import Sampling
-from ar_jax.decode.sequential import Sequential
+from ar_jax.decode.sequential import Claim, Sequential
 from ar_jax.files.images import to_uint8
 from ar_jax.files.models import untrained
 from ar_jax.files.trust import taken
@@ -220,7 +220,9 @@ def bench_sample(subject: Subject, options: Options) -> Bench:
     pixels = Timer(decode, frozen, loop.result[0])
     # what stands beside every other decoder: one step after the other
     plain = (
-        sampling if isinstance(sampling.decoder, Sequential) else dataclasses.replace(sampling, decoder=Sequential(4))
+        sampling
+        if isinstance(sampling.decoder, Sequential) and sampling.decoder.claim is Claim.SAME_TOKENS
+        else dataclasses.replace(sampling, decoder=Sequential(4))
     )
     beside = None if plain is sampling else Timer(jax.jit(program(plain)), *arguments)
     read, rows = step_bytes(params), images * (2 if guided else 1)
