@@ -40,6 +40,7 @@ from ar_jax.files.trust import taken
 from ar_jax.machine.chips import peak_flops, unknown
 from ar_jax.machine.flops import model_flops, with_fields, without_remat
 from ar_jax.machine.huge_pages import use_huge_pages
+from ar_jax.machine.precision import Precision, multiply_in
 from ar_jax.nets.linear import cast
 from ar_jax.options import SHORT, Sampler, options_of, sampling_file
 from ar_jax.orders import OrderFn
@@ -63,7 +64,9 @@ class Options:
     batch: int = 0
     """Images at a time; 0 takes 1 for sampling and 4 for training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products; sampling also keeps the parameters in it."""
+    """Of matrix products; sampling also keeps kernels and embeddings in it."""
+    precision: Precision = "default"
+    """Of products of float32 numbers: GPUs take tensorfloat32 by default, TPUs bfloat16; highest is float32."""
     sampling: str = ""
     """A Python file whose `get_sampling(own)` returns how images are drawn, as for sample.py; of a config, its
     `generator.sampling` can be changed field by field too."""
@@ -89,8 +92,9 @@ def main(arguments: list[str]) -> None:
         bench, rows = {"sample": (bench_sample, rows_of_sampling), "train": (bench_train, rows_of_training)}[
             options.what
         ]
-        compiled = bench(subject, options)
-        figures = compiled.measure(subject.weights()) if options.repeat else compiled.facts
+        with multiply_in(options.precision):
+            compiled = bench(subject, options)
+            figures = compiled.measure(subject.weights()) if options.repeat else compiled.facts
         for name, value in rows(figures).items():
             print(f"{name:<34}{value}")
     except (ValueError, FileNotFoundError) as error:
