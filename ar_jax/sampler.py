@@ -17,6 +17,7 @@ from ar_jax.decode.sampling import Sampling
 from ar_jax.files.images import to_float, to_uint8
 from ar_jax.files.models import Model, blamed
 from ar_jax.machine.flops import with_fields
+from ar_jax.machine.precision import multiply_in
 from ar_jax.machine.sharding import batch_sharding, put
 from ar_jax.nets.resize import resize
 from ar_jax.options import Sampler, changes, open_models, own_sampling
@@ -126,7 +127,7 @@ class Drawer(NamedTuple):
         def draw(batch, ids):
             batch, ids = put((batch, ids.astype(np.uint32)), batch_sharding(mesh))
             arguments = params, frozen, batch, ids, given and (given.image, given.free)
-            with jax.set_mesh(mesh):
+            with jax.set_mesh(mesh), multiply_in(options.precision):
                 with blamed(self.model, self.tokenizer):
                     program.trace(*arguments)
                 drawn = program(*arguments)
