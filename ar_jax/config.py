@@ -18,6 +18,7 @@ from ar_jax.data import Data
 from ar_jax.decode.sampling import Sampling
 from ar_jax.files.places import on_disk
 from ar_jax.machine.distributed import Launch
+from ar_jax.machine.precision import Precision
 from ar_jax.machine.sharding import MeshShape
 from ar_jax.orders import raster
 from ar_jax.train.guards import Guards
@@ -107,6 +108,8 @@ class Experiment:
     out: str = "runs"
     """Folder of the run folders."""
     seed: int = 0
+    precision: Precision = "default"
+    """Of products of float32 numbers: GPUs take tensorfloat32 by default, TPUs bfloat16; highest is float32."""
     data: Data = Data()
     mesh: MeshShape = MeshShape()
     launch: Launch = Launch()

@@ -237,7 +237,7 @@ class RunImages:
         self.facts = {
             "format": "run", "checkpoint": model.checkpoint, "tokenizer": str(tokenizer.folder.resolve()),
             "tokenizer_checkpoint": tokenizer.checkpoint, "seed": sampler.seed, "sampling": codec.encode(drawer.sampling),
-            **sampler.precision, "average": sampler.average, "resize": sampler.resize,
+            **sampler.numerics, "average": sampler.average, "resize": sampler.resize,
             "conditions": f"{len(next(iter(self._conditions.values())))} in turn",
             "conditions_sha256": digest.hexdigest(),
         }  # fmt: skip

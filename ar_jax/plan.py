@@ -358,7 +358,8 @@ def sampler(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
         raise ValueError("--sample: the config has no generator")
     sampling = experiment.generator.sampling
     if options.segments:
-        sampling = dataclasses.replace(sampling, decoder=Sequential(options.segments))
+        kept = getattr(sampling.decoder, "cache", "own")
+        sampling = dataclasses.replace(sampling, decoder=Sequential(options.segments, kept))
     generator, tokenizer, order_fn = sampling.adapted(generator, tokenizer, experiment.generator.order)
     dtype, images = jnp.dtype(options.dtype).type, options.images * mesh.size
     generator = with_fields(generator, dtype=dtype)
@@ -389,12 +390,12 @@ def sampler(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
     per_replica = images * (2 if guided else 1) // (mesh.shape["data"] * mesh.shape["fsdp"])
     rest = {
         "model": model_flops(draw, params, frozen, batch, keys), "images": images, "steps": len(order.sizes),
-        "step": step_bytes(generator, params, per_replica, order.sizes, options.segments or 1) / mesh.shape["tp"],
+        "step": step_bytes(generator, params, per_replica, order.sizes, sampling.decoder) / mesh.shape["tp"],
     }  # fmt: skip
     return facts, jax.jit(draw), arguments, rest, None
 
 
-def step_bytes(generator: Any, params: Any, rows: int, sizes: tuple[int, ...], segments: int) -> float:
+def step_bytes(generator: Any, params: Any, rows: int, sizes: tuple[int, ...], decoder: Any) -> float:
     """Bytes a decoding step has to move, on average: all weights once, the cache as long as it is then, float32 logits."""
     net = getattr(generator, "backbone", None)  # masked generators have none, and no cache
     read = {name: part for name, part in params.items() if name not in ("inputs", "conditioning")}
@@ -402,12 +403,12 @@ def step_bytes(generator: Any, params: Any, rows: int, sizes: tuple[int, ...], s
     before = generator.conditioning.example().get("text", np.zeros((1, 1))).shape[1] - 1
     known, ends = 0, []
     for size, run in itertools.groupby(sizes):
-        parts = np.array_split(known + size * np.arange(1, len(list(run)) + 1), segments)
+        parts = np.array_split(known + size * np.arange(1, len(list(run)) + 1), getattr(decoder, "segments", 1))
         ends += [part[-1] for part in parts for _ in part]
         known = ends[-1]
-    cache = 0.0
-    if net and jax.eval_shape(lambda: net.empty_cache(1)) is not None:
-        cache = 2 * net.layers * rows * (before + np.mean(ends)) * net.width * jnp.dtype(net.dtype).itemsize
+    row = net and jax.eval_shape(lambda: net.empty_cache(1, getattr(decoder, "cache", "own")))
+    row = jax.eval_shape(lambda cache: cache.grow(1), row) if row else ()
+    cache = rows * (before + np.mean(ends)) * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(row))
     return weights + cache + rows * np.mean(sizes) * sum(generator.spec.codes) * 4
 
 

@@ -103,7 +103,7 @@ def sample(options: Options) -> None:
         folder = out.with_name(f".{out.name}.parts")
     identity = {
         "run": str(drawer.model.folder.resolve()), "tokenizer": str(drawer.tokenizer.folder.resolve()), "seed": options.seed,
-        "sampling": codec.encode(drawer.sampling), "conditions": names, **options.precision, "average": options.average, "resize": options.resize,
+        "sampling": codec.encode(drawer.sampling), "conditions": names, **options.numerics, "average": options.average, "resize": options.resize,
         "checkpoint": drawer.model.checkpoint,
     }  # fmt: skip
     if given:

@@ -17,6 +17,7 @@ from ar_jax.decode.sampling import Sampling
 from ar_jax.files.images import to_float, to_uint8
 from ar_jax.files.models import Model, blamed
 from ar_jax.machine.flops import with_fields
+from ar_jax.machine.precision import multiply_in
 from ar_jax.machine.sharding import batch_sharding, put
 from ar_jax.nets.resize import resize
 from ar_jax.options import Sampler, changes, open_models, own_sampling
@@ -126,7 +127,7 @@ class Drawer(NamedTuple):
         def draw(batch, ids):
             batch, ids = put((batch, ids.astype(np.uint32)), batch_sharding(mesh))
             arguments = params, frozen, batch, ids, given and (given.image, given.free)
-            with jax.set_mesh(mesh):
+            with jax.set_mesh(mesh), multiply_in(options.precision):
                 with blamed(self.model, self.tokenizer):
                     program.trace(*arguments)
                 drawn = program(*arguments)
@@ -231,16 +232,19 @@ def condition_table(info: Info, options: Sampler, labels: tuple[str, ...] = ()) 
             names = [f"features {i}" for i in range(len(text))]
         elif not options.captions:
             raise ValueError("this model takes captions; give --captions or --features")
-        elif info.text == "minilm":
-            from ar_jax.text.minilm import encode
+        elif info.text == "minilm" or options.text_encoder:
+            from ar_jax.text.encoder import open_encoder
 
-            names = list(options.captions)
-            text, mask = encode(names, info.text_rows)
+            names, encoder = list(options.captions), open_encoder(options.text_encoder or "minilm")
+            text, mask = encoder.encode(names, info.text_rows)
         else:
-            raise ValueError(f"this model was trained on features of {info.text!r}; give them with --features")
+            raise ValueError(
+                f"this model was trained on features of {info.text!r}; give its folder (config.json, tokenizer.json, "
+                ".safetensors) with --text-encoder, or features with --features"
+            )
         if text.shape[1:] != (info.text_rows, info.text_width) or mask.shape != text.shape[:2]:
             raise ValueError(
-                f"--features has shapes {text.shape} and {mask.shape}; the model needs [N {info.text_rows} "
+                f"{'--features has' if options.features else 'the text encoder makes'} shapes {text.shape} and {mask.shape}; the model needs [N {info.text_rows} "
                 f"{info.text_width}] and [N {info.text_rows}]"
             )
         return names, {"text": text, "text_mask": mask}

@@ -16,6 +16,7 @@ from ar_jax.convert.sources import param_shapes
 from ar_jax.data import Data, Info, batches, centre_crop, flip, open_records, open_source, ten_crop
 from ar_jax.files import models
 from ar_jax.files.images import to_float
+from ar_jax.machine.precision import products
 from ar_jax.tokenizers.kl_vae import KLVAE
 from ar_jax.tokenizers.latent_pyramid import LatentPyramid
 from ar_jax.tokenizers.pyramid import Pyramid
@@ -203,6 +204,37 @@ def test_another_tokenizer_is_refused(place, tmp_path):
     wider = dataclasses.replace(other, module=other.module.clone(size=(32, 32)))
     with pytest.raises(ValueError, match=r"module\.size is \[8, 8\] there and \[32, 32\] here"):
         tokenize.check_cache(data, wider)
+
+
+@pytest.mark.parametrize("asked", ["highest", "default"])
+def test_codes_are_made_in_float32_unless_told_otherwise(place, tmp_path, asked):
+    seen = set()
+
+    def listen(call, arguments, keywords, context):
+        if context.method_name == "encode":
+            seen.add(jax.config.jax_default_matmul_precision)
+        return call(*arguments, **keywords)
+
+    with nn.intercept_methods(listen):
+        cache(place, tmp_path / "out", *(["--precision", asked] if asked == "default" else []))
+    assert seen == {"highest" if asked == "highest" else None}
+    assert json.loads((tmp_path / "out" / "info.json").read_text())["products"] == "float32", "as CPUs always multiply"
+    assert products("highest", "gpu") == products("default", "cpu") == "float32"
+    assert products("default", "gpu") != products("default", "tpu") != products("tensorfloat32", "tpu")
+
+
+def test_splits_encoded_in_different_precision_are_refused(place, tmp_path):
+    for split in ("train", "val"):
+        cache(place, tmp_path / split)
+    data, tokenizer = Data(name="tokens", path=str(tmp_path)), models.open_model(place / "vq", "tokenizer")
+    tokenize.check_cache(data, tokenizer)
+    info = json.loads((tmp_path / "val" / "info.json").read_text())
+    (tmp_path / "val" / "info.json").write_text(json.dumps(info | {"products": products("default", "tpu")}))
+    with pytest.raises(ValueError, match=r"train with products in float32, .*val with products in default on tpu"):
+        tokenize.check_cache(data, tokenizer)
+    del info["products"]  # of versions that did not say
+    (tmp_path / "val" / "info.json").write_text(json.dumps(info))
+    tokenize.check_cache(data, tokenizer)
 
 
 def test_a_cache_written_before_a_field_came_is_read(place, tmp_path, monkeypatch):

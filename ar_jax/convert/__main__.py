@@ -3,6 +3,7 @@
 `python -m ar_jax.convert FILE --to DIR`, `python -m ar_jax.convert DIR --back FILE.safetensors`.
 """
 
+import contextlib
 import inspect
 import os
 import re
@@ -25,6 +26,7 @@ from ar_jax.files.models import KINDS, Model, describe, open_model
 from ar_jax.files.places import on_disk
 from ar_jax.files.trust import taken
 from ar_jax.files.weights import read_weights, write_safetensors
+from ar_jax.files.words import shown
 from ar_jax.train.checkpoint import save_params
 
 
@@ -102,15 +104,15 @@ def to_folder(
         raise ValueError(f"{folder} is already there; give another folder or remove it")
     weights = read_weights(path, entry or None)
     if masks is not None:
-        weights = next_scale.merge(weights, read_weights(masks, entry or None))
+        others = read_weights(masks, entry or None)
+        with _of(path):
+            weights = next_scale.merge(weights, others)
     hint = re.search(r"_(256|384|512)(?!\d)", path.stem)
-    try:
+    with _of(path):
         found = identify(
             {key: value.shape for key, value in weights.items()}, size=size or int(hint[1] if hint else 0), heads=heads,
             groups=groups, scales=scales,
         )  # fmt: skip
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     words, info, settings = found.source.describe(found.module)
     print(f"{path}: {found.kind} of {found.family}, {words}; {found.trained:,} parameters in {len(weights)} entries")
     buffers = {key: weights.pop(key) for key in found.buffers if key in weights}
@@ -122,7 +124,7 @@ def to_folder(
         describe(temporary, found.kind, found.module, info, {"origin": origin, **settings})
         if buffers:
             write_safetensors(temporary / "buffers.safetensors", buffers)
-        with tqdm(total=len(weights), desc="reading", unit="entry", disable=None) as progress:
+        with _of(path), tqdm(total=len(weights), desc="reading", unit="entry", disable=None) as progress:
             params = to_params(Widened(weights, progress), found.params, found.rules)
         del weights
         print(f"writing {folder}")
@@ -134,6 +136,15 @@ def to_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"{folder} is complete")
+
+
+@contextlib.contextmanager
+def _of(path):
+    """What is wrong is said of a file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 class Widened(Mapping):
@@ -167,8 +178,7 @@ def to_file(folder: Path, path: Path, *, average: bool = True) -> None:
     if path.exists():
         raise ValueError(f"{path} is already there; give another name or remove it")
     model = _open(folder)
-    origin = model.settings.get("origin")
-    origin = origin if isinstance(origin, dict) else {}
+    origin = model.settings.get("origin", {})
     found = export(model.module, model.kind, origin.get("family", ""))
     print(f"{model.folder}: {found.kind} of {found.family}, {found.source.describe(found.module)[0]}")
     weights = to_weights(model.params(average=average), found.rules)
@@ -176,6 +186,10 @@ def to_file(folder: Path, path: Path, *, average: bool = True) -> None:
     buffers = read_weights(kept) if kept.exists() else {}
     fills = found.source.fills(found.module) if hasattr(found.source, "fills") else {}
     for key in origin.get("buffers", found.buffers):  # the original loader may insist on them
+        if key not in {**buffers, **found.buffers}:
+            raise ValueError(
+                f"{model.folder / 'model.json'}: settings.origin.buffers has {shown(key)}, which {found.family} has not"
+            )
         known = buffers if key in buffers else fills
         weights[key] = known[key] if key in known else np.zeros(found.buffers[key], np.float32)
     print(f"writing {path}: {found.trained:,} parameters")

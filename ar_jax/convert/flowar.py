@@ -6,8 +6,8 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from ar_jax.convert.mar import count, layers, qkv_bias
-from ar_jax.convert.names import LINEAR, PLAIN, Layout, Rule, qkv_layout
+from ar_jax.convert.mar import layers, qkv_bias
+from ar_jax.convert.names import LINEAR, PLAIN, Layout, Rule, count, qkv_layout
 from ar_jax.data import Info
 from ar_jax.decode.guidance import Ramp
 from ar_jax.decode.sampling import Sampling
@@ -22,6 +22,7 @@ from ar_jax.tokens import TokenSpec, pyramid
 
 FIXED = set()  # all parameters are trained
 SPAN = 16  # of the rotary positions
+LONGEST = 2**13  # rows of a mask
 SCALES = (1, 2, 4, 8, 16)
 # as evaluated, by width: guidance of the last scale less 1, steps, latest guided time
 EVALUATED = {768: (3.3, 25, 0.9), 1024: (1.4, 25, 0.9), 1536: (1.4, 50, 0.7)}
@@ -167,7 +168,13 @@ def stacks(net: EncoderDecoder) -> dict[str, tuple[int, int, int]]:
 
 
 def mask(step: np.ndarray) -> np.ndarray:
-    """0 where a row sees another one, else minus infinity, float32 [1 1 n n]."""
+    """0 where a row sees another one, else minus infinity, float32 [1 1 n n].
+
+    Raises:
+      ValueError: more rows than any of these models has.
+    """
+    if len(step) > LONGEST:
+        raise ValueError(f"the file has places for {len(step)} tokens; no more than {LONGEST} are read")
     return np.where(step[:, None] >= step, 0, -np.inf).astype(np.float32)[None, None]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from ar_jax.convert.names import CONV, CONV1, LINEAR, PLAIN, Rule, qkv_layout
+from ar_jax.convert.names import CONV, CONV1, LINEAR, PLAIN, Rule, count, qkv_layout
 from ar_jax.data import Info
 from ar_jax.decode.guidance import Interval
 from ar_jax.decode.logits import Filter
@@ -80,7 +80,7 @@ def vqgan(shapes: dict[str, tuple[int, ...]], size: int, groups: int = 32) -> VQ
     features = shapes["encoder.conv_in.weight"][0]
 
     def mult(side):
-        levels = 1 + max(int(m[1]) for m in (re.match(rf"{side}\.conv_blocks\.(\d+)\.", k) for k in shapes) if m)
+        levels = max(count(shapes, rf"{side}\.conv_blocks\.(\d+)\."), 1)
         return tuple(shapes[f"{side}.conv_blocks.{i}.res.0.conv1.weight"][0] // features for i in range(levels))
 
     blocks = sum(bool(re.fullmatch(r"encoder\.conv_blocks\.0\.res\.\d+\.conv1\.weight", key)) for key in shapes)
@@ -107,8 +107,7 @@ def gpt(shapes: dict[str, tuple[int, ...]], tokens: int, heads: int = 0) -> Caus
         raise ValueError(f"the file does not hold the number of heads and width {width} is not published; give --heads")
     side = round(tokens**0.5)
     backbone = Transformer(
-        layers=1 + max((int(m[1]) for m in (re.match(r"layers\.(\d+)\.", key) for key in shapes) if m), default=-1),
-        width=width, heads=heads, hidden=shapes["layers.0.feed_forward.w1.weight"][0], dropout=0.1,
+        layers=count(shapes, r"layers\.(\d+)\."), width=width, heads=heads, hidden=shapes["layers.0.feed_forward.w1.weight"][0], dropout=0.1,
     )  # fmt: skip
     if "cls_embedding.uncond_embedding" in shapes:
         rows, features = shapes["cls_embedding.uncond_embedding"]

@@ -1,12 +1,11 @@
 """MAR's released checkpoints: the tokenizer KL-16 and the masked transformers."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 
-from ar_jax.convert.names import CONV, CONV1, LINEAR, PLAIN, Layout, Rule, qkv_layout
+from ar_jax.convert.names import CONV, CONV1, LINEAR, PLAIN, Layout, Rule, count, qkv_layout
 from ar_jax.data import Info
 from ar_jax.decode.guidance import Linear
 from ar_jax.decode.sampling import Sampling
@@ -61,7 +60,7 @@ def tokenizer_rules(tokenizer: KLVAE) -> list[Rule]:
 def tokenizer(shapes: Mapping[str, tuple[int, ...]], size: int, groups: int = 32) -> KLVAE:
     """The tokenizer whose state dict has these keys and shapes, with the published scale."""
     features = shapes["encoder.conv_in.weight"][0]
-    levels = count(shapes, r"encoder\.down\.(\d+)\.")
+    levels = max(count(shapes, r"encoder\.down\.(\d+)\."), 1)
 
     def attention(side):  # the coarsest level is called -1, as in the defaults
         found = (level for level in range(levels) if f"{side}.{level}.attn.0.q.weight" in shapes)
@@ -74,11 +73,6 @@ def tokenizer(shapes: Mapping[str, tuple[int, ...]], size: int, groups: int = 32
         channels=shapes["encoder.conv_in.weight"][1], shift=(0.0,), scale=(SCALE,),
         encoder_attention=attention("encoder.down"), decoder_attention=attention("decoder.up"),
     )  # fmt: skip
-
-
-def count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    """One more than the largest number that a pattern finds in the keys; 0 if it finds none."""
-    return 1 + max((int(m[1]) for m in (re.match(pattern, key) for key in shapes) if m), default=-1)
 
 
 def layer_rules(ours: str, theirs: str, heads: int) -> list[Rule]:

@@ -1,13 +1,14 @@
 """Renaming between our parameter trees and released state dicts, both ways, from one table of rules."""
 
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import traverse_util
 
+from ar_jax.files import words
 from ar_jax.typing import Params
 
 
@@ -59,6 +60,18 @@ def _renamed(shapes: Params, rules: list[Rule]) -> Iterator[tuple[str, str, Layo
             raise ValueError(f"no rule names the parameter {path!r}")
 
 
+def count(shapes: Iterable[str], pattern: str) -> int:
+    """How many layers the keys have, whose numbers a pattern finds: those from 0 on.
+
+    Raises:
+      ValueError: a number is left out.
+    """
+    numbers = {int(m[1]): key for key in shapes if (m := re.match(pattern, key))}
+    if numbers and max(numbers) >= len(numbers):
+        raise ValueError(f"{words.name(numbers[max(numbers)])} is numbered beyond the {len(numbers)} of its kind")
+    return len(numbers)
+
+
 def to_params(
     weights: Mapping[str, np.ndarray], shapes: Params, rules: list[Rule], buffers: Container[str] = ()
 ) -> Params:
@@ -90,7 +103,7 @@ def to_params(
             raise ValueError(f"{key} (our {path}) holds NaN or infinity: the file is damaged, or its training diverged")
     for key in weights:
         if key not in asked and key not in buffers:
-            raise ValueError(f"{key} is not part of this model: no parameter asks for it")
+            raise ValueError(f"{words.name(key)} is not part of this model: no parameter asks for it")
     return traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -129,12 +142,13 @@ def key_shapes(shapes: Params, rules: list[Rule]) -> dict[str, tuple[int, ...]]:
 def differences(want: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
     """The first difference between two sets of keys and shapes, in words; empty if there is none."""
     for key in sorted(want.keys() | found.keys()):
+        name = words.name(key)
         if key not in found:
-            return f"{key} is missing (expected shape {tuple(want[key])})"
+            return f"{name} is missing (expected shape {tuple(want[key])})"
         if key not in want:
-            return f"{key} of shape {tuple(found[key])} is not part of this model"
+            return f"{name} of shape {tuple(found[key])} is not part of this model"
         if tuple(want[key]) != tuple(found[key]):
-            return f"{key} has shape {tuple(found[key])}, expected {tuple(want[key])}"
+            return f"{name} has shape {tuple(found[key])}, expected {tuple(want[key])}"
     return ""
 
 

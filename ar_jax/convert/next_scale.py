@@ -8,7 +8,7 @@ import flax.linen as nn
 import numpy as np
 
 from ar_jax.convert import flexvar, var
-from ar_jax.convert.names import LINEAR, PLAIN, Layout, Rule, qkv_layout
+from ar_jax.convert.names import LINEAR, PLAIN, Layout, Rule, count, qkv_layout
 from ar_jax.data import Info
 from ar_jax.decode.guidance import Ramp
 from ar_jax.decode.logits import Filter
@@ -130,9 +130,8 @@ def build(
     scales = tuple(scales) or _published(length, flexible)
     if length and sum(side**2 for side in scales) != length:
         raise ValueError(f"pos_1LC has {length} positions, but scales {scales} have {sum(s**2 for s in scales)} tokens")
-    lists = {key.split(".")[0]: 0 for key in shapes if re.match(r"\w*blocks\.\d+\.", key)}
-    for name in lists:
-        lists[name] = 1 + max(int(m[1]) for m in (re.match(rf"{name}\.(\d+)\.", key) for key in shapes) if m)
+    lists = {name: count(shapes, rf"{name}\.(\d+)\.") for name in ("blocks", "base_blocks", "ns_blocks", "mask_blocks")}
+    lists = {name: layers for name, layers in lists.items() if layers}
     joint = "mask_blocks" in lists
     if not joint and "mask_embed.weight" in shapes:
         raise ValueError(
@@ -244,10 +243,7 @@ def merge(scales: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray], las
     Raises:
       ValueError: they are no such pair.
     """
-    depth = [
-        1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", k) for k in x) if m), default=-1)
-        for x in (scales, masks)
-    ]
+    depth = [count(x, r"blocks\.(\d+)\.") for x in (scales, masks)]
     if depth[0] <= last or depth[0] != depth[1] or "mask_embed.weight" not in masks or "word_embed.bias" not in scales:
         raise ValueError(
             f"these are no next-scale and masked predictor of one HMAR, which have equally many blocks, more than {last}; "

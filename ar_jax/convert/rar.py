@@ -5,8 +5,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from ar_jax.convert.mar import count, layers, qkv_bias
-from ar_jax.convert.names import CONV, PLAIN, Layout, Rule, qkv_layout
+from ar_jax.convert.mar import layers, qkv_bias
+from ar_jax.convert.names import CONV, PLAIN, Layout, Rule, count, qkv_layout
 from ar_jax.data import Info
 from ar_jax.decode.sampling import Sampling
 from ar_jax.decode.temperature import Constant
@@ -84,7 +84,7 @@ def tokenizer(shapes: Shapes, size: int, groups: int = 32) -> MaskgitVQGAN:
     features = shapes["encoder.conv_in.weight"][0]
 
     def mult(side):
-        levels = count(shapes, rf"{side}\.(\d+)\.")
+        levels = max(count(shapes, rf"{side}\.(\d+)\."), 1)
         return tuple(shapes[f"{side}.{i}.block.0.conv1.weight"][0] // features for i in range(levels))
 
     encoder, decoder = mult("encoder.down"), mult("decoder.up")

@@ -22,6 +22,7 @@ import jax
 
 from ar_jax.convert import flexvar, flowar, llamagen, mar, next_scale, rar, var, xar
 from ar_jax.convert.names import Rule, differences, key_shapes
+from ar_jax.files import words
 from ar_jax.typing import Params
 
 SOURCES: dict[str, ModuleType] = {
@@ -83,23 +84,45 @@ def identify(shapes: Shapes, *, size: int = 0, heads: int = 0, groups: int = 0, 
     kinds = {family: source.recognise(shapes) for family, source in SOURCES.items()}
     family = next((family for family, kind in kinds.items() if kind), "")
     if not family:
-        some = ", ".join(f"{key} {list(shape)}" for key, shape in list(shapes.items())[:3])
+        some = ", ".join(f"{words.name(key)} {list(shape)}" for key, shape in list(shapes.items())[:3])
         raise ValueError(
             f"not a checkpoint of a known family ({', '.join(SOURCES)}); its {len(shapes)} entries begin with {some}"
         )
     kind = kinds[family]
-    refusal = f"looks like a {kind} of {family}, but "
+    refusal, asked = f"looks like a {kind} of {family}, but ", _Asked(shapes)
+    if (empty := next((key for key, shape in shapes.items() if 0 in shape), None)) is not None:
+        raise ValueError(f"{refusal}{words.name(empty)} has shape {tuple(shapes[empty])}: there is nothing in it")
     try:
-        module = SOURCES[family].build(kind, shapes, size=size, heads=heads, groups=groups, scales=scales)
-        found = _named(family, kind, module, shapes)
+        module = SOURCES[family].build(kind, asked, size=size, heads=heads, groups=groups, scales=scales)
     except KeyError as error:
-        raise ValueError(f"{refusal}{error.args[0]} is missing") from error
-    except ValueError as error:
-        raise ValueError(f"{refusal}{error}") from error
+        raise ValueError(f"{refusal}{words.name(str(error.args[0]))} is missing") from error
+    except Exception as error:
+        if isinstance(error, ValueError) and "unpack" not in str(error):
+            raise ValueError(f"{refusal}{words.reason(error)}") from error
+        shape = tuple(shapes[asked.last]) if asked.last in shapes else ()
+        raise ValueError(f"{refusal}{asked.last} has shape {shape}, which no such network has") from error
+    try:
+        found = _named(family, kind, module, shapes)
+    except Exception as error:  # whatever a network of senseless sizes raises
+        raise ValueError(f"{refusal}its network cannot be built: {words.reason(error)}") from error
     buffers = {key: shape for key, shape in found.buffers.items() if key in shapes}
     if difference := differences({**found.keys, **buffers}, shapes):
         raise ValueError(f"{refusal}{difference}")
     return found
+
+
+class _Asked(dict):
+    """Shapes by key that remember which one was asked for last: it is the one that something is wrong with."""
+
+    last = ""
+
+    def __getitem__(self, key):
+        self.last = key
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self.last = key
+        return super().get(key, default)
 
 
 def export(module: nn.Module, kind: str, family: str = "") -> Found:

@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from ar_jax.convert.names import CONV, CONV1, PLAIN, Layout, Rule
+from ar_jax.convert.names import CONV, CONV1, PLAIN, Layout, Rule, count
 from ar_jax.data import Info
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
 
@@ -87,7 +87,7 @@ def tokenizer(
       ValueError: the scales of this size are not published.
     """
     features = shapes["encoder.conv_in.weight"][0]
-    levels = 1 + max(int(m[1]) for m in (re.match(r"encoder\.down\.(\d+)\.", key) for key in shapes) if m)
+    levels = max(count(shapes, r"encoder\.down\.(\d+)\."), 1)
     side = size // 2 ** (levels - 1)
     scales = scales or SCALES.get(side, ())
     if not scales:

@@ -41,7 +41,7 @@ class Data:
     mixed: int = 2048
     """Records that are shuffled with one another where only runs of them can be read at once (Parquet)."""
     text: str = ""
-    """Caption features: none, `minilm`, or a .npz or .safetensors file holding `features` and `mask`."""
+    """Caption features: none, `minilm`, a folder of a T5 or CLIP, or a .npz or .safetensors file holding `features`, `mask`."""
     text_rows: int = 16
     """Caption rows handed to the model; shorter captions are padded on the left, longer ones cut."""
 

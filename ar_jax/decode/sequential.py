@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from flax import struct
 
 from ar_jax.decode.edit import Source, keep
 from ar_jax.generators.base import Frozen, Knobs, Setting, Step
+from ar_jax.nets.attention import Kept
 from ar_jax.nets.conditioning import paired
 from ar_jax.orders import Order, scan_steps, to_slots
 from ar_jax.typing import Array, Batch, Key, Params, Tokens
@@ -78,16 +79,39 @@ class Task:
         """A method of the generator."""
         return self.generator.apply({"params": self.params}, *arguments, method=method)
 
-    def setting(self) -> Setting:
-        """What stays the same in all steps; guided images have a row with and a row without their condition."""
+    def setting(self, kept: Kept = "own") -> Setting:
+        """What stays the same in all steps; guided images have a row with and a row without their condition.
+
+        Args:
+          kept: see `Setting`.
+        """
         cond = self.call(self.batch, jnp.zeros(self.images, bool), method="condition")
         if self.guided:
             cond = paired(cond, self.call(self.batch, jnp.ones(self.images, bool), method="condition"))
-        return Setting(cond, self.order, self.knobs, self.tokenizer)
+        return Setting(cond, self.order, self.knobs, self.tokenizer, kept)
+
+    def begin(self, setting: Setting) -> Any:
+        """The state before the first step.
+
+        Raises:
+          ValueError: the generator has no cache that could be kept otherwise.
+        """
+        state = self.call(setting, self.images, method="begin")
+        if setting.kept != "own" and getattr(state, "cache", None) is None:
+            raise ValueError(
+                f"decoder.cache is {setting.kept!r}, but this {type(self.generator).__name__} keeps no cache"
+            )
+        return state
 
     def known(self, state: Any) -> Any:
         """A state with the tokens that are known beforehand in their places."""
         return state if self.source is None else state.replace(tokens=keep(state.tokens, self.source, self.order))
+
+
+def check_cache(kept: str) -> None:
+    """Raises a ValueError if a cache cannot be kept so."""
+    if kept not in get_args(Kept):
+        raise ValueError(f"decoder.cache is {kept!r}; it must be one of {', '.join(get_args(Kept))}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,16 +120,21 @@ class Sequential:
 
     segments: int = 1
     """Parts in which the cache grows (see `scan_steps`): more read less memory and compile longer."""
+    cache: Kept = "own"
+    """How keys and values are kept: in the dtype of the products, or in a byte each, with an error of half a percent."""
 
-    claim = Claim.SAME_TOKENS
+    @property
+    def claim(self) -> Claim:
+        return Claim.SAME_TOKENS if self.cache == "own" else Claim.APPROXIMATE
 
     def __post_init__(self):
+        check_cache(self.cache)
         if self.segments < 1:
             raise ValueError(f"decoder.segments is {self.segments}; it must be 1 or more")
 
     def __call__(self, task: Task) -> tuple[Tokens, Account]:
         """Tokens in slot order, with `knobs.soften` the vectors in their place; and what drawing took."""
-        order, setting = task.order, task.setting()
+        order, setting = task.order, task.setting(self.cache)
         if task.source is not None and task.knobs.soften is not None:
             source = task.source.replace(tokens=task.tokenizer(task.source.tokens, method="embed"))
             task = dataclasses.replace(task, source=source)
@@ -118,7 +147,7 @@ class Sequential:
             return task.known(task.call(state, ranks, setting, method="grow"))
 
         done = task.source.ranks if task.source else 0
-        state = task.call(setting, task.images, method="begin")
+        state = task.begin(setting)
         state = scan_steps(order.sizes, step, state, rooms=order.rooms, done=done, grow=grow, segments=self.segments)
         return to_slots(state.tokens, order), self.account(task.generator, order, task.images, done)
 

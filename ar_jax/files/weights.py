@@ -2,9 +2,14 @@
 
 A pickle is a program that calls whatever it names. Here a name is looked up in a table of harmless stand-ins,
 and a name that is not in the table ends the reading. Stand-ins are strings, or objects nothing can alter.
+
+What is read takes memory in proportion to the file: its table of contents has at most `CONTENTS` bytes, a pickle makes
+nothing larger than itself, and arrays are views of the mapped file that stand for little more than it holds.
 """
 
 import io
+import json
+import math
 import mmap
 import os
 import pickle
@@ -14,19 +19,24 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
+from ar_jax.files import words
+
+CONTENTS = 2**23  # bytes that say what a file of weights holds: a pickle, a header, the index of a zip
+WIDER = 4  # times the file's size that its tensors may stand for: rows can be repeated without being stored again
 ENTRIES = ("model", "module", "state_dict")  # where checkpoints keep their weights, first come first served
 
 
 def read_weights(path: str | os.PathLike, entry: str | None = None) -> dict[str, np.ndarray]:
     """Reads a flat state dict under its original key names.
 
-    Arrays of torch files are read-only views of the mapped file, whose checksums are compared first, and tied weights
+    Arrays are read-only views of the mapped file; the checksums of torch files are compared first, and tied weights
     stay shared. bfloat16 and float8 arrays have the dtypes of ml_dtypes.
 
     Args:
@@ -42,20 +52,20 @@ def read_weights(path: str | os.PathLike, entry: str | None = None) -> dict[str,
         if entry is not None:
             raise ValueError(f"{path}: safetensors files have no entries; leave out entry={entry!r}")
         try:
-            weights = load_file(path)
+            weights = _read_safetensors(path)
         except Exception as error:
-            raise ValueError(f"{path} is no readable safetensors file ({error}); get it again") from error
+            raise ValueError(f"{path} is no readable safetensors file ({words.reason(error)}); get it again") from error
         if not weights:
             raise ValueError(f"{path} holds no tensors")
         return weights
     try:
         checkpoint = _read_torch(path)
         tensors = _pick(checkpoint.tree, entry)
-        return {key: checkpoint.array(key, tensor) for key, tensor in tensors.items()}
+        return checkpoint.arrays(tensors)
     except _Refused as error:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{path} is damaged or no torch checkpoint ({error!r}); get it again") from error
+        raise ValueError(f"{path} is damaged or no torch checkpoint ({words.reason(error)}); get it again") from error
 
 
 def read_pickled_arrays(path: str | os.PathLike) -> dict[str, Any]:
@@ -68,14 +78,14 @@ def read_pickled_arrays(path: str | os.PathLike) -> dict[str, Any]:
     path = _file(path)
     try:
         with path.open("rb") as file:
-            tree = _Unpickler(file, _NUMPY).load()
+            tree = _Unpickler(_Bounded(file, path.stat().st_size), _NUMPY).load()
         if not isinstance(tree, dict):
             raise _Refused(f"the pickle is a {type(tree).__name__}, a dict of arrays was expected")
         return _arrays(tree)
     except _Refused as error:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:
-        raise ValueError(f"{path} is damaged or no pickle of arrays ({error!r}); get it again") from error
+        raise ValueError(f"{path} is damaged or no pickle of arrays ({words.reason(error)}); get it again") from error
 
 
 def write_safetensors(path: str | os.PathLike, weights: Mapping[str, Any]) -> None:
@@ -105,9 +115,78 @@ def _file(path: str | os.PathLike) -> Path:
         raise ValueError(f"{path} is a directory; name the weight file in it")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file; name a file of weights")
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty; download it again")
     return path
+
+
+def _mapped(file: BinaryIO) -> np.ndarray:
+    """The whole file, uint8, read where it is looked at."""
+    return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+
+
+class _Bounded(io.RawIOBase):
+    """A file of which no more than so many bytes are read."""
+
+    def __init__(self, file: BinaryIO, most: int):
+        self.file, self.left = file, most
+
+    def _take(self, count):
+        self.left -= count
+        if self.left < 0:
+            raise _Refused(
+                f"it is damaged or no file of weights: what it says to hold takes more than the file, or {CONTENTS} bytes"
+            )
+
+    def read(self, count: int = -1) -> bytes:
+        if count < 0:
+            at = self.file.tell()
+            count = self.file.seek(0, io.SEEK_END) - at
+            self.file.seek(at)
+        self._take(count)
+        return self.file.read(count)
+
+    def readline(self, count: int = -1) -> bytes:
+        line = self.file.readline(self.left + 1)
+        self._take(len(line))
+        return line
+
+    def seek(self, *place: int) -> int:
+        return self.file.seek(*place)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    with path.open("rb") as file:
+        data = _mapped(file)
+    size = int.from_bytes(data[:8].tobytes(), "little")
+    if size > min(CONTENTS, data.size - 8):
+        raise ValueError(f"its header has {size} bytes, of {CONTENTS} at most and {data.size} in the file")
+    with safe_open(path, "numpy"):  # which checks the header and that its tensors fill the file
+        pass
+    weights = {}
+    for key, found in json.loads(data[8 : 8 + size].tobytes(), object_pairs_hook=_once).items():
+        if key == "__metadata__":
+            continue
+        if found["dtype"] not in _SAFETENSORS:
+            raise ValueError(f"{words.name(key)} holds {words.shown(found['dtype'])}, which is not read")
+        first, last = (8 + size + at for at in found["data_offsets"])
+        array = np.require(data[first:last], requirements="A").view(_SAFETENSORS[found["dtype"]])
+        weights[key] = array.reshape(found["shape"])
+    return weights
+
+
+def _once(pairs):
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a name stands in its header twice")
+    return found
 
 
 # Torch checkpoints -----------------------------------------------------------------------------------------
@@ -133,17 +212,27 @@ class _Checkpoint(NamedTuple):
     blocks: dict[str, tuple[int, int]]  # storage key -> first byte and number of bytes
     byteorder: str
 
-    def array(self, key: str, tensor: _Tensor) -> np.ndarray:
+    def arrays(self, tensors: Mapping[str, _Tensor]) -> dict[str, np.ndarray]:
+        arrays, left = {}, WIDER * self.data.size + 2**20
+        for key, tensor in tensors.items():
+            arrays[key] = self._array(words.name(key), tensor)
+            left -= arrays[key].nbytes
+            if left < 0:
+                raise _Refused("its tensors repeat themselves to many times the size of the file; save contiguous ones")
+        return arrays
+
+    def _array(self, key, tensor):
         storage, offset, shape, strides, dtype = tensor
         if not (isinstance(storage, _Storage) and storage.key in self.blocks and dtype in _DTYPES):
-            raise _Refused(f"tensor {key!r} has no storage or an unknown dtype ({storage}, {dtype})")
+            raise _Refused(f"tensor {key} has no storage or an unknown dtype ({words.shown((storage, dtype))})")
         if not (
             isinstance(shape, tuple)
             and isinstance(strides, tuple)
-            and len(shape) == len(strides)
-            and all(type(i) is int and i >= 0 for i in (offset, storage.first, *shape, *strides))
+            and len(shape) == len(strides) <= 32
+            and all(type(i) is int and 0 <= i < 2**60 for i in (offset, storage.first, *shape, *strides))
+            and math.prod(shape) < 2**60
         ):
-            raise _Refused(f"tensor {key!r} has an impossible layout ({tensor})")
+            raise _Refused(f"tensor {key} has an impossible layout ({words.shown(tuple(tensor))})")
         dtype = _DTYPES[dtype]
         if 0 in shape:
             return np.zeros(shape, dtype)
@@ -151,7 +240,7 @@ class _Checkpoint(NamedTuple):
         offset += storage.first
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         if (last + 1) * dtype.itemsize > size:
-            raise _Refused(f"tensor {key!r} reaches element {last} of a storage of {size // dtype.itemsize}")
+            raise _Refused(f"tensor {key} reaches element {last} of a storage of {size // dtype.itemsize}")
         block, width = self.data[first : first + size], dtype.itemsize
         array = np.ndarray(shape, dtype, block, offset * width, [stride * width for stride in strides])
         return np.require(array, requirements="A") if self.byteorder == sys.byteorder else array.byteswap()
@@ -159,7 +248,7 @@ class _Checkpoint(NamedTuple):
 
 def _read_torch(path: Path) -> _Checkpoint:
     with path.open("rb") as file:
-        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        data = _mapped(file)
         start = file.read(4)
         file.seek(0)
         if start == b"PK\x03\x04":
@@ -171,7 +260,7 @@ def _read_torch(path: Path) -> _Checkpoint:
 
 def _read_zip(file: BinaryIO, data: np.ndarray) -> _Checkpoint:
     try:
-        archive = zipfile.ZipFile(file)
+        archive = zipfile.ZipFile(_Bounded(file, CONTENTS))  # which reads nothing but the index
     except zipfile.BadZipFile as error:
         raise _Refused(f"the file is cut short or damaged ({error}); get it again") from error
     with archive:
@@ -182,60 +271,77 @@ def _read_zip(file: BinaryIO, data: np.ndarray) -> _Checkpoint:
             name.removesuffix("data.pkl") for name in records if name.count("/") == 1 and name.endswith("/data.pkl")
         ]
         if len(roots) != 1:
-            raise _Refused(f"a zip file without the data.pkl of torch.save; it holds {sorted(records)[:5]}")
+            raise _Refused(f"a zip file without the data.pkl of torch.save; it holds {words.shown(sorted(records))}")
         root = roots[0]
         spans, checked = {}, any(record.CRC for record in records.values())  # torch can be told to write none
         for name, record in records.items():
             if record.compress_type != zipfile.ZIP_STORED:
-                raise _Refused(f"its record {name} is compressed, which torch never does; save it anew")
-            first, size = spans[name] = _record_span(record, data)
-            if checked and zlib.crc32(data[first : first + size]) != record.CRC:
-                raise _Refused(f"its record {name} has other content than when it was saved; get it again")
+                raise _Refused(f"its record {words.name(name)} is compressed, which torch never does; save it anew")
+            spans[name] = _record_span(record, data)
+        end = 0
+        for name, (first, size) in sorted(spans.items(), key=lambda item: item[1]):
+            if (start := records[name].header_offset) < end:
+                raise _Refused(
+                    f"its record {words.name(name)} begins at byte {start}, within another one; get it again"
+                )
+            end = first + size
+            if checked and zlib.crc32(data[first:end]) != records[name].CRC:
+                raise _Refused(f"its record {words.name(name)} has other content than when it was saved; get it again")
 
     def content(name):
         first, size = spans[root + name]
+        if size > CONTENTS:
+            raise _Refused(f"its {name} has {size} bytes; no more than {CONTENTS} are read")
         return data[first : first + size].tobytes()
 
     order = content("byteorder").decode() if root + "byteorder" in spans else "little"
     if order not in ("little", "big"):
-        raise _Refused(f"unknown byte order {order!r}")
+        raise _Refused(f"unknown byte order {words.shown(order)}")
     stored = root + "data/"
     blocks = {name.removeprefix(stored): span for name, span in spans.items() if name.startswith(stored)}
-    return _Checkpoint(_Unpickler(io.BytesIO(content("data.pkl")), _TORCH).load(), data, blocks, order)
+    pickled = content("data.pkl")
+    unpickler = _Unpickler(_Bounded(io.BytesIO(pickled), len(pickled)), _TORCH)
+    return _Checkpoint(unpickler.load(), data, unpickler.checked(blocks), order)
 
 
 def _record_span(record: zipfile.ZipInfo, data: np.ndarray) -> tuple[int, int]:
     """First byte and length of an uncompressed record, past its local header."""
-    header = data[record.header_offset :][:30].tobytes()
-    if header[:4] != b"PK\x03\x04":
-        raise _Refused(f"its record {record.filename} is not where the index says; download it again")
-    first = record.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
-    if first + record.file_size > data.size:
-        raise _Refused(f"its record {record.filename} is cut short; download it again")
-    return first, record.file_size
+    header, name = data[record.header_offset :][:30].tobytes(), words.name(record.filename)
+    names, extra = struct.unpack("<HH", header[26:]) if len(header) == 30 else (0, 0)
+    first = record.header_offset + 30 + names
+    if header[:4] != b"PK\x03\x04" or data[first - names : first].tobytes() != record.orig_filename.encode(
+        "utf-8" if record.flag_bits & 0x800 else "cp437"
+    ):
+        raise _Refused(f"its record {name} is not where the index says; download it again")
+    if first + extra + record.file_size > data.size:
+        raise _Refused(f"its record {name} is cut short; download it again")
+    return first + extra, record.file_size
 
 
 def _read_legacy(file: BinaryIO, data: np.ndarray) -> _Checkpoint:
     """The format before torch 1.6: five pickles, then every storage as its length and its elements."""
-    if _Unpickler(file, _TORCH).load() != 0x1950A86A20F9469CFC6C:
+    bounded = _Bounded(file, min(CONTENTS, data.size))
+    if _Unpickler(bounded, _TORCH).load() != 0x1950A86A20F9469CFC6C:
         raise _Refused("a pickle, but not one written by torch.save; save the state dict as .safetensors")
-    if (version := _Unpickler(file, _TORCH).load()) != 1001:
-        raise _Refused(f"unknown version {version} of the torch format; load it in torch and save it again")
-    order = "little" if _Unpickler(file, _TORCH).load()["little_endian"] else "big"
-    unpickler = _Unpickler(file, _TORCH)
+    if (version := _Unpickler(bounded, _TORCH).load()) != 1001:
+        raise _Refused(
+            f"unknown version {words.shown(version)} of the torch format; load it in torch and save it again"
+        )
+    order = "little" if _Unpickler(bounded, _TORCH).load()["little_endian"] else "big"
+    unpickler = _Unpickler(bounded, _TORCH)
     tree = unpickler.load()
-    keys = _Unpickler(file, _TORCH).load()
+    keys = _Unpickler(bounded, _TORCH).load()
     blocks, first = {}, file.tell()
     for key in keys:
         (count,) = struct.unpack("<q" if order == "little" else ">q", data[first : first + 8].tobytes())
-        if key not in unpickler.dtypes:
-            raise _Refused(f"its storage {key!r} is of no known type")
-        size = count * _DTYPES[unpickler.dtypes[key]].itemsize
+        if key not in unpickler.storages or key in blocks:
+            raise _Refused(f"its storage {words.shown(key)} is of no known type, or there twice")
+        size = count * _DTYPES[unpickler.storages[key][0]].itemsize
         if not 0 <= size <= data.size - first - 8:
             raise _Refused("the file is cut short; download it again")
         blocks[key] = first + 8, size
         first += 8 + size
-    return _Checkpoint(tree, data, blocks, order)
+    return _Checkpoint(tree, data, unpickler.checked(blocks), order)
 
 
 def _pick(tree: Any, entry: str | None) -> dict[str, _Tensor]:
@@ -245,7 +351,7 @@ def _pick(tree: Any, entry: str | None) -> dict[str, _Tensor]:
             found = found.get(part) if isinstance(found, dict) else None
         if _holds_tensors(found):
             return found
-        raise _Refused(f"entry {entry!r} is not a dict of tensors; {_entries(tree)}")
+        raise _Refused(f"entry {words.shown(entry)} is not a dict of tensors; {_entries(tree)}")
     if isinstance(tree, dict):
         for found in (*map(tree.get, ENTRIES), tree):
             if _holds_tensors(found):
@@ -265,7 +371,7 @@ def _holds_tensors(tree: Any) -> bool:
 def _entries(tree: Any) -> str:
     if not isinstance(tree, dict):
         return f"the file holds a {_kind(tree)}"
-    return "entries: " + ", ".join(f"{key} ({_kind(value)})" for key, value in list(tree.items())[:20])
+    return "entries: " + ", ".join(f"{words.name(str(key))} ({_kind(value)})" for key, value in list(tree.items())[:20])
 
 
 def _kind(value: Any) -> str:
@@ -279,20 +385,62 @@ class _Refused(ValueError):
     """A reason that is shown to the user behind the file name."""
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows the names of its table and nothing else."""
+class _Unpickler(pickle._Unpickler):
+    """Knows the names of its table and nothing else.
 
-    def __init__(self, file: BinaryIO, table: Mapping[str, Any]):
+    Python's own, not that in C, which makes room for the largest number that a pickle gives to an object, and crashes on
+    keys that are nested deeply.
+    """
+
+    dispatch: ClassVar[dict[int, Callable]] = {
+        code: act
+        for code, act in pickle._Unpickler.dispatch.items()
+        if bytes([code]) not in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.INST, pickle.OBJ)
+    }
+
+    def __init__(self, file: _Bounded, table: Mapping[str, Any]):
         super().__init__(file, encoding="utf-8")
-        self.table = table
-        self.dtypes: dict[str, str] = {}  # of the storages seen
+        self.table, self.bounded = table, file
+        self.storages: dict[str, tuple[str, int]] = {}  # dtype and number of elements of those named
+        self.most = file.left  # what calls may make together
+
+    def load_reduce(self):
+        super().load_reduce()
+        if isinstance(made := self.stack[-1], str | bytes | tuple | list | dict):
+            self.most -= len(made)
+            if self.most < 0:
+                raise _Refused("its pickle makes more than it holds")
+
+    def load_setitem(self):
+        _check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self):
+        _check_keys(self.stack[::2])
+        super().load_setitems()
+
+    dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
+
+    def checked(self, blocks: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """Blocks of bytes, which have to be the storages that were named."""
+        for key, (dtype, count) in self.storages.items():
+            size = count * _DTYPES[dtype].itemsize
+            if key not in blocks:
+                raise _Refused(f"its storage {words.name(key)} is missing; get it again")
+            if count and blocks[key][1] != size:  # 0: not told
+                raise _Refused(
+                    f"its storage {words.name(key)} has {blocks[key][1]} bytes, but is named with {size}; get it again"
+                )
+        if unused := sorted(blocks.keys() - self.storages.keys()):
+            raise _Refused(f"its storage {words.name(unused[0])} belongs to no tensor; get it again")
+        return blocks
 
     def find_class(self, module: str, name: str) -> Any:
         try:
             return self.table[f"{module} {name}"]
         except KeyError:
             raise _Refused(
-                f"refused, because its pickle names {module}.{name}, which no weight file needs; "
+                f"refused, because its pickle names {words.name(f'{module}.{name}')}, which no weight file needs; "
                 "nothing was executed. If you trust its source, load it in torch and save the state dict as "
                 ".safetensors"
             ) from None
@@ -300,11 +448,20 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, identity: Any) -> _Storage:
         if self.table is not _TORCH:
             raise _Refused("the pickle refers to storages outside itself")
-        kind, dtype, key, _, _, *view = identity
-        if kind != "storage" or type(key) is not str or type(dtype) is not str or dtype not in _DTYPES:
-            raise _Refused(f"unknown storage {identity!r}")
-        self.dtypes[key] = dtype
+        kind, dtype, key, _, count, *view = identity
+        known = kind == "storage" and type(key) is str and type(dtype) is str and dtype in _DTYPES
+        if not known or type(count) is not int or not 0 <= count < 2**60:
+            raise _Refused(f"unknown storage {words.shown(identity)}")
+        if self.storages.setdefault(key, (dtype, count)) != (dtype, count):
+            raise _Refused(f"its storage {words.name(key)} is named twice, with different contents")
         return _Storage(key, dtype, view[0][1] if view and view[0] else 0)
+
+
+def _check_keys(keys):
+    for key in keys:
+        plain = key if type(key) is tuple and len(key) <= 16 else (key,)
+        if not all(x is None or type(x) in (str, int, float, bool, bytes) for x in plain):
+            raise _Refused(f"its pickle has the key {words.shown(key)}; text and numbers are read")
 
 
 class _Call:
@@ -353,7 +510,7 @@ class _Dtype:
 
     def numpy(self) -> np.dtype:
         if self.code not in _CODES or self.order not in ("<", ">", "=", "|"):
-            raise _Refused(f"arrays of dtype {self.order!r}{self.code!r}; only numbers are read")
+            raise _Refused(f"arrays of dtype {words.shown((self.order, self.code))}; only numbers are read")
         return np.dtype(self.order + self.code)
 
 
@@ -418,6 +575,12 @@ _DTYPES |= {
     name: np.dtype(getattr(ml_dtypes, name))
     for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 }
+_SAFETENSORS = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64",
+}  # fmt: skip
+_SAFETENSORS = {name: _DTYPES[dtype] for name, dtype in _SAFETENSORS.items()}
 _STORAGES = {
     "Double": "float64",
     "Float": "float32",
@@ -442,7 +605,7 @@ _NUMPY = {
 _TORCH = _NUMPY | {
     "numpy.core.multiarray scalar": _Call(lambda *_: _Object()),
     "numpy._core.multiarray scalar": _Call(lambda *_: _Object()),
-    "collections OrderedDict": _Call(_Dict),
+    "collections OrderedDict": _Call(lambda: _Dict()),
     "argparse Namespace": _Object,
     "torch Size": _Call(tuple),
     "torch device": _Call(lambda *_: _Object()),

@@ -5,14 +5,16 @@ from typing import Any
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 100
+_short.maxlevel = 4
 
 
 def shown(value: Any) -> str:
     """Any value, cut."""
     try:
-        return _short.repr(value)
+        text = _short.repr(value)
     except ValueError:  # of more digits than Python converts
         return f"a {type(value).__name__}"
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def name(text: str) -> str:
@@ -22,5 +24,5 @@ def name(text: str) -> str:
 
 def reason(error: BaseException) -> str:
     """What an error says, on one line; its kind too, unless it was raised to be read."""
-    what = str(error).strip().partition("\n")[0][:400]
+    what = "".join(c if c.isprintable() else " " for c in str(error).strip().partition("\n")[0][:400])
     return what if type(error) is ValueError and what else f"{type(error).__name__}: {what}"

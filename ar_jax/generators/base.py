@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ar_jax.data import Info
 from ar_jax.machine.sharding import Rules
+from ar_jax.nets.attention import Kept
 from ar_jax.nets.conditioning import Cond
 from ar_jax.orders import Order, whole
 from ar_jax.tokens import TokenSpec
@@ -48,12 +49,14 @@ class Setting:
       order: what each step reveals.
       knobs: guidance, temperature, filter.
       tokenizer: calls a method of the frozen tokenizer, `tokenizer(tokens, method="embed")`; LlamaGen needs none.
+      kept: how a cache keeps keys and values (see `nets.attention.Int8`).
     """
 
     cond: Cond
     order: Order
     knobs: Knobs
     tokenizer: Frozen | None = struct.field(pytree_node=False, default=None)
+    kept: Kept = struct.field(pytree_node=False, default="own")
 
 
 @struct.dataclass

@@ -133,7 +133,7 @@ class Causal(Generator):
         cond, order = setting.cond, setting.order
         self.inputs.check(order)
         rows, p, _ = cond.rows.shape
-        cache = self.backbone.empty_cache(rows)
+        cache = self.backbone.empty_cache(rows, setting.kept)
         if p > 1:
             step, nowhere = cond.step[:-1], jnp.full((1, p - 1, 3), NOWHERE)
             before = Rows(step, nowhere, keys=step, valid=_valid(cond, p - 1))

@@ -11,7 +11,7 @@ from flax import struct
 from jax import lax
 
 from ar_jax.machine.sharding import BATCH, Rules, constrain
-from ar_jax.nets.attention import Rows, join_heads, remember, split_heads
+from ar_jax.nets.attention import Kept, Rows, join_heads, remember, split_heads
 from ar_jax.nets.linear import Linear, product
 from ar_jax.nets.transformer import Backbone, Cache
 from ar_jax.tokenizers.quantize import normalise
@@ -149,8 +149,8 @@ class AdaLN(Backbone):
         outputs, inputs = self.divided
         return (r"/(qkv|up)/kernel$", outputs), (r"/(out|down)/kernel$", inputs)
 
-    def empty_cache(self, batch: int) -> Cache | None:
-        return None if self.sees == "step" else super().empty_cache(batch)
+    def empty_cache(self, batch: int, kept: Kept = "own") -> Cache | None:
+        return None if self.sees == "step" else super().empty_cache(batch, kept)
 
     def modulate(self, vector: Float[Array, "B d"]) -> Modulation:
         """What the condition's vector does to this network, computed once for all layers and steps."""

@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from ar_jax.machine.sharding import BATCH, Rules, constrain
-from ar_jax.nets.attention import ATTENTION, Rows, join_heads, remember, split_heads
+from ar_jax.nets.attention import ATTENTION, Int8, Kept, Rows, join_heads, remember, split_heads
 from ar_jax.nets.linear import PRODUCT, Linear, output_major
 from ar_jax.nets.positions import rotary, rotate
 from ar_jax.tokens import TokenSpec
@@ -30,7 +30,7 @@ class Cache:
     """Keys and values of the rows seen so far.
 
     Attributes:
-      k, v: [l B h r e], or one [B h r e] per layer if the network is unrolled.
+      k, v: [l B h r e], or one [B h r e] per layer if the network is unrolled; arrays or `Int8`.
     """
 
     k: Any
@@ -130,13 +130,15 @@ class Backbone(nn.Module):
             done.append(pair)
         return x, cache and Cache(*(list(side) for side in zip(*done)))
 
-    def empty_cache(self, batch: int) -> Cache | None:
+    def empty_cache(self, batch: int, kept: Kept = "own") -> Cache | None:
         """A cache without rows; `Cache.grow` makes room."""
         shape = (batch, self.heads, 0, self.width // self.heads)
-        if self.unroll:
-            k, v = ([jnp.zeros(shape, self.dtype) for _ in range(self.layers)] for _ in "kv")
-        else:
-            k, v = (jnp.zeros((self.layers, *shape), self.dtype) for _ in "kv")
+
+        def rows(*layers):
+            x = jnp.zeros((*layers, *shape), self.dtype)
+            return Int8(x.astype(jnp.int8), x[..., :1]) if kept == "int8" else x
+
+        k, v = ([rows() for _ in range(self.layers)] if self.unroll else rows(self.layers) for _ in "kv")
         return Cache(k, v)
 
     def modulate(self, vector: Float[Array, "B d"] | None) -> Any:

@@ -28,6 +28,7 @@ from ar_jax.files.trust import taken, trust
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
 from ar_jax.machine.huge_pages import use_huge_pages
+from ar_jax.machine.precision import multiply_in, products
 from ar_jax.machine.sharding import batch_part, batch_rows, make_mesh
 from ar_jax.tokenize import check_cache
 from ar_jax.train.checkpoint import load_matching, save_params
@@ -51,7 +52,8 @@ def main(arguments: list[str]) -> None:
         distributed.join(experiment.launch, notices=True)
         keep_compiled()
         try:
-            train(experiment, config, overrides)
+            with multiply_in(experiment.precision):
+                train(experiment, config, overrides)
         except Stopped as stopped:
             distributed.say(f"train.py: {stopped}")
             raise SystemExit(AGAIN) from stopped
@@ -78,7 +80,8 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     info = source.info
     distributed.say(
         f"{run}: {len(source)} images of {experiment.data.name}{' here' * split}, {info.classes or 'no'} classes, "
-        f"mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}"
+        f"mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}, float32 is multiplied in "
+        f"{products(experiment.precision)}"
     )
     tokenizer_settings = {"data": dataclasses.asdict(experiment.data)}
     tokenizer = prepare(experiment.tokenizer, "tokenizer", run / "tokenizer", info, tokenizer_settings)

@@ -170,11 +170,11 @@ def test_entries(tmp_path):
     ):
         read_weights(path, "emma")
     for name in "module", "state_dict":
-        assert read_weights(save(tmp_path / "b.pt", {name: second}, storages))["x"].min() == 1
+        assert read_weights(save(tmp_path / "b.pt", {name: second}, {"1": storages["1"]}))["x"].min() == 1
     with pytest.raises(ValueError, match=r"no weights under .* entries: ema"):
-        read_weights(save(tmp_path / "b.pt", {"ema": second, "model": 3}, storages))
+        read_weights(save(tmp_path / "b.pt", {"ema": second, "model": 3}, {"1": storages["1"]}))
     with pytest.raises(ValueError, match="holds a tensor"):
-        read_weights(save(tmp_path / "b.pt", tensor(), storages))
+        read_weights(save(tmp_path / "b.pt", tensor(), {"0": storages["0"]}))
 
 
 @pytest.mark.parametrize(
