@@ -1,6 +1,7 @@
 """Encoders of captions by name: MiniLM, or a folder with a released T5 or CLIP."""
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from ar_jax.text import clip, minilm, t5
 from ar_jax.text.batches import in_batches
 
 FAMILIES = {"t5": t5.of_config, "clip": clip.of_config, "clip_text_model": clip.of_config}
+PIECES = 256  # of a file, that are looked at to know it again
 
 
 class Encoder(NamedTuple):
@@ -73,9 +75,21 @@ def _open_folder(name):
             raise ValueError(f"rows must lie in 2..{network.longest} for {folder.name}, got {rows}")
         return in_batches(tokenizer, functools.partial(network.forward, weights), captions, rows, network.width)
 
-    sizes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    identity = f"{folder.name} {json.dumps(config, sort_keys=True)} {sizes} {jax.default_backend()}"
+    identity = f"{folder.name} {json.dumps(config, sort_keys=True)} {_fingerprint(folder)} {jax.default_backend()}"
     return Encoder(folder.name, identity, encode)
+
+
+def _fingerprint(folder):
+    """Of the words and the weights, which may have many gigabytes: a hash of sizes and of pieces of every file."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "tokenizer.json", *folder.glob("*.safetensors")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            for i in range(PIECES):
+                file.seek(i * size // PIECES)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
 
 
 def _weights(folder, network):

@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 from ar_jax.data import Info
 from ar_jax.options import Sampler
 from ar_jax.sampler import condition_table
+from ar_jax.text import encoder as encoders
 from ar_jax.text import t5
 from ar_jax.text.encoder import open_encoder
 
@@ -138,3 +139,14 @@ def test_folders_that_are_no_encoder_are_named(tmp_path):
     (place / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
         open_encoder(str(place))
+
+
+def test_features_are_not_taken_for_those_of_other_weights(tmp_path):
+    weights = np.random.default_rng(0).normal(size=(300, 64)).astype(np.float32)
+    (tmp_path / "tokenizer.json").write_text("{}")
+
+    def fingerprint(weights):
+        save_file({"w": weights}, tmp_path / "model.safetensors")
+        return encoders._fingerprint(tmp_path)
+
+    assert fingerprint(weights) == fingerprint(weights.copy()) != fingerprint(weights * 1.001)
