@@ -203,8 +203,6 @@ class Placed(Plain):
         return self if self.rows else self.clone(rows=spec.n + 1)
 
     def setup(self):
-        if self.width % self.heads:
-            raise ValueError(f"backbone.heads must divide backbone.width, got {self.heads} and {self.width}")
         sizes = (
             self.width, self.heads, self.hidden or 4 * self.width, self.dropout, self.attention_dropout, self.eps,
             self.dtype, self.unroll,

@@ -126,8 +126,6 @@ class AdaLN(Backbone):
     no_decay = ("table",)
 
     def setup(self):
-        if self.width % self.heads:
-            raise ValueError(f"backbone.heads must divide backbone.width, got {self.heads} and {self.width}")
         if self.sees not in ("past", "step"):
             raise ValueError(f"backbone.sees is {self.sees!r}; it must be past or step")
         std = (3 * self.width) ** -0.5

@@ -192,12 +192,9 @@ class Gated(Backbone):
     attention_dropout: Share = 0.0
     base: Annotated[float, Within(1, 2**24)] = 10000.0
 
+    turned = True
+
     def setup(self):
-        if self.width % self.heads or self.width // self.heads % 4:
-            raise ValueError(
-                f"backbone.width / backbone.heads must be a multiple of 4 (2 axes x 2 channels of a rotary pair), "
-                f"got {self.width} / {self.heads}"
-            )
         sizes = (
             self.width, self.heads, self.hidden, self.dropout, self.attention_dropout, self.dtype, self.unroll
         )  # fmt: skip

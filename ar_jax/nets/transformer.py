@@ -82,6 +82,8 @@ class Backbone(nn.Module):
     remat: Literal["none", "dots", "full"] = "none"
     unroll: bool = False
 
+    turned = False  # whether its heads have two-dimensional rotary positions
+
     @property
     def divided(self) -> tuple[P, P]:
         """How kernels are divided whose outputs, and whose inputs, tensor parallelism divides.
@@ -102,7 +104,12 @@ class Backbone(nn.Module):
           block: called with rows, the layer's keys and values (or None) and the arguments of `run`.
           sizes: its fields.
           axes: of those arguments, 0 (one slice per layer) or `nn.broadcast`.
+        Raises:
+          ValueError: the width has no such heads, or there is no such `remat`.
         """
+        if self.width % self.heads or (self.turned and self.width // self.heads % 4):
+            need = "a multiple of 4 (2 axes x 2 channels of a rotary pair)" if self.turned else "a whole number"
+            raise ValueError(f"{type(self).__name__}: width / heads is {self.width} / {self.heads}; it must be {need}")
         if self.remat not in ("none", *REMAT):
             raise ValueError(f"backbone.remat is {self.remat!r}; it must be one of none, {', '.join(REMAT)}")
         if self.remat != "none":
@@ -196,12 +203,9 @@ class Transformer(Backbone):
     base: Annotated[float, Within(1, 2**24)] = 10000.0
     eps: float = 1e-5
 
+    turned = True
+
     def setup(self):
-        if self.width % self.heads or self.width // self.heads % 4:
-            raise ValueError(
-                f"backbone.width / backbone.heads must be a multiple of 4 (2 axes x 2 channels of a rotary pair), "
-                f"got {self.width} / {self.heads}"
-            )
         hidden = self.hidden or -(-(8 * self.width // 3) // 256) * 256
         sizes = (self.width, self.heads, hidden, self.dropout, self.eps, self.dtype, self.unroll)
         self.blocks = self.stack(Block, sizes, (nn.broadcast, nn.broadcast, nn.broadcast))
