@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from ar_jax.convert.names import CONV, CONV1, LINEAR, PLAIN, Rule, count, qkv_layout
+from ar_jax.convert.names import CONV, CONV1, LINEAR, PLAIN, Rule, count, multiple, qkv_layout
 from ar_jax.data import Info
 from ar_jax.decode.guidance import Interval
 from ar_jax.decode.logits import Filter
@@ -81,7 +81,7 @@ def vqgan(shapes: dict[str, tuple[int, ...]], size: int, groups: int = 32) -> VQ
 
     def mult(side):
         levels = max(count(shapes, rf"{side}\.conv_blocks\.(\d+)\."), 1)
-        return tuple(shapes[f"{side}.conv_blocks.{i}.res.0.conv1.weight"][0] // features for i in range(levels))
+        return tuple(multiple(shapes, f"{side}.conv_blocks.{i}.res.0.conv1.weight", features) for i in range(levels))
 
     blocks = sum(bool(re.fullmatch(r"encoder\.conv_blocks\.0\.res\.\d+\.conv1\.weight", key)) for key in shapes)
     codes, code_features = shapes["quantize.embedding.weight"]

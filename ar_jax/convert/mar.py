@@ -5,7 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from ar_jax.convert.names import CONV, CONV1, LINEAR, PLAIN, Layout, Rule, count, qkv_layout
+from ar_jax.convert.names import CONV, CONV1, LINEAR, PLAIN, Layout, Rule, count, multiple, qkv_layout
 from ar_jax.data import Info
 from ar_jax.decode.guidance import Linear
 from ar_jax.decode.sampling import Sampling
@@ -68,7 +68,7 @@ def tokenizer(shapes: Mapping[str, tuple[int, ...]], size: int, groups: int = 32
 
     return KLVAE(
         size=(size, size), features=features, groups=groups, latent=shapes["post_quant_conv.weight"][0],
-        mult=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // features for i in range(levels)),
+        mult=tuple(multiple(shapes, f"encoder.down.{i}.block.0.conv1.weight", features) for i in range(levels)),
         res_blocks=count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
         channels=shapes["encoder.conv_in.weight"][1], shift=(0.0,), scale=(SCALE,),
         encoder_attention=attention("encoder.down"), decoder_attention=attention("decoder.up"),

@@ -72,6 +72,18 @@ def count(shapes: Iterable[str], pattern: str) -> int:
     return len(numbers)
 
 
+def multiple(shapes: Mapping[str, tuple[int, ...]], key: str, features: int) -> int:
+    """How many times so many features an entry has as its first axis.
+
+    Raises:
+      ValueError: no whole number, or none.
+    """
+    count, rest = divmod(shapes[key][0], features)
+    if rest or not count:
+        raise ValueError(f"{key} has shape {tuple(shapes[key])}, whose first axis is no multiple of {features}")
+    return count
+
+
 def to_params(
     weights: Mapping[str, np.ndarray], shapes: Params, rules: list[Rule], buffers: Container[str] = ()
 ) -> Params:
@@ -93,13 +105,16 @@ def to_params(
         asked |= {key.format(i) for i in range(want[0])} if "{}" in key else {key}
         if "{}" in key:
             parts = [layout.from_torch(_get(weights, key.format(i), path)) for i in range(want[0])]
+            finite = [_finite(part) for part in parts]
+            key = key.format(finite.index(False) if False in finite else 0)
             if all(part.shape == want[1:] for part in parts):
                 params[path] = np.stack(parts)
         else:
             params[path] = np.ascontiguousarray(layout.from_torch(_part(_get(weights, key, path), layout)))
+            finite = [_finite(params[path])]
         if path not in params or params[path].shape != want:
             raise ValueError(f"{key} (our {path}) has another shape than the model's {tuple(want)}")
-        if params[path].dtype.kind not in "iub" and not np.isfinite(params[path]).all():
+        if not all(finite):
             raise ValueError(f"{key} (our {path}) holds NaN or infinity: the file is damaged, or its training diverged")
     for key in weights:
         if key not in asked and key not in buffers:
@@ -158,6 +173,10 @@ def _part(entry, layout):
     length = entry.shape[axis] if entry.ndim > axis else 0
     ends = np.cumsum(n if isinstance(n, tuple) else (length // n,) * n)
     return np.split(entry, ends[:-1], axis)[i] if 0 < length == ends[-1] else entry
+
+
+def _finite(array):
+    return array.dtype.kind in "iub" or np.isfinite(array).all()
 
 
 def _get(weights, key, path):

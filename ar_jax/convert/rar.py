@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 
 from ar_jax.convert.mar import layers, qkv_bias
-from ar_jax.convert.names import CONV, PLAIN, Layout, Rule, count, qkv_layout
+from ar_jax.convert.names import CONV, PLAIN, Layout, Rule, count, multiple, qkv_layout
 from ar_jax.data import Info
 from ar_jax.decode.sampling import Sampling
 from ar_jax.decode.temperature import Constant
@@ -85,7 +85,7 @@ def tokenizer(shapes: Shapes, size: int, groups: int = 32) -> MaskgitVQGAN:
 
     def mult(side):
         levels = max(count(shapes, rf"{side}\.(\d+)\."), 1)
-        return tuple(shapes[f"{side}.{i}.block.0.conv1.weight"][0] // features for i in range(levels))
+        return tuple(multiple(shapes, f"{side}.{i}.block.0.conv1.weight", features) for i in range(levels))
 
     encoder, decoder = mult("encoder.down"), mult("decoder.up")
     codes, code_features = shapes["quantize.embedding.weight"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from ar_jax.convert.names import CONV, CONV1, PLAIN, Layout, Rule, count
+from ar_jax.convert.names import CONV, CONV1, PLAIN, Layout, Rule, count, multiple
 from ar_jax.data import Info
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
 
@@ -97,7 +97,7 @@ def tokenizer(
     codes, code_features = shapes["quantize.embedding.weight"]
     return ResidualPyramid(
         size=(size, size), scales=scales, features=features, groups=groups, codes=codes, code_features=code_features,
-        mult=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // features for i in range(levels)),
+        mult=tuple(multiple(shapes, f"encoder.down.{i}.block.0.conv1.weight", features) for i in range(levels)),
         res_blocks=sum(bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", key)) for key in shapes),
         kernel=shapes["quant_conv.weight"][-1],
         smoothers=smoothers(shapes),

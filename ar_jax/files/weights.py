@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 
 from ar_jax.files import words
 
-CONTENTS = 2**23  # bytes that say what a file of weights holds: a pickle, a header, the index of a zip
+CONTENTS = 2**22  # bytes that say what a file of weights holds: a pickle, a header, the index of a zip
 WIDER = 4  # times the file's size that its tensors may stand for: rows can be repeated without being stored again
 ENTRIES = ("model", "module", "state_dict")  # where checkpoints keep their weights, first come first served
 
@@ -215,13 +215,11 @@ class _Checkpoint(NamedTuple):
     def arrays(self, tensors: Mapping[str, _Tensor]) -> dict[str, np.ndarray]:
         arrays, left = {}, WIDER * self.data.size + 2**20
         for key, tensor in tensors.items():
-            arrays[key] = self._array(words.name(key), tensor)
+            arrays[key] = self._array(words.name(key), tensor, left)
             left -= arrays[key].nbytes
-            if left < 0:
-                raise _Refused("its tensors repeat themselves to many times the size of the file; save contiguous ones")
         return arrays
 
-    def _array(self, key, tensor):
+    def _array(self, key, tensor, most):
         storage, offset, shape, strides, dtype = tensor
         if not (isinstance(storage, _Storage) and storage.key in self.blocks and dtype in _DTYPES):
             raise _Refused(f"tensor {key} has no storage or an unknown dtype ({words.shown((storage, dtype))})")
@@ -236,6 +234,8 @@ class _Checkpoint(NamedTuple):
         dtype = _DTYPES[dtype]
         if 0 in shape:
             return np.zeros(shape, dtype)
+        if math.prod(shape) * dtype.itemsize > most:
+            raise _Refused(f"with tensor {key} it stands for many times its own size; save contiguous tensors")
         first, size = self.blocks[storage.key]
         offset += storage.first
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
