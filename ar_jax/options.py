@@ -107,7 +107,8 @@ def open_models(run: str, options: Sampler) -> tuple[Model, Model]:
     except Untrusted:
         raise
     except (ValueError, OSError) as error:
-        raise ValueError(f"{model.folder / 'model.json'}: settings.tokenizer is {shown(own)}: {error}") from error
+        what = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{model.folder / 'model.json'}: settings.tokenizer is {shown(own)}: {what}") from error
 
 
 def own_sampling(model: Model, file: str = "") -> Sampling:

@@ -30,6 +30,7 @@ __all__ = [
     "Steps",
     "Tokens",
     "UInt8",
+    "Unstored",
     "Within",
     "finite",
     "typed",
@@ -70,6 +71,7 @@ Layers = Annotated[int, Within(1, 1024)]  # and other things that are traced one
 Blocks = Annotated[int, Within(0, 1024)]  # that may be none
 Level = Annotated[int, Within(-32, 31)]  # of a network that halves its image, from the finest; -1 the coarsest
 Steps = Annotated[int, Within(1, 10_000)]  # of a loop
+Unstored = Annotated[bool, Within(False, False)]  # how parameters are laid out for decoding: never so on disk
 Size = tuple[Annotated[int, Within(1, 2**13)], Annotated[int, Within(1, 2**13)]]  # height and width in pixels
 
 typed = jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))  # an int is a float

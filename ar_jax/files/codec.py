@@ -31,7 +31,7 @@ HOMES = ("decode", "generators", "heads", "nets", "orders", "tokenizers", "token
 MOVED: dict[str, str] = {}  # "module:name" as earlier versions wrote it -> as it is now
 LARGEST = 2**24  # a number in a model's description is no larger, to either side; beyond it are damage and malice
 LONGEST = 2**25  # bytes of a JSON file
-WORDIEST = 4096  # characters of a text in it
+WORDIEST = 1024  # characters of a text in it
 DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32",
           "float64", "bfloat16")  # fmt: skip
 COMPUTED = ("float16", "bfloat16", "float32", "float64")  # of them, those that networks compute with
@@ -336,7 +336,7 @@ def _plain(value, option, least):
     option, within = _marked(option, Within)
     low, high = (within.least, within.most) if within else (least, LARGEST)
     if isinstance(value, bool):
-        return option in (bool, Any) or _literal(value, option)
+        return (option in (bool, Any) and (not within or low <= value <= high)) or _literal(value, option)
     if isinstance(value, int):
         return (option in (int, float, Any) and low <= value <= high) or _literal(value, option)
     if isinstance(value, float):
@@ -360,8 +360,8 @@ def _words(kind, least=-LARGEST):
         low, high = (within.least, within.most) if within else (least, LARGEST)
         numbers = f"number from {low} to {high}"
         plain = {
-            int: f"a whole {numbers}", float: f"a {numbers}", str: "text", bool: "true or false", types.NoneType: "null",
-            np.dtype: f"a dtype, one of {', '.join(COMPUTED)}",
+            int: f"a whole {numbers}", float: f"a {numbers}", str: "text", types.NoneType: "null",
+            bool: "false" if within else "true or false", np.dtype: f"a dtype, one of {', '.join(COMPUTED)}",
         }  # fmt: skip
         if option in plain:
             return plain[option]

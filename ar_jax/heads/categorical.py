@@ -13,7 +13,7 @@ from ar_jax.machine.sharding import Rules
 from ar_jax.nets.conditioning import fold
 from ar_jax.nets.linear import Linear
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Float, Index, Int, Key, PRNGKey, Tokens, typed
+from ar_jax.typing import Array, Float, Index, Int, Key, PRNGKey, Tokens, Unstored, typed
 
 
 class Categorical(nn.Module):
@@ -31,7 +31,7 @@ class Categorical(nn.Module):
 
     codes: int = 0
     dtype: Any = jnp.float32
-    output_major: bool = False
+    output_major: Unstored = False
     chunk: int = 0
     bias: bool = False
     std: float = 0.0

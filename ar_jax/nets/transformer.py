@@ -14,7 +14,7 @@ from ar_jax.nets.attention import ATTENTION, Int8, Kept, Rows, join_heads, remem
 from ar_jax.nets.linear import PRODUCT, Linear, output_major
 from ar_jax.nets.positions import rotary, rotate
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Float, Layers, Share, Within, typed
+from ar_jax.typing import Array, Float, Layers, Share, Unstored, Within, typed
 
 init = nn.initializers.normal(0.02)
 
@@ -80,7 +80,7 @@ class Backbone(nn.Module):
     heads: int
     dtype: Any = jnp.float32
     remat: Literal["none", "dots", "full"] = "none"
-    unroll: bool = False
+    unroll: Unstored = False
 
     turned = False  # whether its heads have two-dimensional rotary positions
 
