@@ -137,8 +137,6 @@ def of_config(experiment: Experiment, options: Options) -> Subject:
     init = jax.jit(lambda key: (generator.init_params(key), tokenizer.init_params(key)))
     params, frozen = jax.eval_shape(init, jax.random.key(0))
     sampling = sampling_file(options.sampling, stage.sampling)
-    if sampling.decoder == Sequential():  # for the bandwidth that the whole cache would cost
-        sampling = dataclasses.replace(sampling, decoder=Sequential(4))
     weights = functools.partial(init, jax.random.key(0))
     return Subject(generator, tokenizer, params, frozen, weights, stage.order, sampling, stage)
 
@@ -220,7 +218,7 @@ def bench_sample(subject: Subject, options: Options) -> Bench:
     pixels = Timer(decode, frozen, loop.result[0])
     # what stands beside every other decoder: one step after the other
     plain = (
-        sampling if isinstance(sampling.decoder, Sequential) else dataclasses.replace(sampling, decoder=Sequential(4))
+        sampling if isinstance(sampling.decoder, Sequential) else dataclasses.replace(sampling, decoder=Sequential())
     )
     beside = None if plain is sampling else Timer(jax.jit(program(plain)), *arguments)
     read, rows = step_bytes(params), images * (2 if guided else 1)
