@@ -141,8 +141,6 @@ def of_config(experiment: Experiment, options: Options) -> Subject:
     init = jax.jit(lambda key: (generator.init_params(key), tokenizer.init_params(key)))
     params, frozen = jax.eval_shape(init, jax.random.key(0))
     sampling = sampling_file(options.sampling, stage.sampling)
-    if sampling.decoder == Sequential():  # for the bandwidth that the whole cache would cost
-        sampling = dataclasses.replace(sampling, decoder=Sequential(4))
     weights = functools.partial(init, jax.random.key(0))
     return Subject(generator, tokenizer, params, frozen, weights, stage.order, sampling, stage)
 
@@ -226,7 +224,7 @@ def bench_sample(subject: Subject, options: Options) -> Bench:
     plain = (
         sampling
         if isinstance(sampling.decoder, Sequential) and sampling.decoder.claim is Claim.SAME_TOKENS
-        else dataclasses.replace(sampling, decoder=Sequential(4))
+        else dataclasses.replace(sampling, decoder=Sequential())
     )
     beside = None if plain is sampling else Timer(jax.jit(program(plain)), *arguments)
     read, rows = step_bytes(params), images * (2 if guided else 1)

@@ -36,6 +36,7 @@ from ar_jax.machine.flops import model_flops, with_fields
 from ar_jax.machine.hlo import Program, Work
 from ar_jax.machine.sharding import batch_sharding, make_mesh, replicated, shard
 from ar_jax.nets.linear import cast
+from ar_jax.orders import Order
 from ar_jax.tokenize import kept
 from ar_jax.train.recipes import generator_recipe
 from ar_jax.train.tokenizer import tokenizer_recipe
@@ -60,7 +61,7 @@ class Options:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the sampler's parameters."""
     segments: int = 0
-    """Parts in which the sampler's cache grows; 0 leaves the config's decoder as it is."""
+    """Parts in which the sampler's cache grows; 0 leaves the config's decoder as it is, which mostly chooses by itself."""
     operations: int = 0
     """List so many of the longest operations."""
     hlo: str = ""
@@ -390,26 +391,28 @@ def sampler(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
     per_replica = images * (2 if guided else 1) // (mesh.shape["data"] * mesh.shape["fsdp"])
     rest = {
         "model": model_flops(draw, params, frozen, batch, keys), "images": images, "steps": len(order.sizes),
-        "step": step_bytes(generator, params, per_replica, order.sizes, sampling.decoder) / mesh.shape["tp"],
+        "step": step_bytes(generator, params, per_replica, order, sampling.decoder) / mesh.shape["tp"],
     }  # fmt: skip
     return facts, jax.jit(draw), arguments, rest, None
 
 
-def step_bytes(generator: Any, params: Any, rows: int, sizes: tuple[int, ...], decoder: Any) -> float:
+def step_bytes(generator: Any, params: Any, rows: int, order: Order, decoder: Any) -> float:
     """Bytes a decoding step has to move, on average: all weights once, the cache as long as it is then, float32 logits."""
     net = getattr(generator, "backbone", None)  # masked generators have none, and no cache
+    cached = net is not None and jax.eval_shape(lambda: net.empty_cache(1)) is not None
     read = {name: part for name, part in params.items() if name not in ("inputs", "conditioning")}
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(read))
     before = generator.conditioning.example().get("text", np.zeros((1, 1))).shape[1] - 1
+    segments = decoder.parts(order, cached) if isinstance(decoder, Sequential) else 1
     known, ends = 0, []
-    for size, run in itertools.groupby(sizes):
-        parts = np.array_split(known + size * np.arange(1, len(list(run)) + 1), getattr(decoder, "segments", 1))
+    for size, run in itertools.groupby(order.sizes):
+        parts = np.array_split(known + size * np.arange(1, len(list(run)) + 1), segments)
         ends += [part[-1] for part in parts for _ in part]
         known = ends[-1]
-    row = net and jax.eval_shape(lambda: net.empty_cache(1, getattr(decoder, "cache", "own")))
-    row = jax.eval_shape(lambda cache: cache.grow(1), row) if row else ()
+    row = jax.eval_shape(lambda: net.empty_cache(1, getattr(decoder, "cache", "own"))) if cached else ()
+    row = jax.eval_shape(lambda cache: cache.grow(1), row) if cached else ()
     cache = rows * (before + np.mean(ends)) * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(row))
-    return weights + cache + rows * np.mean(sizes) * sum(generator.spec.codes) * 4
+    return weights + cache + rows * np.mean(order.sizes) * sum(generator.spec.codes) * 4
 
 
 def placed(tree: Any, where: Any) -> Any:

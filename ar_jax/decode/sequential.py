@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import functools
+import itertools
 from typing import Any, get_args
 
 import jax
@@ -16,6 +17,8 @@ from ar_jax.nets.attention import Kept
 from ar_jax.nets.conditioning import paired
 from ar_jax.orders import Order, scan_steps, to_slots
 from ar_jax.typing import Array, Batch, Key, Params, Tokens
+
+LONG = 128  # steps from which on a cache that grows in parts saves more than compiling them costs
 
 
 class Claim(enum.Enum):
@@ -118,8 +121,9 @@ def check_cache(kept: str) -> None:
 class Sequential:
     """One step of the order after the other."""
 
-    segments: int = 1
-    """Parts in which the cache grows (see `scan_steps`): more read less memory and compile longer."""
+    segments: int = 0
+    """Parts in which the cache grows (see `scan_steps`): more read less memory and compile longer. 0 is 4 where at least 128
+    equal steps fill one, else 1."""
     cache: Kept = "own"
     """How keys and values are kept: in the dtype of the products, or in a byte each, with an error of half a percent."""
 
@@ -129,8 +133,13 @@ class Sequential:
 
     def __post_init__(self):
         check_cache(self.cache)
-        if self.segments < 1:
-            raise ValueError(f"decoder.segments is {self.segments}; it must be 1 or more")
+        if self.segments < 0:
+            raise ValueError(f"decoder.segments is {self.segments}; it must be 1 or more, or 0 to choose")
+
+    def parts(self, order: Order, cached: bool) -> int:
+        """Into how many parts a run of equal steps of an order is cut, with a cache or without."""
+        longest = max(len(list(run)) for _, run in itertools.groupby(order.rooms or order.sizes))
+        return self.segments or (4 if cached and longest >= LONG else 1)
 
     def __call__(self, task: Task) -> tuple[Tokens, Account]:
         """Tokens in slot order, with `knobs.soften` the vectors in their place; and what drawing took."""
@@ -148,7 +157,8 @@ class Sequential:
 
         done = task.source.ranks if task.source else 0
         state = task.begin(setting)
-        state = scan_steps(order.sizes, step, state, rooms=order.rooms, done=done, grow=grow, segments=self.segments)
+        segments = self.parts(order, getattr(state, "cache", None) is not None)
+        state = scan_steps(order.sizes, step, state, rooms=order.rooms, done=done, grow=grow, segments=segments)
         return to_slots(state.tokens, order), self.account(task.generator, order, task.images, done)
 
     def account(self, generator: Any, order: Order, images: int, done: int = 0) -> Account:
