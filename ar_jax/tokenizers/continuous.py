@@ -27,6 +27,8 @@ class Measured:
         return x / scale + shift
 
     def _shift_and_scale(self):
+        if 0 in self.scale:
+            raise ValueError(f"tokenizer.scale is {self.scale}; no channel can be multiplied with 0")
         return jnp.float32(self.shift or (0.0,)), jnp.float32(self.scale or (1.0,))
 
 

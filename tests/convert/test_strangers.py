@@ -113,7 +113,9 @@ def test_entries_of_odd_ranks_and_numbers_are_named(name):
             assert key in str(caught.value) or len(odd) > len(shapes[key]), caught.value
     key = next(key for key in shapes if ".0." in key and ".1." not in key)
     for number in ("1000000000", "9" * 30, "9" * 5000):
-        with pytest.raises(ValueError, match=r"^looks like a .* (is numbered beyond the|Exceeds the limit|is not part of)"):
+        with pytest.raises(
+            ValueError, match=r"^looks like a .* (is numbered beyond the|Exceeds the limit|is not part of)"
+        ):
             identify(shapes | {key.replace(".0.", f".{number}.", 1): shapes[key]}, **options)
 
 
