@@ -16,7 +16,12 @@ from ar_jax.convert.sources import param_shapes
 from ar_jax.data import Data, Info, batches, centre_crop, flip, open_records, open_source, ten_crop
 from ar_jax.files import models
 from ar_jax.files.images import to_float
+from ar_jax.generators.causal import Causal
+from ar_jax.heads.gaussian_mixture import GaussianMixture
 from ar_jax.machine.precision import products
+from ar_jax.nets.conditioning import Label
+from ar_jax.nets.transformer import Transformer
+from ar_jax.orders import raster
 from ar_jax.tokenizers.kl_vae import KLVAE
 from ar_jax.tokenizers.latent_pyramid import LatentPyramid
 from ar_jax.tokenizers.pyramid import Pyramid
@@ -24,6 +29,7 @@ from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.train.checkpoint import save_params
+from ar_jax.train.recipes import generator_loss
 
 SIZE, COUNT = 8, 10
 
@@ -336,6 +342,23 @@ def test_what_is_drawn_from_cached_moments_is_what_encoding_draws(place, tmp_pat
     stream = batches(source, data, batch=5, seed=0)
     seen = {row.tobytes() for _ in range(8) for row in next(stream)["moments"]}
     assert len(seen) > COUNT, "both versions are drawn"
+
+
+def test_training_draws_from_cached_moments_as_from_images():
+    generator = Causal(Transformer(1, 8, 2, hidden=12), Label(8), GaussianMixture(2)).complete(
+        VAE.spec, Info(classes=2)
+    )
+    params, frozen = generator.init_params(jax.random.key(0)), VAE.init_params(jax.random.key(1))
+    loss = jax.jit(generator_loss(generator, VAE, raster, 0.1))
+    image = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
+    kept = np.asarray(tokenize.kept(VAE, frozen, image, None))
+    assert (kept.dtype, kept.shape) == (np.float16, (3, 16, 4))
+    found = [
+        float(loss(params, frozen, {"label": np.array([0, 1, 1]), **batch}, jax.random.key(2), 0)[0])
+        for batch in ({"image": image}, {"moments": kept}, {"moments": kept * 1.1})
+    ]
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    assert found[2] != pytest.approx(found[0], rel=1e-3)
 
 
 def test_numbers_that_float16_cannot_hold_are_refused(place, tmp_path):
