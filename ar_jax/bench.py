@@ -33,18 +33,19 @@ from flax import traverse_util
 
 from ar_jax.config import Experiment, GeneratorStage, load_config, parse
 from ar_jax.decode.sampling import Sampling
-from ar_jax.decode.sequential import Sequential
+from ar_jax.decode.sequential import Claim, Sequential
 from ar_jax.files.images import to_uint8
 from ar_jax.files.models import untrained
 from ar_jax.files.trust import taken
 from ar_jax.machine.chips import peak_flops, unknown
 from ar_jax.machine.flops import model_flops, with_fields, without_remat
 from ar_jax.machine.huge_pages import use_huge_pages
+from ar_jax.machine.precision import Precision, multiply_in
 from ar_jax.nets.linear import cast
 from ar_jax.options import SHORT, Sampler, options_of, sampling_file
 from ar_jax.orders import OrderFn
 from ar_jax.sampler import open_drawer
-from ar_jax.train.optim import make_optimiser
+from ar_jax.train.optim import decayed, make_optimiser
 from ar_jax.train.recipes import generator_loss, gradients, update_settings
 from ar_jax.train.state import create, make_update
 from ar_jax.typing import Batch, Params
@@ -63,7 +64,9 @@ class Options:
     batch: int = 0
     """Images at a time; 0 takes 1 for sampling and 4 for training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products; sampling also keeps the parameters in it."""
+    """Of matrix products; sampling also keeps kernels and embeddings in it."""
+    precision: Precision = "default"
+    """Of products of float32 numbers: GPUs take tensorfloat32 by default, TPUs bfloat16; highest is float32."""
     sampling: str = ""
     """A Python file whose `get_sampling(own)` returns how images are drawn, as for sample.py; of a config, its
     `generator.sampling` can be changed field by field too."""
@@ -89,8 +92,9 @@ def main(arguments: list[str]) -> None:
         bench, rows = {"sample": (bench_sample, rows_of_sampling), "train": (bench_train, rows_of_training)}[
             options.what
         ]
-        compiled = bench(subject, options)
-        figures = compiled.measure(subject.weights()) if options.repeat else compiled.facts
+        with multiply_in(options.precision):
+            compiled = bench(subject, options)
+            figures = compiled.measure(subject.weights()) if options.repeat else compiled.facts
         for name, value in rows(figures).items():
             print(f"{name:<34}{value}")
     except (ValueError, FileNotFoundError) as error:
@@ -137,8 +141,6 @@ def of_config(experiment: Experiment, options: Options) -> Subject:
     init = jax.jit(lambda key: (generator.init_params(key), tokenizer.init_params(key)))
     params, frozen = jax.eval_shape(init, jax.random.key(0))
     sampling = sampling_file(options.sampling, stage.sampling)
-    if sampling.decoder == Sequential():  # for the bandwidth that the whole cache would cost
-        sampling = dataclasses.replace(sampling, decoder=Sequential(4))
     weights = functools.partial(init, jax.random.key(0))
     return Subject(generator, tokenizer, params, frozen, weights, stage.order, sampling, stage)
 
@@ -220,7 +222,9 @@ def bench_sample(subject: Subject, options: Options) -> Bench:
     pixels = Timer(decode, frozen, loop.result[0])
     # what stands beside every other decoder: one step after the other
     plain = (
-        sampling if isinstance(sampling.decoder, Sequential) else dataclasses.replace(sampling, decoder=Sequential(4))
+        sampling
+        if isinstance(sampling.decoder, Sequential) and sampling.decoder.claim is Claim.SAME_TOKENS
+        else dataclasses.replace(sampling, decoder=Sequential())
     )
     beside = None if plain is sampling else Timer(jax.jit(program(plain)), *arguments)
     read, rows = step_bytes(params), images * (2 if guided else 1)
@@ -261,7 +265,8 @@ def bench_train(subject: Subject, options: Options) -> Bench:
     images, stage, dtype = options.batch or 4, subject.stage, jnp.dtype(options.dtype)
     generator, tokenizer, params, frozen = subject[:4]
     order = stage.train_order or stage.order
-    tx = make_optimiser(stage.optim, max(stage.steps, stage.optim.warmup + 1))
+    networks = {"model": decayed(generator.init_params)}
+    tx = make_optimiser(stage.optim, max(stage.steps, stage.optim.warmup + 1), networks)
     loss = generator_loss(generator, tokenizer, order, stage.drop)
     update = make_update(gradients(loss), tx, **update_settings(stage.optim) | {"accumulate": 1})
     begin = jax.jit(lambda params: create({"model": params}, {}, tx, stage.optim.ema))

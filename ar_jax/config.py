@@ -16,7 +16,9 @@ import tyro
 
 from ar_jax.data import Data
 from ar_jax.decode.sampling import Sampling
+from ar_jax.files.places import on_disk
 from ar_jax.machine.distributed import Launch
+from ar_jax.machine.precision import Precision
 from ar_jax.machine.sharding import MeshShape
 from ar_jax.orders import raster
 from ar_jax.train.guards import Guards
@@ -106,6 +108,8 @@ class Experiment:
     out: str = "runs"
     """Folder of the run folders."""
     seed: int = 0
+    precision: Precision = "default"
+    """Of products of float32 numbers: GPUs take tensorfloat32 by default, TPUs bfloat16; highest is float32."""
     data: Data = Data()
     mesh: MeshShape = MeshShape()
     launch: Launch = Launch()
@@ -202,7 +206,8 @@ def parse(experiment: Experiment, arguments: list[str], prog: str, description: 
     """Applies dotted overrides; unknown names are refused with near ones suggested, `--help` lists all."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The field .*module", UserWarning)  # stages without a network
-        return tyro.cli(
+        parsed = tyro.cli(
             type(experiment), default=experiment, args=arguments, prog=prog, description=description,
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),  # without the first, no near names
         )  # fmt: skip
+    return on_disk(parsed)

@@ -50,6 +50,7 @@ from ar_jax.evals.images import DataImages, Images, Statistics, open_images, ope
 from ar_jax.evals.networks import PROTOCOLS, Network, Protocol, open_network
 from ar_jax.files import codec
 from ar_jax.files.models import image_shape, open_model
+from ar_jax.files.places import on_disk
 from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
@@ -57,7 +58,7 @@ from ar_jax.machine.distributed import Launch
 from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.machine.sharding import make_mesh
 from ar_jax.options import SHORT, Sampler, open_models, options_of, own_sampling, replaced
-from ar_jax.sampler import condition_table, open_drawer
+from ar_jax.sampler import condition_table, in_batches, open_drawer
 
 PROG = "python -m ar_jax.evaluate"
 Metric = Literal["fd", "sfd", "is", "pr", "kid", "cfd"]
@@ -169,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     with distributed.command(f"{PROG} {command}"):
         if command not in COMMANDS:
             raise ValueError(f"there is no command {command!r}; there are {', '.join(COMMANDS)}")
-        COMMANDS[command](taken(rest))
+        COMMANDS[command](on_disk(taken(rest)))
 
 
 def _options(kind: type, command: str, arguments: list[str]) -> Any:
@@ -203,7 +204,7 @@ def _data_of(folder):
         known = model.settings.get("data", {})
         if known.get("name", "tokens") == "tokens":  # cached tokens; the tokenizer knows the images
             continue
-        return Data(**known | {"crop": "centre", "flip": False, "text": ""})
+        return Data(**known | {"crop": "centre", "flip": False, "text": "", "shards": "all"})
     return Data()
 
 
@@ -236,7 +237,7 @@ class RunImages:
         self.facts = {
             "format": "run", "checkpoint": model.checkpoint, "tokenizer": str(tokenizer.folder.resolve()),
             "tokenizer_checkpoint": tokenizer.checkpoint, "seed": sampler.seed, "sampling": codec.encode(drawer.sampling),
-            "dtype": sampler.dtype, "average": sampler.average, "resize": sampler.resize,
+            **sampler.numerics, "average": sampler.average, "resize": sampler.resize,
             "conditions": f"{len(next(iter(self._conditions.values())))} in turn",
             "conditions_sha256": digest.hexdigest(),
         }  # fmt: skip
@@ -246,15 +247,10 @@ class RunImages:
 
     def read(self, rows: range) -> np.ndarray:
         images = np.zeros((len(rows), *self.size, 3), np.uint8)
-        turn = len(next(iter(self._conditions.values())))
-        for first in range(0, len(rows), self._batch):
-            ids = np.asarray(rows[first : first + self._batch])
-            padded = np.resize(ids, self._batch)
-            batch = {name: table[padded % turn] for name, table in self._conditions.items()}
-            for row, image, calls, accepted in self._draw(batch, padded):
-                if row < len(ids):
-                    images[first + row] = image
-                    self._taken[int(ids[row])] = calls | {"accepted": int(accepted.sum())}
+        for ids, drawn in in_batches(self._draw, self._conditions, np.asarray(rows), self._batch):
+            for row, image, calls, accepted in drawn:
+                images[ids[row] - rows.start] = image
+                self._taken[int(ids[row])] = calls | {"accepted": int(accepted.sum())}
         return images
 
     def taken(self) -> dict[str, float]:

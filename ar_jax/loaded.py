@@ -66,6 +66,7 @@ class Loaded:
         labels: Sequence[int | str] = (),
         *,
         captions: Sequence[str] = (),
+        text_encoder: str | os.PathLike = "",
         count: int = 0,
         seed: int = 0,
         **changes: Any,
@@ -75,6 +76,7 @@ class Loaded:
         Args:
           labels: classes by name or number, used in turn; all classes if left out.
           captions: for models that take them.
+          text_encoder: folder of the T5 or CLIP that the model was trained with; MiniLM needs none.
           count: number of images; 0 draws one for each label or caption.
           seed: of all images; number i depends on it and on i only.
           changes: of `sampling`, by the names of sample.py's options (guidance=3.0, top_k=100, steps=32), or whole parts
@@ -85,7 +87,9 @@ class Loaded:
           ValueError: conditions or changes that this model does not have.
         """
         self._need_generator()
-        names, table = condition_table(self.info, Sampler(captions=tuple(captions)), tuple(map(str, labels)))
+        names, table = condition_table(
+            self.info, Sampler(captions=tuple(captions), text_encoder=str(text_encoder)), tuple(map(str, labels))
+        )
         ids = np.arange(count or len(names), dtype=np.uint32)
         batch = {name: jnp.asarray(rows)[ids % len(names)] for name, rows in table.items()}
         sampling = self.changed(**changes)

@@ -18,6 +18,7 @@ from ar_jax.decode.sampling import Sampling, adjustable
 from ar_jax.files.models import Model, blamed, open_model
 from ar_jax.files.trust import Untrusted
 from ar_jax.files.words import shown
+from ar_jax.machine.precision import Precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Sampler:
     """Captions, used in turn."""
     features: str = ""
     """Caption features instead of captions: .npz with `features` [N rows c] and `mask` [N rows]."""
+    text_encoder: str = ""
+    """Folder of the T5 or CLIP (config.json, tokenizer.json, .safetensors) whose features the model was trained on."""
     batch: int = 25
     """Images drawn at a time, over all devices."""
     resize: int = 0
@@ -42,6 +45,10 @@ class Sampler:
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the generator's matrix products, kernels and embeddings; all else is float32."""
+    pixels: Literal["own", "float32", "bfloat16"] = "own"
+    """Of the tokenizer's layers where tokens become pixels; own is what it was trained with."""
+    precision: Precision = "default"
+    """Of products of float32 numbers: GPUs take tensorfloat32 by default, TPUs bfloat16; highest is float32."""
     unroll: bool | None = None
     """Lay the layers out one by one: faster loops on CPU, longer compilation. Left out: if a step reveals one token."""
     average: bool = True
@@ -54,6 +61,12 @@ class Sampler:
     """A Python file whose `get_sampling(own)` returns how images are drawn, given the model's own way."""
     fields: Annotated[Fields, tyro.conf.arg(name="")] = Fields()
     """Fields of the model that are changed."""
+
+    @property
+    def numerics(self) -> dict[str, str]:
+        """What tells drawings of other numerics apart; what is as it always was is not said."""
+        others = {"pixels": self.pixels, "precision": self.precision}
+        return {"dtype": self.dtype} | {name: value for name, value in others.items() if value not in ("own", "default")}
 
 
 # Short names of options; of several long ones, the first that a model has.

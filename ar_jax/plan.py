@@ -36,6 +36,7 @@ from ar_jax.machine.flops import model_flops, with_fields
 from ar_jax.machine.hlo import Program, Work
 from ar_jax.machine.sharding import batch_sharding, make_mesh, replicated, shard
 from ar_jax.nets.linear import cast
+from ar_jax.orders import Order
 from ar_jax.tokenize import kept
 from ar_jax.train.recipes import generator_recipe
 from ar_jax.train.tokenizer import tokenizer_recipe
@@ -49,6 +50,8 @@ class Options:
     """Config file; all its settings can be given too, as for train.py."""
     topology: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
     """A slice such as v5e:16x16, v5p:8x8x8, v6e:16x16 or v4:2x2x1; may be given several times."""
+    slices: int = 1
+    """So many of each, joined by the data centre's network; `--mesh.data` must be a multiple of it."""
     stage: Literal["", "generator", "tokenizer"] = ""
     """Whose training; empty takes the generator's if the config has one."""
     sample: bool = False
@@ -58,7 +61,7 @@ class Options:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the sampler's parameters."""
     segments: int = 0
-    """Parts in which the sampler's cache grows; 0 leaves the config's decoder as it is."""
+    """Parts in which the sampler's cache grows; 0 leaves the config's decoder as it is, which mostly chooses by itself."""
     operations: int = 0
     """List so many of the longest operations."""
     hlo: str = ""
@@ -86,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def plan(experiment: Experiment, options: Options, topology: str) -> bool:
     """Prints the table of one topology; whether the program fits its chips."""
-    devices = topology_devices(topology)
+    devices = topology_devices(topology, options.slices)
     limits = chip(devices[0])
     if limits is None:
         raise ValueError(f"--topology {topology}: {unknown(devices[0])}")
@@ -94,7 +97,7 @@ def plan(experiment: Experiment, options: Options, topology: str) -> bool:
     compiled = compile_for(experiment, options, mesh)
     rows = {
         "config": options.config + (" (sampler)" if options.sample else ""),
-        "topology": f"{topology}, {len(devices)} x {devices[0].device_kind}",
+        "topology": f"{f'{options.slices} x ' * (options.slices > 1)}{topology}, {len(devices)} x {devices[0].device_kind}",
         **compiled.facts,
     }
     if compiled.program is not None:
@@ -184,8 +187,8 @@ def estimate(compiled: Compiled, options: Options, mesh: jax.sharding.Mesh, limi
     return rows
 
 
-def topology_devices(name: str) -> list[Any]:
-    """Devices of a TPU slice that need not exist.
+def topology_devices(name: str, slices: int = 1) -> list[Any]:
+    """Devices of TPU slices that need not exist.
 
     Raises:
       ValueError: libtpu is missing, or there is no such slice.
@@ -198,7 +201,8 @@ def topology_devices(name: str) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        many = {"num_slices": slices} if slices != 1 else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **many).devices)
     except Exception as error:  # of the plugin, of many kinds
         raise ValueError(
             f"--topology {name}: {error}. Give a slice such as v5e:16x16 or v5p:8x8x8, and install the compiler that "
@@ -207,10 +211,21 @@ def topology_devices(name: str) -> list[Any]:
 
 
 def network(mesh: jax.sharding.Mesh, limits: Chip) -> Callable[[list[int]], float]:
-    """Bytes per second that a chip receives in a collective among some devices: two ports per torus axis they span."""
+    """Bytes per second that a chip receives in a collective among some devices: two ports per torus axis they span.
+
+    Among slices it is a chip's part of the data centre's network.
+
+    Raises:
+      ValueError: there are several slices of chips for which nobody published that.
+    """
     places = np.array([device.coords for device in mesh.devices.flat])
+    slices = np.array([getattr(device, "slice_index", 0) for device in mesh.devices.flat])
+    if np.ptp(slices) and not limits.dcn:
+        raise ValueError(f"--slices: {limits.source} does not say how fast slices are joined; plan one")
 
     def speed(group: list[int]) -> float:
+        if np.ptp(slices[group] if group else slices):
+            return limits.dcn
         spanned = sum(len(np.unique(axis)) > 1 for axis in places[group].T) if group else places.shape[1]
         return 2 * max(spanned, 1) * limits.link
 
@@ -344,7 +359,8 @@ def sampler(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
         raise ValueError("--sample: the config has no generator")
     sampling = experiment.generator.sampling
     if options.segments:
-        sampling = dataclasses.replace(sampling, decoder=Sequential(options.segments))
+        kept = getattr(sampling.decoder, "cache", "own")
+        sampling = dataclasses.replace(sampling, decoder=Sequential(options.segments, kept))
     generator, tokenizer, order_fn = sampling.adapted(generator, tokenizer, experiment.generator.order)
     dtype, images = jnp.dtype(options.dtype).type, options.images * mesh.size
     generator = with_fields(generator, dtype=dtype)
@@ -375,26 +391,28 @@ def sampler(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -
     per_replica = images * (2 if guided else 1) // (mesh.shape["data"] * mesh.shape["fsdp"])
     rest = {
         "model": model_flops(draw, params, frozen, batch, keys), "images": images, "steps": len(order.sizes),
-        "step": step_bytes(generator, params, per_replica, order.sizes, options.segments or 1) / mesh.shape["tp"],
+        "step": step_bytes(generator, params, per_replica, order, sampling.decoder) / mesh.shape["tp"],
     }  # fmt: skip
     return facts, jax.jit(draw), arguments, rest, None
 
 
-def step_bytes(generator: Any, params: Any, rows: int, sizes: tuple[int, ...], segments: int) -> float:
+def step_bytes(generator: Any, params: Any, rows: int, order: Order, decoder: Any) -> float:
     """Bytes a decoding step has to move, on average: all weights once, the cache as long as it is then, float32 logits."""
     net = getattr(generator, "backbone", None)  # masked generators have none, and no cache
+    cached = net is not None and jax.eval_shape(lambda: net.empty_cache(1)) is not None
     read = {name: part for name, part in params.items() if name not in ("inputs", "conditioning")}
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(read))
     before = generator.conditioning.example().get("text", np.zeros((1, 1))).shape[1] - 1
+    segments = decoder.parts(order, cached) if isinstance(decoder, Sequential) else 1
     known, ends = 0, []
-    for size, run in itertools.groupby(sizes):
+    for size, run in itertools.groupby(order.sizes):
         parts = np.array_split(known + size * np.arange(1, len(list(run)) + 1), segments)
         ends += [part[-1] for part in parts for _ in part]
         known = ends[-1]
-    cache = 0.0
-    if net and jax.eval_shape(lambda: net.empty_cache(1)) is not None:
-        cache = 2 * net.layers * rows * (before + np.mean(ends)) * net.width * jnp.dtype(net.dtype).itemsize
-    return weights + cache + rows * np.mean(sizes) * sum(generator.spec.codes) * 4
+    row = jax.eval_shape(lambda: net.empty_cache(1, getattr(decoder, "cache", "own"))) if cached else ()
+    row = jax.eval_shape(lambda cache: cache.grow(1), row) if cached else ()
+    cache = rows * (before + np.mean(ends)) * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(row))
+    return weights + cache + rows * np.mean(order.sizes) * sum(generator.spec.codes) * 4
 
 
 def placed(tree: Any, where: Any) -> Any:

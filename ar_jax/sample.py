@@ -16,10 +16,13 @@ seed and its number only, not on the batch size or the number of devices.
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 import sys
 import zipfile
+from collections.abc import Callable, Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +38,7 @@ from ar_jax.decode.sampling import read_sampling
 from ar_jax.files import codec
 from ar_jax.files.images import save_png, tile
 from ar_jax.files.models import image_shape, write_json
+from ar_jax.files.places import on_disk
 from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
@@ -42,7 +46,7 @@ from ar_jax.machine.distributed import Launch
 from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.machine.sharding import MeshShape, make_mesh
 from ar_jax.options import Sampler, options_of
-from ar_jax.sampler import Given, condition_table, open_drawer
+from ar_jax.sampler import Given, condition_table, in_batches, open_drawer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,7 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         raise SystemExit(__doc__)
     with distributed.command("sample.py"):
-        own, arguments = options_of(taken(arguments))
+        own, arguments = options_of(on_disk(taken(arguments)))
         default = Options(run=tyro.MISSING, sampling=own.sampling, fields=own.fields)
         options = tyro.cli(
             Options, args=arguments, default=default, prog="sample.py", description=__doc__,
@@ -99,7 +103,7 @@ def sample(options: Options) -> None:
         folder = out.with_name(f".{out.name}.parts")
     identity = {
         "run": str(drawer.model.folder.resolve()), "tokenizer": str(drawer.tokenizer.folder.resolve()), "seed": options.seed,
-        "sampling": codec.encode(drawer.sampling), "conditions": names, "dtype": options.dtype, "average": options.average, "resize": options.resize,
+        "sampling": codec.encode(drawer.sampling), "conditions": names, **options.numerics, "average": options.average, "resize": options.resize,
         "checkpoint": drawer.model.checkpoint,
     }  # fmt: skip
     if given:
@@ -113,20 +117,26 @@ def sample(options: Options) -> None:
         mesh = make_mesh(options.mesh)
         draw = drawer.compile(mesh, given)
         done, quiet, calls = options.count - len(todo), jax.process_index() != 0, collections.Counter()
-        with tqdm(total=options.count, initial=done, unit="image", desc=str(out), disable=quiet) as bar:
-            for start in range(0, len(todo), options.batch):
-                ids = todo[start : start + options.batch]
-                padded = np.resize(ids, options.batch)  # the last batch too runs the one compiled program
-                batch = {name: table[padded % len(names)] for name, table in conditions.items()}
-                drawn = list(draw(batch, padded))
-                if not start:  # before anything is written, the model has shown that it draws
+        begin = True
+        with (
+            tqdm(total=options.count, initial=done, unit="image", desc=str(out), disable=quiet) as bar,
+            Writers(distributed.cores()) as writers,
+        ):
+            for ids, drawn in in_batches(draw, conditions, todo, options.batch):
+                writers.wait()
+                if begin:  # before anything is written, the model has shown that it draws
                     _begin(folder, identity)
-                for row, image, called, _ in drawn:
-                    if row < len(ids):
-                        calls += collections.Counter({"images": 1, **called})
+                    begin = False
+                for one in drawn:
+                    calls += collections.Counter({"images": 1, **one.calls})
+                if out == folder:
+                    for row, image, called, _ in drawn:
                         about = {"condition": names[ids[row] % len(names)], "seed": str(options.seed)}
-                        save_png(_file(folder, ids[row]), image, about | {"calls": json.dumps(called)})
+                        writers.begin(save_png, _file(folder, ids[row]), image, about | {"calls": json.dumps(called)})
+                elif drawn:
+                    writers.begin(_save_shard, folder, ids[[one.row for one in drawn]], [one.image for one in drawn])
                 bar.update(len(ids))
+            writers.wait()
         many = calls.pop("images", 1)  # a process that holds copies only has written none
         said = ", ".join(f"{count / many:.4g} of the {name}" for name, count in calls.items())
         distributed.say(f"calls an image: {said}")
@@ -134,6 +144,29 @@ def sample(options: Options) -> None:
     if jax.process_index() == 0:
         _assemble(folder, out, options, len(names))
     distributed.say(f"{options.count} images in {out}")
+
+
+class Writers:
+    """Threads that write what was drawn while the devices draw on."""
+
+    def __init__(self, threads: int):
+        self._pool, self._begun = futures.ThreadPoolExecutor(threads), []
+
+    def __enter__(self) -> "Writers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # After an error what has begun is written whole, and the rest is not begun
+        self._pool.shutdown(cancel_futures=True)
+
+    def begin(self, function: Callable, *arguments: object) -> None:
+        self._begun.append(self._pool.submit(function, *arguments))
+
+    def wait(self) -> None:
+        """Until all is written; raises what a thread raised."""
+        for one in self._begun:
+            one.result()
+        self._begun.clear()
 
 
 def read_edit(options: Options, tokenizer: nn.Module) -> Given | None:
@@ -191,6 +224,53 @@ def _file(folder: Path, i: int) -> Path:
     return folder / f"{i:06d}.png"
 
 
+def _save_shard(folder: Path, ids: np.ndarray, images: list[np.ndarray]) -> None:
+    """Writes numbered images as one .npz, under a temporary name first."""
+    path = folder / f"{ids[0]:06d}.npz"
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, ids=ids, images=np.stack(images))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _kept(folder: Path) -> dict[int, tuple[Path, int]]:
+    """The file that holds each image, and its place there."""
+    found = {}
+    for file in folder.iterdir() if folder.exists() else ():
+        if not file.stem.isdecimal():
+            continue
+        if file.suffix == ".png":  # a folder of images, or an .npz begun by an earlier version
+            found[int(file.stem)] = file, 0
+        elif file.suffix == ".npz":
+            found |= {int(i): (file, row) for row, i in enumerate(_read_shard(file, "ids"))}
+    return found
+
+
+def _read_shard(file: Path, name: str) -> np.ndarray:
+    try:
+        with np.load(file, allow_pickle=False) as shard:
+            return shard[name]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} cannot be read ({error}); remove it and run the same command again") from error
+
+
+def _images(folder: Path, count: int) -> Iterator[np.ndarray]:
+    """The images of a folder in their order, uint8 [h w 3]."""
+    kept, shard = _kept(folder), (None, None)
+    if missing := [i for i in range(count) if i not in kept]:
+        raise ValueError(f"{folder} lacks {len(missing)} images, such as {missing[0]}; run the same command again")
+    for file, row in (kept[i] for i in range(count)):
+        if file.suffix == ".png":
+            yield np.asarray(Image.open(file))
+            continue
+        if shard[0] != file:
+            shard = file, _read_shard(file, "images")
+        yield shard[1][row]
+
+
 def _missing(folder: Path, count: int, identity: dict) -> np.ndarray:
     """Numbers of the images still to draw, as process 0 sees them; refuses a folder begun with other settings.
 
@@ -201,7 +281,7 @@ def _missing(folder: Path, count: int, identity: dict) -> np.ndarray:
     missing = np.ones(count, bool)
     if jax.process_index() == 0:
         _check(folder, identity)
-        missing = np.array([not _file(folder, i).exists() for i in range(count)])
+        missing[[i for i in _kept(folder) if i < count]] = False
     return np.flatnonzero(distributed.agreed(missing))
 
 
@@ -235,22 +315,22 @@ def _as_now(note: dict) -> dict:
 
 
 def _assemble(folder: Path, out: Path, options: Options, conditions: int) -> None:
-    """Makes the grid or the .npz from the PNG files, under a temporary name, then removes them."""
+    """Makes the grid or the .npz, under a temporary name, then removes what it was made of."""
     if out == folder:
         return
-    files = [_file(folder, i) for i in range(options.count)]
+    images = _images(folder, options.count)
     if out.suffix == ".png":
         columns = options.columns or (conditions if 1 < conditions <= 20 else 0)
-        save_png(out, tile(np.stack([np.asarray(Image.open(file)) for file in files]), columns))
+        save_png(out, tile(np.stack(list(images)), columns))
     else:
-        first = np.asarray(Image.open(files[0]))
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *first.shape)}
+        first = next(images)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (options.count, *first.shape)}
         temporary = out.with_name(f".{out.name}.tmp")
-        try:  # one image at a time: 50,000 of them need not fit in memory
+        try:  # a shard at a time: 50,000 images need not fit in memory
             with zipfile.ZipFile(temporary, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
                 np.lib.format.write_array_header_1_0(array, header)
-                for file in files:
-                    array.write(np.asarray(Image.open(file)).tobytes())
+                for image in itertools.chain([first], images):
+                    array.write(image.tobytes())
             temporary.replace(out)
         finally:
             temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ from ar_jax.decode.sampling import Sampling
 from ar_jax.files.images import to_float, to_uint8
 from ar_jax.files.models import Model, blamed
 from ar_jax.machine.flops import with_fields
-from ar_jax.machine.sharding import batch_sharding, put, shard
+from ar_jax.machine.precision import multiply_in
+from ar_jax.machine.sharding import batch_sharding, put
 from ar_jax.nets.resize import resize
 from ar_jax.options import Sampler, changes, open_models, own_sampling
 from ar_jax.orders import OrderFn, known_first
@@ -79,8 +81,8 @@ class Drawer(NamedTuple):
     def compile(self, mesh: jax.sharding.Mesh, given: Given | None = None) -> Draw:
         """Reads the parameters and makes one program over all processes.
 
-        It takes conditions and image numbers, the same on every process, and gives the images of this process's rows.
-        Images that are not finite raise ValueError.
+        It takes conditions and image numbers, the same on every process, and gives the images of this process's rows. The
+        devices begin at once; whoever asks for the images waits. Images that are not finite raise ValueError.
         """
         options, sampling, decoder, order_fn = self.options, self.sampling, self.decoder, self.order
         share = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -93,15 +95,13 @@ class Drawer(NamedTuple):
                 f"--batch is {options.batch}; it must be a positive multiple of the {share} batch shares of the mesh"
             )
         dtype = jnp.dtype(options.dtype).type
+        shown_in = None if options.pixels == "own" else jnp.dtype(options.pixels).type
         generator = with_fields(self.generator, dtype=dtype)
-        params = self.model.params(dtype=dtype, average=options.average)
-        frozen = self.tokenizer.params(average=options.average)
         with blamed(self.model):
             unroll = by_token(generator, order_fn) if options.unroll is None else options.unroll
-        if unroll:
-            generator, params = generator.unrolled(params)
-        params = put(params, shard(params, mesh, generator.rules))
-        frozen = put(frozen, shard(frozen, mesh, decoder.rules))
+        params = self.model.params(dtype, options.average, mesh, unroll)
+        frozen = self.tokenizer.params(average=options.average, mesh=mesh)
+        generator = generator.by_layer() if unroll else generator
 
         known = np.zeros(decoder.spec.n, bool)
         if given is not None and generator.any_order:
@@ -116,7 +116,9 @@ class Drawer(NamedTuple):
                     order = known_first(order_fn, generator.spec, known, order_keys)
                 image, free = (jnp.broadcast_to(x, (len(ids), *x.shape)) for x in pixels)
                 edit = Edit(to_float(image), free, given.scales, int(known.sum()))
-            images, account = sampling.images(generator, decoder, params, frozen, batch, order, keys=keys, edit=edit)
+            images, account = sampling.images(
+                generator, decoder, params, frozen, batch, order, keys=keys, edit=edit, pixels=shown_in
+            )
             if given is not None and given.paste:
                 images = jnp.where(edit.free[..., None], images, edit.image)
             finite = jnp.isfinite(images).all((1, 2, 3))
@@ -125,16 +127,20 @@ class Drawer(NamedTuple):
         def draw(batch, ids):
             batch, ids = put((batch, ids.astype(np.uint32)), batch_sharding(mesh))
             arguments = params, frozen, batch, ids, given and (given.image, given.free)
-            with jax.set_mesh(mesh):
+            with jax.set_mesh(mesh), multiply_in(options.precision):
                 with blamed(self.model, self.tokenizer):
                     program.trace(*arguments)
                 drawn = program(*arguments)
             parts = [x.addressable_shards for x in jax.tree.leaves(drawn)]
-            for shards in zip(*parts):
-                if shards[0].replica_id:  # of copies of these rows, one is written
-                    continue
+            shares = [shards for shards in zip(*parts) if not shards[0].replica_id]  # of copies of rows, one is written
+            for part in itertools.chain(*shares):
+                part.data.copy_to_host_async()
+            return images_of(shares, jax.tree.structure(drawn))
+
+        def images_of(shares, structure):
+            for shards in shares:
                 values = [np.asarray(shard.data) for shard in shards]
-                images, finite, account = jax.tree.unflatten(jax.tree.structure(drawn), values)
+                images, finite, account = jax.tree.unflatten(structure, values)
                 if not finite.all():
                     raise ValueError(
                         f"images drawn from {self.model.folder} hold NaN or infinity; are its weights or those of "
@@ -146,6 +152,31 @@ class Drawer(NamedTuple):
                     yield Drawn((shards[0].index[0].start or 0) + i, image, calls, account.accepted[i])
 
         return draw
+
+
+def in_batches(draw: Draw, conditions: Batch, ids: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, list[Drawn]]]:
+    """Draws numbered images; while one batch is used, the devices work on the next.
+
+    Args:
+      draw: from `Drawer.compile`.
+      conditions: from `condition_table`, used in turn.
+      ids: of the images.
+      size: of a batch; the last one too runs the one compiled program.
+    Yields:
+      The numbers of a batch, and those of its images that this process holds.
+    """
+    waiting = None
+    for first in [*range(0, len(ids), size), None]:
+        begun = None
+        if first is not None:
+            some = ids[first : first + size]
+            padded = np.resize(some, size)
+            batch = {name: table[padded % len(table)] for name, table in conditions.items()}
+            begun = some, draw(batch, padded)
+        if waiting:
+            some, images = waiting
+            yield some, [drawn for drawn in images if drawn.row < len(some)]
+        waiting = begun
 
 
 def image_keys(seed: int, ids: Int[Array, "b"]) -> tuple[Key[Array, "b"], Key[Array, "b"]]:
@@ -201,16 +232,19 @@ def condition_table(info: Info, options: Sampler, labels: tuple[str, ...] = ()) 
             names = [f"features {i}" for i in range(len(text))]
         elif not options.captions:
             raise ValueError("this model takes captions; give --captions or --features")
-        elif info.text == "minilm":
-            from ar_jax.text.minilm import encode
+        elif info.text == "minilm" or options.text_encoder:
+            from ar_jax.text.encoder import open_encoder
 
-            names = list(options.captions)
-            text, mask = encode(names, info.text_rows)
+            names, encoder = list(options.captions), open_encoder(options.text_encoder or "minilm")
+            text, mask = encoder.encode(names, info.text_rows)
         else:
-            raise ValueError(f"this model was trained on features of {info.text!r}; give them with --features")
+            raise ValueError(
+                f"this model was trained on features of {info.text!r}; give its folder (config.json, tokenizer.json, "
+                ".safetensors) with --text-encoder, or features with --features"
+            )
         if text.shape[1:] != (info.text_rows, info.text_width) or mask.shape != text.shape[:2]:
             raise ValueError(
-                f"--features has shapes {text.shape} and {mask.shape}; the model needs [N {info.text_rows} "
+                f"{'--features has' if options.features else 'the text encoder makes'} shapes {text.shape} and {mask.shape}; the model needs [N {info.text_rows} "
                 f"{info.text_width}] and [N {info.text_rows}]"
             )
         return names, {"text": text, "text_mask": mask}

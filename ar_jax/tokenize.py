@@ -16,6 +16,7 @@ tokens the mean and log-variance in float16, of which training draws anew each t
 command again: finished shards are kept, and an unfinished OUT is never read. For data with splits, write OUT/train and (with --data.split test) OUT/test.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -32,6 +33,7 @@ import tyro
 
 from ar_jax.data import (
     Data,
+    NoSplit,
     Source,
     Unreadable,
     arrays,
@@ -46,11 +48,13 @@ from ar_jax.data.packed import tokens
 from ar_jax.files import codec
 from ar_jax.files.images import to_float
 from ar_jax.files.models import Model, open_model
+from ar_jax.files.places import on_disk
 from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
 from ar_jax.machine.distributed import Launch
 from ar_jax.machine.huge_pages import use_huge_pages
+from ar_jax.machine.precision import Precision, multiply_in, products
 from ar_jax.machine.sharding import make_mesh, put_batch, replicated
 from ar_jax.typing import Array, Params, PRNGKey
 
@@ -77,6 +81,9 @@ class Options:
     """Of the tokenizer's matrix products and convolutions; empty keeps the tokenizer's own."""
     seed: int = 0
     """For tokenizers whose tokens depend on a key and that do not say from which Gaussian they draw them."""
+    precision: Precision = "highest"
+    """Of products of float32 numbers (see `machine.precision`); highest gives the same codes on every device but for ties,
+    default is faster on GPUs and TPUs."""
     launch: Launch = Launch()
 
 
@@ -86,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments:
         raise SystemExit(__doc__)
     with distributed.command(prog):
-        arguments = taken(arguments) or ["--help"]
+        arguments = on_disk(taken(arguments)) or ["--help"]
         if arguments[0].startswith("-"):  # --help, or an option in the place of TOKENIZER
             _parse(Data(), f"{prog} TOKENIZER", arguments)
             raise ValueError("give TOKENIZER first, a run folder of train.py or a converted tokenizer")
@@ -105,7 +112,7 @@ def _parse(data, prog, arguments):
 def default_data(tokenizer: Model) -> Data:
     """The images a tokenizer was trained on, or of its size, without random crops."""
     known = tokenizer.settings.get("data", {"name": "image_folder"})
-    return Data(**known | {"size": max(tokenizer.module.size), "crop": "centre", "flip": False})
+    return Data(**known | {"size": max(tokenizer.module.size), "crop": "centre", "flip": False, "shards": "all"})
 
 
 def tokenize(tokenizer: Model, options: Options) -> None:
@@ -122,6 +129,7 @@ def tokenize(tokenizer: Model, options: Options) -> None:
     info = {
         "form": arrays.NAME, **dataclasses.asdict(source.info), "tokenizer": identity(tokenizer, params), "versions": cache.versions,
         "dtype": options.dtype, "seed": options.seed, "scales": options.scales if options.crops == 10 else (),
+        "products": products(options.precision),
         "data": {name: getattr(data, name) for name in ("name", "path", "split", "size", "text", "text_rows")},
     }  # fmt: skip
     process, count = jax.process_index(), jax.process_count()
@@ -209,7 +217,8 @@ class Cache:
             images = np.concatenate([record.pop("image") for record in records])
             padded = np.resize(images, (self.rows, *images.shape[1:]))  # so that one program serves all batches
             batch = put_batch({"image": padded}, self.mesh)
-            found = self.encode(self.params, batch, jax.random.fold_in(self.key, first))
+            with multiply_in(self.options.precision):
+                found = self.encode(self.params, batch, jax.random.fold_in(self.key, first))
             if waiting:  # while the devices work on this batch, the one before is written
                 yield from self._records(*waiting)
             waiting = records, found
@@ -294,17 +303,27 @@ def identity(tokenizer: Model, params: Params) -> dict[str, Any]:
 
 
 def check_cache(data: Data, tokenizer: Model, cache: Source | None = None) -> None:
-    """Refuses tokens that another tokenizer made.
+    """Refuses tokens that another tokenizer made, or this one with other products than the rest of them.
 
     Args:
       data: names a cache (`data.name` is "tokens").
       tokenizer: the one that shall decode them.
       cache: of `data`, if it is open.
     Raises:
-      ValueError: it is another network, or the same one with other parameters.
+      ValueError: it is another network, or the same one with other parameters; or its folders were encoded with products
+        of different precision.
     """
     ours = identity(tokenizer, tokenizer.params())
-    for part in (tokens(dataclasses.replace(data, text="")) if cache is None else cache).parts:
+    parts = (tokens(dataclasses.replace(data, text="")) if cache is None else cache).parts
+    with contextlib.suppress(NoSplit):
+        parts = parts + tokens(dataclasses.replace(data, text="", split="test")).parts
+    made = {part.info["products"]: part.folder for part in parts if "products" in part.info}
+    if len(made) > 1:
+        different = ", ".join(f"{folder} with products in {kind}" for kind, folder in made.items())
+        raise ValueError(
+            f"one tokenizer gives other codes in other precision: {different}. Cache them alike, with --precision highest"
+        )
+    for part in parts:
         made = part.info.get("tokenizer")
         if made is None:
             raise ValueError(

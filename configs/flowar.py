@@ -45,7 +45,7 @@ from ar_jax.nets.gated import EncoderDecoder
 from ar_jax.orders import scales
 from ar_jax.tokenizers.kl_vae import KLVAE
 from ar_jax.tokenizers.latent_pyramid import LatentPyramid
-from ar_jax.train.optim import Optim
+from ar_jax.train.optim import AdamW, Optim
 
 IMAGENET = 1_281_167  # training images
 # layers of each stack, width, heads; layers and width of the flow head, whether it looks at hidden rows
@@ -101,7 +101,7 @@ def class_conditional(size: str) -> Experiment:
             module=Causal(backbone, Label(width), head, NextLatent()), order=scales,
             steps=400 * updates, batch=2048, drop=0.1,
             optim=Optim(
-                lr=4e-4, betas=(0.9, 0.95), weight_decay=0.02,
+                lr=4e-4, rule=AdamW((0.9, 0.95)), weight_decay=0.02,
                 # published is 3 for a sum over scales, weighted by their tokens / 256; ours is the mean over 341 tokens
                 clip=3.0 * 256 / 341,
                 warmup=100 * updates, schedule="cosine", end_lr=1e-5, ema=0.9999,

@@ -42,7 +42,7 @@ from ar_jax.nets.transformer import Transformer
 from ar_jax.nets.vit import GPT
 from ar_jax.orders import Confident, raster
 from ar_jax.tokenizers.givt_vae import GivtVAE
-from ar_jax.train.optim import Optim
+from ar_jax.train.optim import AdamW, Optim
 
 IMAGENET = 1_281_167  # training images
 BATCH = 8192
@@ -74,7 +74,7 @@ def vae() -> Experiment:
         tokenizer=TokenizerStage(
             module=GivtVAE(kl=5e-5, dtype=jnp.bfloat16),
             losses=Losses(reconstruction="l2", lpips=0.1, adversarial=0.1, adversarial_start=0, adaptive=False),
-            steps=100 * (IMAGENET // 256), batch=256, optim=Optim(lr=1e-4, betas=(0.0, 0.99), weight_decay=0.0, ema=0.999),
+            steps=100 * (IMAGENET // 256), batch=256, optim=Optim(lr=1e-4, rule=AdamW((0.0, 0.99)), weight_decay=0.0, ema=0.999),
             preview_every=5000, save_every=5000,
         ),
     )  # fmt: skip
@@ -96,7 +96,7 @@ def class_conditional(kind: str) -> Experiment:
             module=MaskGIT(*parts) if masked else Causal(*parts), order=Confident() if masked else raster,
             steps=STEPS, batch=BATCH, drop=0.1,
             optim=Optim(
-                lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0 if masked else 1e-4, clip=1.0, warmup=STEPS // 10,
+                lr=1e-3, rule=AdamW((0.9, 0.95)), weight_decay=0.0 if masked else 1e-4, clip=1.0, warmup=STEPS // 10,
                 schedule="cosine",
             ),
             sampling=Sampling(Interval(1.1)) if masked else Sampling(Interval(1.4), Constant(0.95)),

@@ -87,7 +87,7 @@ from ar_jax.nets.conditioning import Caption, Label
 from ar_jax.nets.transformer import Transformer
 from ar_jax.tokenizers.quantize import VectorLoss
 from ar_jax.tokenizers.vqgan import VQGAN
-from ar_jax.train.optim import Optim
+from ar_jax.train.optim import AdamW, Optim
 
 IMAGENET = 1_281_167  # training images
 SIZES = {  # layers, width, heads, guidance
@@ -154,7 +154,7 @@ def tokenizer(name: str, module: nn.Module, reset_after: int = 0) -> Experiment:
                 reconstruction="l2", lpips=1.0, adversarial=0.5, adversarial_start=20000, reset_after=reset_after
             ),
             steps=40 * (IMAGENET // 128), batch=128,
-            optim=Optim(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, clip=1.0),
+            optim=Optim(lr=1e-4, rule=AdamW((0.9, 0.95)), weight_decay=0.0, clip=1.0),
             preview_every=5000, save_every=5000,
         ),
     )  # fmt: skip
@@ -173,7 +173,7 @@ def generator(module: Causal, steps: int, **stage) -> GeneratorStage:
     """Training of a generator: constant AdamW, a tenth of the conditions dropped."""
     return GeneratorStage(
         module=module, steps=steps, batch=256, drop=0.1,
-        optim=Optim(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, clip=1.0),
+        optim=Optim(lr=1e-4, rule=AdamW((0.9, 0.95)), weight_decay=0.05, clip=1.0),
         preview_every=5000, save_every=5000, **stage,
     )  # fmt: skip
 

@@ -46,7 +46,7 @@ from ar_jax.nets.conditioning import Label
 from ar_jax.nets.vit import ViT
 from ar_jax.orders import Shuffled
 from ar_jax.tokenizers.kl_vae import KLVAE
-from ar_jax.train.optim import Optim
+from ar_jax.train.optim import AdamW, Optim
 
 IMAGENET = 1_281_167  # training images
 BATCH = 2048
@@ -89,7 +89,7 @@ def kl16() -> Experiment:
                 reconstruction="l1", lpips=1.0, adversarial=0.5, adversarial_start=50001, adaptive=True,
             ),
             steps=40 * (IMAGENET // 128), batch=128,
-            optim=Optim(lr=1e-4, betas=(0.5, 0.9), weight_decay=0.0, clip=1.0),
+            optim=Optim(lr=1e-4, rule=AdamW((0.5, 0.9)), weight_decay=0.0, clip=1.0),
             preview_every=5000, save_every=5000,
         ),
     )  # fmt: skip
@@ -115,7 +115,7 @@ def class_conditional(model: str) -> Experiment:
         generator=GeneratorStage(
             module=network(model), order=Shuffled(steps=256), steps=800 * EPOCH, batch=BATCH, drop=0.1,
             optim=Optim(
-                lr=8e-4, betas=(0.9, 0.95), weight_decay=0.02, clip=3.0, warmup=100 * EPOCH, ema=0.9999,
+                lr=8e-4, rule=AdamW((0.9, 0.95)), weight_decay=0.02, clip=3.0, warmup=100 * EPOCH, ema=0.9999,
                 no_decay=("/head/",),
             ),
             sampling=Sampling(Linear(SIZES[model][-1])),

@@ -45,7 +45,7 @@ from ar_jax.generators.causal import Causal
 from ar_jax.generators.rar import Aimed, Annealed, Placed, PowerCosine, StartLabel
 from ar_jax.heads.categorical import Categorical
 from ar_jax.tokenizers.maskgit_vqgan import MaskgitVQGAN
-from ar_jax.train.optim import Optim
+from ar_jax.train.optim import AdamW, Optim
 
 # layers, width, hidden width, guidance, its power, temperature
 SIZES = {
@@ -103,7 +103,7 @@ def class_conditional(model: str) -> Experiment:
         generator=GeneratorStage(
             module=network(model), train_order=Annealed(125_000, 187_500), steps=250_000, batch=2048, drop=0.1,
             optim=Optim(
-                lr=4e-4, betas=(0.9, 0.96), weight_decay=0.03, clip=1.0, warmup=62_500, schedule="cosine", end_lr=1e-5,
+                lr=4e-4, rule=AdamW((0.9, 0.96)), weight_decay=0.03, clip=1.0, warmup=62_500, schedule="cosine", end_lr=1e-5,
                 no_decay=NO_DECAY,
             ),
             tokens="cache/imagenet_rar",

@@ -60,7 +60,7 @@ from ar_jax.nets.adaln import AdaLN
 from ar_jax.nets.conditioning import Label
 from ar_jax.orders import scales
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
-from ar_jax.train.optim import Optim
+from ar_jax.train.optim import AdamW, Optim
 
 EPOCHS = {16: 200, 20: 250, 24: 350, 30: 350, 36: 350}  # by depth
 
@@ -106,7 +106,7 @@ def optimiser(depth: int, epochs: int, batch: int) -> dict:
     small, steps = depth <= 20, epochs * (llamagen.IMAGENET // batch)
     lr = (1e-4 if small else 8e-5) * batch / 256
     optim = Optim(
-        lr=lr, betas=(0.9, 0.95), weight_decay=0.05, weight_decay_end=0.08 if depth >= 30 else 0.05, clip=2.0,
+        lr=lr, rule=AdamW((0.9, 0.95)), weight_decay=0.05, weight_decay_end=0.08 if depth >= 30 else 0.05, clip=2.0,
         warmup=steps // 50, warmup_start=0.005, schedule="linear", hold=0.05, end_lr=lr * (0.1 if small else 0.01),
         last=True,
     )  # fmt: skip

@@ -42,7 +42,7 @@ from ar_jax.nets.gated import EncoderDecoder
 from ar_jax.orders import Cells
 from ar_jax.tokenizers.kl_vae import KLVAE
 from ar_jax.tokenizers.patches import Patches
-from ar_jax.train.optim import Optim
+from ar_jax.train.optim import AdamW, Optim
 
 IMAGENET = 1_281_167  # training images
 SIZES = {"b": (8, 768, 12), "l": (16, 1024, 16), "h": (20, 1280, 16)}  # layers of each stack, width, heads
@@ -57,7 +57,7 @@ def mnist5k() -> Experiment:
         generator=GeneratorStage(
             module=BlockFlow(EncoderDecoder(layers=2, width=128, heads=4), Label(128, std=1.0), steps=25),
             order=Cells(4), steps=1200, batch=64,
-            optim=Optim(lr=1e-3, betas=(0.9, 0.96), weight_decay=0.02, warmup=100, schedule="cosine", ema=0.995),
+            optim=Optim(lr=1e-3, rule=AdamW((0.9, 0.96)), weight_decay=0.02, warmup=100, schedule="cosine", ema=0.995),
             sampling=Sampling(Interval(3.0)),
             log_every=50, preview_every=600, save_every=600,
         ),
@@ -81,7 +81,7 @@ def class_conditional(size: str) -> Experiment:
             module=BlockFlow(backbone, Label(width), steps=steps, dtype=jnp.bfloat16), order=Cells(8),
             steps=800 * updates, batch=2048, drop=0.1, tokens="cache/imagenet_kl16_256",
             optim=Optim(
-                lr=4e-4, betas=(0.9, 0.96), weight_decay=0.02, clip=1.0, warmup=100 * updates, ema=0.9999
+                lr=4e-4, rule=AdamW((0.9, 0.96)), weight_decay=0.02, clip=1.0, warmup=100 * updates, ema=0.9999
             ),
             sampling=Sampling(Ramp(guidance)), preview_every=5000, save_every=5000,
         ),

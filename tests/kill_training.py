@@ -1,6 +1,6 @@
 """Kills training at random moments, runs the command again until it ends, and compares the result bit for bit.
 
-    python tests/kill_training.py [--kills 20] [--seed 0] [--out FOLDER]
+    python tests/kill_training.py [--kills 20] [--seed 0] [--out FOLDER] [--data webdataset]
 
 One run of train.py is left alone. The same command is then killed (SIGKILL) at random moments of both stages, in turn
 while it trains and while it starts; each third update is saved, so that many kills fall into a save. After every kill
@@ -22,8 +22,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from data.packing import pack
 from orbax.checkpoint import v1 as ocp
 
+from ar_jax.data import Data, open_source
 from ar_jax.train.checkpoint import latest_step
 
 ROOT = Path(__file__).parents[1]
@@ -61,19 +63,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--data", default="", help="image_folder, webdataset, huggingface or parquet: the digits packed so")
     parser.add_argument("--out", type=Path, help="folder for both runs; a temporary one if left out")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        figures = kill_and_compare(options.out or Path(temporary), options.kills, options.seed, print)
+        figures = kill_and_compare(options.out or Path(temporary), options.kills, options.seed, print, options.data)
     print(*(f"{name:24} {value}" for name, value in figures.items()), sep="\n")
     raise SystemExit(int(figures["different"] > 0 or figures["unreadable"] > 0))
 
 
-def kill_and_compare(place: Path, kills: int, seed: int = 0, say=lambda text: None) -> dict[str, float]:
+def kill_and_compare(place: Path, kills: int, seed: int = 0, say=lambda text: None, data: str = "") -> dict[str, float]:
     """Runs training with and without kills in a folder; returns what happened, in numbers."""
     began, chance = time.monotonic(), random.Random(seed)
     place.mkdir(parents=True, exist_ok=True)
-    (place / "config.py").write_text(CONFIG)
+    text = CONFIG
+    if data:
+        text = CONFIG.replace('name="mnist5k",', f'name="{data}", path="{packed(place, data)}",')
+    (place / "config.py").write_text(text)
     updates = {"tokenizer": 6 + kills, "generator": 6 + 5 * kills}  # together more than the kills can reach
     between = left_alone(place, updates)
     say(f"left alone: a save every {between:.2f} s")
@@ -123,10 +129,18 @@ def kill_and_compare(place: Path, kills: int, seed: int = 0, say=lambda text: No
     return figures
 
 
+def packed(place: Path, kind: str) -> Path:
+    """All training digits, by class, in the form that `data.name` reads."""
+    source = open_source(Data(name="mnist5k"))
+    order = sorted(range(len(source)), key=lambda i: source.labels[i])
+    images, labels = zip(*((source[i]["image"], source[i]["label"]) for i in order))
+    return pack(place, kind, images, labels, source.info.class_names, shards=8)
+
+
 def train(place: Path, name: str, updates: dict[str, int]) -> subprocess.Popen:
     """Starts train.py on one CPU device; no program is compiled twice."""
     environment = {"JAX_COMPILATION_CACHE_DIR": str(place / "compiled")} | os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }  # fmt: skip

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import hosts
 import jax
 import numpy as np
 import pytest
+from data.packing import add
 from kill_training import arrays
 from PIL import Image
 
@@ -120,6 +122,28 @@ def moved(place):
 def metrics(run):
     lines = [json.loads(line) for line in (run / "generator" / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
+
+
+def test_each_process_opens_its_own_tars_only(place, tmp_path):
+    images = sorted((place / "images").rglob("*.png"), key=lambda file: file.name)
+    for shard in range(3):
+        with tarfile.open(tmp_path / f"part-{shard}.tar", "w") as tar:
+            for file in images[8 * shard : 8 * shard + 8]:
+                add(tar, f"{file.stem}.png", file.read_bytes())
+                add(tar, f"{file.stem}.cls", file.parent.name.removeprefix("class").encode())
+    data = ("--data.name", "webdataset", "--data.path", tmp_path / "part-{0..2}.tar", "--data.shards", "split")
+    out = hosts.run(
+        training(place, "tars", "--generator.steps", 3, "--generator.preview-every", 0, *data),
+        env={"SEEN": tmp_path / "seen.txt", "AR_JAX_CACHE": tmp_path / "cache"},
+    )
+    assert "16 images of webdataset here, 3 classes" in out[0]
+    assert "no held-out images" in out[0]
+    shares = seen(tmp_path / "seen.txt")
+    for process, own in ((0, {*range(8), *range(16, 24)}), (1, {*range(8, 16)})):
+        numbers = [number for which, some in shares if which == process for number in some]
+        assert len(set(numbers)) == 6, "its half of three batches"
+        assert set(numbers) <= own
+    assert latest_step(place / "tars" / "generator" / "checkpoints") == 3
 
 
 def test_two_processes_train_to_the_losses_of_one_and_so_does_one_that_goes_on(alone, moved):
@@ -348,6 +372,22 @@ def test_a_cloud_tpu_machine_tells_its_hosts(nowhere, attributes, found):
     nowhere.delenv("TPU_SKIP_MDS_QUERY")
     assert surroundings()[1] == found
     server.shutdown()
+
+
+def test_processes_of_one_machine_and_of_one_set_of_cores_are_counted(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3}, raising=False)
+    known = []
+
+    def gathered(mine):
+        known.append(mine)
+        return np.stack([mine, mine, [mine[0], 1], [2, 3]])  # the second has the same cores, the fourth another machine
+
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gathered)
+    assert distributed._count_host() == distributed.Host(processes=3, sharing=2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {4, 5}, raising=False)
+    distributed._count_host()
+    assert known[0][0] == known[1][0]
+    assert known[0][1] != known[1][1]
 
 
 def test_a_command_alone_ends_in_one_sentence():

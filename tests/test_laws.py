@@ -22,7 +22,7 @@ from ar_jax.generators.base import Knobs
 from ar_jax.machine.sharding import MeshShape, batch_sharding, make_mesh, shard
 from ar_jax.nets.conditioning import paired, widen
 from ar_jax.orders import to_ranks
-from ar_jax.train.optim import Optim, make_optimiser
+from ar_jax.train.optim import Optim, decayed, make_optimiser
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 GUIDANCE, TEMPERATURE, FILTER = 1.7, 0.9, Filter(top_k=9, top_p=0.95)
@@ -143,7 +143,7 @@ def test_images_are_the_same_on_four_devices_with_sharded_weights(name, shape):
 @every_case
 def test_loss_falls_and_every_parameter_moves(case):
     generator, order = case.generator, case.order(case.generator.spec, None, case.images)
-    tx = make_optimiser(Optim(lr=1e-2, weight_decay=0.0), 100)
+    tx = make_optimiser(Optim(lr=1e-2, weight_decay=0.0), 100, {"model": decayed(generator.init_params)})
     drop = jnp.array([False, True] * (case.images // 2))
 
     def loss_fn(params):

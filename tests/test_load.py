@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import math
 import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,13 +20,16 @@ from ar_jax.files import codec
 from ar_jax.files.models import describe
 from ar_jax.generators.causal import Causal
 from ar_jax.heads.categorical import Categorical
-from ar_jax.machine.sharding import make_mesh
+from ar_jax.machine.sharding import MeshShape, make_mesh, shard
 from ar_jax.nets.conditioning import Label
+from ar_jax.nets.linear import cast
 from ar_jax.nets.transformer import Transformer
 from ar_jax.options import Sampler
 from ar_jax.orders import raster
 from ar_jax.sampler import condition_table, open_drawer
 from ar_jax.tokenizers.vqgan import VQGAN
+from ar_jax.tokens import TokenSpec, grid
+from ar_jax.train import checkpoint
 from ar_jax.train.checkpoint import save_params
 
 INFO = Info(classes=10, class_names=("ant", "bee", "cat", *"3456789"))
@@ -48,13 +53,24 @@ def model(folders):
     return ar_jax.load(folders[0], tokenizer=folders[1])
 
 
+def commanded(folders, **options):
+    """What sample.py draws."""
+    drawer = open_drawer(str(folders[0]), Sampler(tokenizer=str(folders[1]), batch=2, seed=3, **options))
+    _, table = condition_table(INFO, drawer.options, ("bee", "2"))
+    draw = drawer.compile(make_mesh(devices=jax.devices()[:1]))
+    return np.stack([one.image for one in draw(table, np.arange(2))])
+
+
+def test_pixels_in_bfloat16_show_the_same_tokens(model, folders):
+    error = np.abs(commanded(folders, pixels="bfloat16").astype(int) - model.sample(labels=["bee", 2], seed=3))
+    assert 0 < error.max() <= 8
+    assert error.mean() < 1
+
+
 def test_samples_are_those_of_the_command(model, folders):
     images = model.sample(labels=["bee", 2], seed=3)
     assert (images.shape, images.dtype) == ((2, 8, 8, 3), np.uint8)
-    drawer = open_drawer(str(folders[0]), Sampler(tokenizer=str(folders[1]), batch=2, seed=3))
-    _, table = condition_table(INFO, drawer.options, ("bee", "2"))
-    draw = drawer.compile(make_mesh(devices=jax.devices()[:1]))
-    want = np.stack([one.image for one in draw(table, np.arange(2))])
+    want = commanded(folders)
     assert np.abs(images.astype(int) - want).max() <= 1
     np.testing.assert_array_equal(model.sample([1, 2], seed=3, decoder=Jacobi(4)), images)
     assert (model.sample([1, 2], seed=4) != images).any()
@@ -107,3 +123,32 @@ def test_the_lines_of_the_readme_run(folders, tmp_path):
     assert names["images"].shape == names["again"].shape == (2, 8, 8, 3)
     assert names["tokens"].shape == (2, 16, 1)
     assert "Interval(weight=1.5" in out.getvalue()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_for_sampling_are_read_in_parts_to_where_they_are_used(tmp_path, monkeypatch, dtype):
+    """Four devices, each with a quarter in the layout of decoding; one array at a time is held twice, the largest at first."""
+    net = Causal(Transformer(6, 64, 4, hidden=172), Label(64)).complete(TokenSpec(grid(4, 4), codes=(64,)), INFO)
+    params = jax.jit(net.init_params)(jax.random.key(1))
+    save_params(tmp_path / "params", params)
+    model, mesh = describe(tmp_path, "generator", net, INFO, {}), make_mesh(MeshShape(1, 4, 1), jax.devices()[:4])
+    want = jax.tree.map(np.asarray, net.unrolled(cast(params, dtype))[1])
+    layout = shard(want, mesh, net.by_layer().rules)
+    before, peaks, read = {id(x) for x in jax.live_arrays()}, [], checkpoint._load_some
+
+    def held(arrays):
+        """Bytes on the first device."""
+        here = [x for x in arrays if jax.devices()[0] in x.sharding.device_set]
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in here)
+
+    def watched(*arguments):
+        found = read(*arguments)  # beside what was made of those before; then they are made into others of their size
+        peaks.append(held(x for x in jax.live_arrays() if id(x) not in before) + held(found.values()))
+        return found
+
+    monkeypatch.setattr(checkpoint, "_load_some", watched)
+    loaded = model.params(jnp.dtype(dtype).type, mesh=mesh, unrolled=True)
+    jax.tree.map(np.testing.assert_array_equal, loaded, want)
+    assert jax.tree.all(jax.tree.map(lambda x, at: x.sharding.is_equivalent_to(at, x.ndim), loaded, layout))
+    assert max(peaks) <= 1.3 * held(jax.tree.leaves(loaded))
+    assert len(peaks) > 5

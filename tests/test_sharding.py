@@ -1,6 +1,7 @@
 import collections
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from ar_jax.config import GeneratorStage, Losses, TokenizerStage
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
+from ar_jax.machine import sharding
 from ar_jax.machine.hlo import Program
 from ar_jax.machine.sharding import (
     MeshShape,
@@ -303,3 +305,53 @@ def test_rows_that_pad_a_batch_weigh_nothing():
     found = padded({"image": images}, mesh)
     assert found["image"][:, 0].tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
     assert found["valid"].tolist() == [1] * 6 + [0] * 2
+
+
+def test_slices_lie_along_data():
+    """Two TPU slices of 2x4 chips, invented: every row of the mesh's data axis is of one slice."""
+    kind = {"platform": "tpu", "device_kind": "TPU v5 lite", "core_on_chip": 0}
+    chips = [
+        types.SimpleNamespace(id=8 * s + i, coords=(i // 4, i % 4, 0), slice_index=s, process_index=s, **kind)
+        for s in range(2)
+        for i in range(8)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.sharding, "Mesh", lambda placed, *_, **__: placed)
+        placed = make_mesh(MeshShape(4, 4, 1), chips)
+        with pytest.raises(ValueError, match=r"mesh\.data is 1 on 2 TPU slices; it must be a multiple"):
+            make_mesh(MeshShape(1, 16, 1), chips)
+    assert placed.shape == (4, 4, 1)
+    assert np.vectorize(lambda chip: chip.slice_index)(placed)[..., 0].tolist() == [[0] * 4, [0] * 4, [1] * 4, [1] * 4]
+    assert sorted(chip.id for chip in placed.flat) == list(range(16))
+
+
+class Device:
+    def __init__(self, process_index):
+        self.process_index = process_index
+
+
+def batch_part(rows, process, monkeypatch):
+    """That of a process, of a batch whose four shares these processes hold."""
+    devices = {Device(i): (slice(row, row + 1),) for i, each in enumerate(rows) for row in each}
+    held = types.SimpleNamespace(devices_indices_map=lambda shape: devices)
+    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: held)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    return sharding.batch_part(types.SimpleNamespace(shape={"data": 2, "fsdp": 2, "tp": 1}))
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        ([[0, 1], [2, 3]], [(0, 2), (1, 2)]),
+        ([[0, 2], [1, 3]], [(0, 2), (1, 2)]),
+        ([[0, 1, 2, 3]] * 2, [(0, 1), (0, 1)]),  # tensor parallelism over hosts
+        ([[0, 1], [2, 3]] * 2, [(0, 2), (1, 2)] * 2),
+    ],
+)
+def test_processes_that_hold_the_same_rows_open_the_same_shards(rows, parts, monkeypatch):
+    assert [batch_part(rows, process, monkeypatch) for process in range(len(rows))] == parts
+
+
+def test_processes_that_share_some_of_their_rows_cannot_have_shards_of_their_own(monkeypatch):
+    with pytest.raises(ValueError, match="processes share some rows of a batch and not others"):
+        batch_part([[0, 1, 2], [2, 3]], 0, monkeypatch)

@@ -16,6 +16,12 @@ from ar_jax.convert.sources import param_shapes
 from ar_jax.data import Data, Info, batches, centre_crop, flip, open_records, open_source, ten_crop
 from ar_jax.files import models
 from ar_jax.files.images import to_float
+from ar_jax.generators.causal import Causal
+from ar_jax.heads.gaussian_mixture import GaussianMixture
+from ar_jax.machine.precision import products
+from ar_jax.nets.conditioning import Label
+from ar_jax.nets.transformer import Transformer
+from ar_jax.orders import raster
 from ar_jax.tokenizers.kl_vae import KLVAE
 from ar_jax.tokenizers.latent_pyramid import LatentPyramid
 from ar_jax.tokenizers.pyramid import Pyramid
@@ -23,6 +29,7 @@ from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.train.checkpoint import save_params
+from ar_jax.train.recipes import generator_loss
 
 SIZE, COUNT = 8, 10
 
@@ -205,6 +212,37 @@ def test_another_tokenizer_is_refused(place, tmp_path):
         tokenize.check_cache(data, wider)
 
 
+@pytest.mark.parametrize("asked", ["highest", "default"])
+def test_codes_are_made_in_float32_unless_told_otherwise(place, tmp_path, asked):
+    seen = set()
+
+    def listen(call, arguments, keywords, context):
+        if context.method_name == "encode":
+            seen.add(jax.config.jax_default_matmul_precision)
+        return call(*arguments, **keywords)
+
+    with nn.intercept_methods(listen):
+        cache(place, tmp_path / "out", *(["--precision", asked] if asked == "default" else []))
+    assert seen == {"highest" if asked == "highest" else None}
+    assert json.loads((tmp_path / "out" / "info.json").read_text())["products"] == "float32", "as CPUs always multiply"
+    assert products("highest", "gpu") == products("default", "cpu") == "float32"
+    assert products("default", "gpu") != products("default", "tpu") != products("tensorfloat32", "tpu")
+
+
+def test_splits_encoded_in_different_precision_are_refused(place, tmp_path):
+    for split in ("train", "val"):
+        cache(place, tmp_path / split)
+    data, tokenizer = Data(name="tokens", path=str(tmp_path)), models.open_model(place / "vq", "tokenizer")
+    tokenize.check_cache(data, tokenizer)
+    info = json.loads((tmp_path / "val" / "info.json").read_text())
+    (tmp_path / "val" / "info.json").write_text(json.dumps(info | {"products": products("default", "tpu")}))
+    with pytest.raises(ValueError, match=r"train with products in float32, .*val with products in default on tpu"):
+        tokenize.check_cache(data, tokenizer)
+    del info["products"]  # of versions that did not say
+    (tmp_path / "val" / "info.json").write_text(json.dumps(info))
+    tokenize.check_cache(data, tokenizer)
+
+
 def test_a_cache_written_before_a_field_came_is_read(place, tmp_path, monkeypatch):
     cache(place, tmp_path / "out")
     data = Data(name="tokens", path=str(tmp_path / "out"))
@@ -304,6 +342,23 @@ def test_what_is_drawn_from_cached_moments_is_what_encoding_draws(place, tmp_pat
     stream = batches(source, data, batch=5, seed=0)
     seen = {row.tobytes() for _ in range(8) for row in next(stream)["moments"]}
     assert len(seen) > COUNT, "both versions are drawn"
+
+
+def test_training_draws_from_cached_moments_as_from_images():
+    generator = Causal(Transformer(1, 8, 2, hidden=12), Label(8), GaussianMixture(2)).complete(
+        VAE.spec, Info(classes=2)
+    )
+    params, frozen = generator.init_params(jax.random.key(0)), VAE.init_params(jax.random.key(1))
+    loss = jax.jit(generator_loss(generator, VAE, raster, 0.1))
+    image = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
+    kept = np.asarray(tokenize.kept(VAE, frozen, image, None))
+    assert (kept.dtype, kept.shape) == (np.float16, (3, 16, 4))
+    found = [
+        float(loss(params, frozen, {"label": np.array([0, 1, 1]), **batch}, jax.random.key(2), 0)[0])
+        for batch in ({"image": image}, {"moments": kept}, {"moments": kept * 1.1})
+    ]
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    assert found[2] != pytest.approx(found[0], rel=1e-3)
 
 
 def test_numbers_that_float16_cannot_hold_are_refused(place, tmp_path):

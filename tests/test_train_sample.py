@@ -19,6 +19,7 @@ from ar_jax.decode.guidance import Interval
 from ar_jax.decode.sampling import Sampling, read_sampling
 from ar_jax.files.models import open_model, write_json
 from ar_jax.machine.sharding import make_mesh
+from ar_jax.sampler import Drawn, in_batches
 from ar_jax.train import __main__ as train
 from ar_jax.train.checkpoint import save_params
 
@@ -469,37 +470,85 @@ def test_a_tokenizer_of_other_codes_is_refused(run, tmp_path):
 
 @pytest.mark.parametrize("name", ["x.png", "x.npz"])
 def test_a_disk_that_fills_up_at_the_end_leaves_no_half_written_file(run, drawn, tmp_path, name):
-    request = (run, "--out", tmp_path / name, "--count", 12, "--batch", 5)
-    sampled(run, tmp_path / "images", *request[3:])
-    largest = max(path.stat().st_size for path in (tmp_path / "images").iterdir())
-    shutil.rmtree(tmp_path / "images")
-    with full_disk(largest + 100):  # every image fits, all of them do not
+    request = (run, "--out", tmp_path / name, "--count", 12, "--batch", 2)
+    with full_disk(2 * 32 * 32 * 3 + 1000):  # every batch fits, all of them do not
         assert "File too large" in refused(sample.main, *request)
     assert [path.name for path in tmp_path.iterdir()] == [f".{name}.parts"]
-    assert len(list((tmp_path / f".{name}.parts").glob("*.png"))) == 12
+    shards = sorted(path.name for path in (tmp_path / f".{name}.parts").iterdir())
+    assert shards == [*(f"{i:06d}.npz" for i in range(0, 12, 2)), "sampling.json"]
     sample.main(list(map(str, request)))
     assert [path.name for path in tmp_path.iterdir()] == [name]
     if name == "x.npz":
-        np.testing.assert_array_equal(images_of(tmp_path / name), images_of(drawn))
+        assert_same_images(tmp_path / name, drawn)
 
 
-def test_a_disk_that_fills_up_between_images_leaves_whole_images_only(run, drawn, tmp_path, monkeypatch):
+def test_what_fails_in_a_thread_ends_the_drawing_and_leaves_whole_images_only(run, drawn, tmp_path, monkeypatch):
     out, save = tmp_path / "images", Image.Image.save
 
     def failing(self, file, **options):
-        if len(list(out.glob("0*.png"))) == 7:
+        if "000003" in file.name:
             file.write(b"\x89PNG half")
             raise OSError(28, "No space left on device")
         save(self, file, **options)
 
     monkeypatch.setattr(Image.Image, "save", failing)
     assert "No space left on device" in refused(sample.main, run, "--out", out, "--count", 12, "--batch", 5)
-    assert sorted(path.name for path in out.iterdir()) == [f"{i:06d}.png" for i in range(7)] + ["sampling.json"]
+    left = {path.name for path in out.iterdir()}
+    assert left <= {f"{i:06d}.png" for i in (0, 1, 2, 4)} | {"sampling.json"}, "of that batch only, none cut short"
     monkeypatch.undo()
     monkeypatch.setattr(sample, "make_mesh", one_device)
     sampled(run, out, "--count", 12, "--batch", 5)
     for i, image in enumerate(images_of(drawn)):
         np.testing.assert_array_equal(np.asarray(Image.open(out / f"{i:06d}.png")), image)
+
+
+def test_an_npz_goes_on_where_it_was_interrupted_by_this_version_or_an_earlier_one(run, drawn, tmp_path, monkeypatch):
+    out, parts, save = tmp_path / "x.npz", tmp_path / ".x.npz.parts", sample._save_shard
+
+    def interrupted(folder, ids, images):
+        if ids[0] == 10:
+            raise KeyboardInterrupt
+        save(folder, ids, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "_save_shard", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sampled(run, out, "--count", 12, "--batch", 5)
+    assert sorted(path.name for path in parts.iterdir()) == ["000000.npz", "000005.npz", "sampling.json"]
+    with np.load(parts / "000005.npz") as shard:
+        assert shard["ids"].tolist() == [5, 6, 7, 8, 9]
+        np.testing.assert_array_equal(shard["images"], images_of(drawn)[5:10])
+    (parts / "000005.npz").unlink()
+    for i in (6, 9):  # as earlier versions kept them
+        Image.fromarray(images_of(drawn)[i]).save(parts / f"{i:06d}.png")
+    sampled(run, out, "--count", 12, "--batch", 5)
+    np.testing.assert_array_equal(images_of(out), images_of(drawn))
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_a_damaged_shard_is_named(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "_assemble", lambda *arguments: None)
+    sampled(run, tmp_path / "x.npz", "--count", 5, "--batch", 5)
+    shard = tmp_path / ".x.npz.parts" / "000000.npz"
+    shard.write_bytes(shard.read_bytes()[:100])
+    said = refused(sample.main, run, "--out", tmp_path / "x.npz", "--count", 5, "--batch", 5)
+    assert "000000.npz cannot be read" in said
+    assert "remove it and run the same command again" in said
+
+
+def test_the_next_batch_is_under_way_while_one_is_used():
+    happened = []
+
+    def draw(batch, ids):
+        happened.append(f"begun {ids.tolist()} {batch['label'].tolist()}")
+        return iter([Drawn(row, None, {}, None) for row in range(len(ids))])
+
+    for ids, drawn in in_batches(draw, {"label": np.array([7, 8])}, np.arange(5), 2):
+        happened.append(f"used {ids.tolist()} {[one.row for one in drawn]}")
+    assert happened == [
+        "begun [0, 1] [7, 8]", "begun [2, 3] [7, 8]", "used [0, 1] [0, 1]", "begun [4, 4] [7, 7]", "used [2, 3] [0, 1]",
+        "used [4] [0]",
+    ]  # fmt: skip
 
 
 def test_a_failed_rename_leaves_the_old_description_whole(tmp_path, monkeypatch):

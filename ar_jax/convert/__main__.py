@@ -23,6 +23,7 @@ from ar_jax.convert import next_scale
 from ar_jax.convert.names import to_params, to_weights
 from ar_jax.convert.sources import export, identify
 from ar_jax.files.models import KINDS, Model, describe, open_model
+from ar_jax.files.places import on_disk
 from ar_jax.files.trust import taken
 from ar_jax.files.weights import read_weights, write_safetensors
 from ar_jax.files.words import shown
@@ -213,7 +214,7 @@ def _open(folder: Path) -> Model:
 def main(arguments: list[str] | None = None) -> None:
     prog = "python -m ar_jax.convert"
     try:
-        arguments = taken(sys.argv[1:] if arguments is None else arguments)
+        arguments = on_disk(taken(sys.argv[1:] if arguments is None else arguments))
         tyro.cli(convert, args=arguments, prog=prog, description=inspect.cleandoc(convert.__doc__.split("Args:")[0]))
     except (ValueError, OSError) as error:
         sys.exit(f"{prog}: {error}")

@@ -9,7 +9,7 @@ from ar_jax.data.images import centre_crop, flip, random_crop, read_image, ten_c
 from ar_jax.data.packed import open_records
 from ar_jax.data.pipeline import batches
 from ar_jax.data.records import write_shards
-from ar_jax.data.sources import SOURCES, Opened, open_source, plain
+from ar_jax.data.sources import SOURCES, Opened, Spread, open_source, plain
 
 __all__ = [
     "SOURCES",
@@ -18,6 +18,7 @@ __all__ = [
     "NoSplit",
     "Opened",
     "Source",
+    "Spread",
     "Unreadable",
     "batches",
     "centre_crop",

@@ -16,9 +16,11 @@ class Data:
     """Which images to read and how they are handed to the model."""
 
     name: str = "mnist5k"
-    """mnist5k, idx and emoji need no download; image_folder, array_record, tfds and tokens read `path`."""
+    """mnist5k, idx and emoji need no download; image_folder, webdataset, huggingface, parquet, array_record, tfds and tokens
+    read `path`. Or `my_module:function`, a function `(data: Data) -> Source` of your own."""
     path: str = ""
-    """Folder of the data set. For emoji a font file and for idx a folder; both may be left out."""
+    """Folder of the data set; of tars and Parquet files also a pattern such as /ssd/part-{00000..00099}.tar. For emoji a font
+    file and for idx a folder; both may be left out."""
     split: str = "train"
     """train, test or all. mnist5k and emoji hold out every tenth image as the test."""
     size: int = 32
@@ -33,8 +35,13 @@ class Data:
     """An image that cannot be read stops the run, or the next readable one stands in for it."""
     unreadable_limit: Annotated[int, Within(0, 2**24)] = 100
     """With `skip`: stop when more images than this cannot be read."""
+    shards: Literal["all", "split"] = "all"
+    """Of tars and Parquet files: every host opens all, or they are dealt out and a host opens its own only. Then batches, and
+    what a resumed training sees, depend on the number of hosts."""
+    mixed: int = 2048
+    """Records that are shuffled with one another where only runs of them can be read at once (Parquet)."""
     text: str = ""
-    """Caption features: none, `minilm`, or a .npz or .safetensors file holding `features` and `mask`."""
+    """Caption features: none, `minilm`, a folder of a T5 or CLIP, or a .npz or .safetensors file holding `features`, `mask`."""
     text_rows: int = 16
     """Caption rows handed to the model; shorter captions are padded on the left, longer ones cut."""
 
@@ -49,6 +56,10 @@ class Data:
             raise ValueError(f"data.min_fraction is {self.min_fraction}; it must be above 0 and at most 1")
         if self.unreadable not in ("refuse", "skip"):
             raise ValueError(f"data.unreadable is {self.unreadable!r}; it must be refuse or skip")
+        if self.shards not in ("all", "split"):
+            raise ValueError(f"data.shards is {self.shards!r}; it must be all or split")
+        if self.mixed < 1:
+            raise ValueError(f"data.mixed is {self.mixed}; it must be at least 1")
         if self.text_rows < 1:
             raise ValueError(f"data.text_rows is {self.text_rows}; it must be at least 1")
 
@@ -77,7 +88,8 @@ class Source(Protocol):
 
     A record has "image" (PIL image or uint8 [h w 3]) or "tokens" ([a n k] or [a n c], a versions of one
     image), "label" (int) if `info.classes` and "caption" if `info.captions`. A source with captions also has
-    `captions() -> list[str]`, which returns all of them without decoding images.
+    `captions() -> Sequence[str]`, which returns all of them without decoding images. One that cannot read a record alone has
+    `runs`, int [r], the lengths of the runs of records that it reads at once.
     """
 
     info: Info
@@ -137,7 +149,8 @@ def split_folders(folder: Path, split: str) -> list[Path]:
     val/ comes before test/ because the test images of data sets that have both rarely have labels.
     """
     train = folder / "train"
-    test = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
+    held_out = ("val", "validation", "test")
+    test = next((folder / name for name in held_out if (folder / name).is_dir()), None)
     if test and train.is_dir():
         return {"train": [train], "test": [test], "all": [train, test]}[split]
     if split == "test":

@@ -1,7 +1,7 @@
 """Caption features beside the images of a source: computed once and kept on disk, or read from a file."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class Texted:
     def __init__(self, source: Source, rows: Rows, info: Info):
         self.source, self.rows, self.info = source, rows, info
         self.captions = source.captions
+        if hasattr(source, "runs"):
+            self.runs = source.runs
 
     def __len__(self) -> int:
         return len(self.source)
@@ -49,12 +51,14 @@ def with_text(source: Source, data: Data) -> Source:
             f"data.text is {data.text!r}, but data.name={data.name} data.path={data.path!r} has "
             "no captions; leave data.text empty, or add a captions.jsonl or captions.csv"
         )
-    if data.text == "minilm":
-        encoder, (rows, width) = "minilm", _encode(source.captions(), data.text_rows)
+    if data.text == "minilm" or Path(data.text).expanduser().is_dir():
+        encoder, rows, width = _encode(source.captions(), data)
     elif Path(data.text).suffix in (".npz", ".safetensors"):
         encoder, rows, width = _open_features(Path(data.text).expanduser(), len(source), data.split)
     else:
-        raise ValueError(f"data.text is {data.text!r}; it must be empty, minilm, or a .npz or .safetensors file")
+        raise ValueError(
+            f"data.text is {data.text!r}; it must be empty, minilm, a folder of a text encoder, or a .npz or .safetensors file"
+        )
     info = dataclasses.replace(source.info, text=encoder, text_rows=data.text_rows, text_width=width)
     return Texted(source, rows, info)
 
@@ -67,36 +71,36 @@ def left_pad(features: np.ndarray, mask: np.ndarray, rows: int) -> tuple[np.ndar
     return padded, np.arange(rows) >= rows - len(real)
 
 
-def _encode(captions: list[str], rows: int) -> tuple[Rows, int]:
+def _encode(captions: Sequence[str], data: Data) -> tuple[str, Rows, int]:
     """Features of every different caption, encoded once and kept in the cache in files that are read row by row."""
-    from ar_jax.text import minilm
+    from ar_jax.text.encoder import open_encoder
 
     unique = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     if len(unique) > MOST_CAPTIONS:
         raise ValueError(
-            f"data.text=minilm keeps the features of at most {MOST_CAPTIONS} different captions, and there are "
+            f"data.text={data.text} keeps the features of at most {MOST_CAPTIONS} different captions, and there are "
             f"{len(unique)}; compute them into a .safetensors file and give that as data.text"
         )
-    texts, encoder = list(unique), minilm.identity()
+    texts, encoder, rows = list(unique), open_encoder(data.text), data.text_rows
     parts = [texts[start : start + PART] for start in range(0, len(texts), PART)]
     folder = cache.place("captions")
-    paths = [folder / f"{cache.key([encoder, rows, *part])}.safetensors" for part in parts]
+    paths = [folder / f"{cache.key([encoder.identity, rows, *part])}.safetensors" for part in parts]
 
     def write(i: int, path: Path) -> None:
         starts = tqdm(range(0, len(parts[i]), AT_ONCE), desc=f"captions {i + 1}/{len(parts)}", disable=None)
-        found = [minilm.encode(parts[i][start : start + AT_ONCE], rows) for start in starts]
+        found = [encoder.encode(parts[i][start : start + AT_ONCE], rows) for start in starts]
         features, mask = (np.concatenate([np.asarray(each[k]) for each in found]) for k in (0, 1))
-        save_file({"features": features, "mask": mask}, path, {"encoder": encoder})
+        save_file({"features": features, "mask": mask}, path, {"encoder": encoder.identity})
 
     cache.make(paths, write)
-    where = np.array([unique[caption] for caption in captions])
+    where = np.fromiter((unique[caption] for caption in captions), np.int32, len(captions))
     files = [_kept(path, len(part)) for path, part in zip(paths, parts)]
 
     def row(i: int) -> tuple[np.ndarray, np.ndarray]:
         part, j = divmod(int(where[i]), PART)
         return files[part]["features"][j : j + 1][0], files[part]["mask"][j : j + 1][0]
 
-    return row, _shape(files[0]["features"])[2]
+    return encoder.name, row, _shape(files[0]["features"])[2]
 
 
 def _kept(path: Path, count: int) -> dict[str, Any]:

@@ -3,21 +3,25 @@
 import csv
 import json
 import os
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ar_jax.data.base import Data, Info, folder_of, split_folders
 from ar_jax.data.images import read_image
+from ar_jax.data.lists import Paths, Strings
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 CAPTION_FILES = ("captions.jsonl", "captions.csv")
 
 
 class ImageFiles:
-    """Image files with their labels and captions (lists as long as `files`, or empty)."""
+    """Image files with their labels, int [files], and captions; both as long as `files`, or empty."""
 
-    def __init__(self, files: list[str], labels: list[int], captions: list[str], info: Info):
+    def __init__(self, files: Sequence[str], labels: np.ndarray, captions: Sequence[str], info: Info):
         self.files, self.labels, self._captions, self.info = files, labels, captions, info
 
     def __len__(self) -> int:
@@ -28,11 +32,11 @@ class ImageFiles:
 
     def about(self, index: int) -> dict[str, Any]:
         """The record without its image."""
-        return ({"label": self.labels[index]} if self.labels else {}) | (
+        return ({"label": int(self.labels[index])} if len(self.labels) else {}) | (
             {"caption": self._captions[index]} if self._captions else {}
         )
 
-    def captions(self) -> list[str]:
+    def captions(self) -> Sequence[str]:
         return self._captions
 
 
@@ -51,22 +55,22 @@ def image_folder(data: Data) -> ImageFiles:
     listed = [root] if _caption_file(root) else [folder for folder in every if _caption_file(folder)]
     if not listed:
         return _from_folders(root, folders, every)
-    rows = [row for folder in listed for row in _read_captions(folder)]
-    below = tuple(f"{folder}{os.sep}" for folder in folders)
-    chosen = [row for row in rows if row[0].startswith(below)]
-    if not chosen:
-        raise ValueError(f"data.path={root}: the caption files list no image of the split {data.split}")
-    return _from_captions(rows, chosen)
+    return _from_captions(root, listed, folders, data.split)
 
 
 def _from_folders(root: Path, folders: list[Path], every: list[Path]) -> ImageFiles:
-    chosen = [image for folder in folders for image in _find_images(folder)]
-    if not chosen:
+    files, numbers = Paths(), Numbered()
+    first: dict[str, str] = {}
+    for folder in folders:
+        for file, name in _find_images(folder):
+            files.append(file)
+            numbers.append(name)
+            first.setdefault(name, file)
+    if not files:
         raise ValueError(
             f"data.path={root}: no images in {', '.join(map(str, folders))} "
             f"(looked for {' '.join(SUFFIXES)} at any depth)"
         )
-    first = {name: file for file, name in reversed(chosen)}
     for folder in every:  # classes are numbered over both splits, but the other one need not be walked for that
         if folder not in folders:
             first = _first_images(folder) | first
@@ -76,10 +80,33 @@ def _from_folders(root: Path, folders: list[Path], every: list[Path]) -> ImageFi
             f"data.path={root}: images such as {stray} lie beside class folders such as {names[0]}; move them into a "
             "class or elsewhere"
         )
-    number = {name: i for i, name in enumerate(names)}
-    labels = [number[name] for _, name in chosen if name]
     info = Info(classes=len(names), class_names=tuple(names))
-    return ImageFiles([file for file, _ in chosen], labels, [], info)
+    return ImageFiles(files, numbers.labels({name: i for i, name in enumerate(names)}), [], info)
+
+
+class Numbered:
+    """A long list of few different values, kept as numbers."""
+
+    def __init__(self):
+        self.values: list[Any] = []
+        self._number: dict[tuple[type, str], int] = {}
+        self._numbers = array("i")
+
+    def number(self, value: Any) -> int:
+        """Of a value, which is noted if it is new."""
+        key = type(value), str(value)  # 1, "1" and true are three values; a list, which is none, has no hash
+        if key not in self._number:
+            self._number[key] = len(self.values)
+            self.values.append(value)
+        return self._number[key]
+
+    def append(self, value: Any) -> None:
+        self._numbers.append(self.number(value))
+
+    def labels(self, number: dict[Any, int]) -> np.ndarray:
+        """The list as labels, int32 [n]; empty if there are none."""
+        of_value = np.array([number.get(value, -1) for value in self.values], np.int32)
+        return of_value[np.array(self._numbers)] if number else np.zeros(0, np.int32)
 
 
 def _find_images(folder: Path) -> Iterator[tuple[str, str]]:
@@ -130,14 +157,26 @@ def _check_link(path: str, root: Path):
             break
 
 
-def _from_captions(rows: list[tuple], chosen: list[tuple]) -> ImageFiles:
-    labels = [label for _, _, label in rows]
+def _from_captions(root: Path, listed: list[Path], folders: list[Path], split: str) -> ImageFiles:
+    """The images in `folders` that the caption files of `listed` name; labels are numbered over all that these name."""
+    files, captions, numbers = Paths(), Strings(), Numbered()
+    below = tuple(f"{folder}{os.sep}" for folder in folders)
+    for folder in listed:
+        for file, caption, label in _read_captions(folder):
+            numbers.number(label)
+            if file.startswith(below):
+                files.append(file)
+                captions.append(caption)
+                numbers.append(label)
+    if not files:
+        raise ValueError(f"data.path={root}: the caption files list no image of the split {split}")
+    labels = numbers.values
     if all(label is None for label in labels):
         names, classes, number = [], 0, {}
     elif all(isinstance(label, int) and label >= 0 for label in labels):
         names, classes, number = [], max(labels) + 1, {label: label for label in labels}
     elif all(isinstance(label, str) for label in labels):
-        names = sorted(set(labels))
+        names = sorted(labels)
         classes, number = len(names), {name: i for i, name in enumerate(names)}
     else:
         some = ", ".join(list(dict.fromkeys(map(repr, labels)))[:6])
@@ -146,24 +185,17 @@ def _from_captions(rows: list[tuple], chosen: list[tuple]) -> ImageFiles:
             f"numbers from 0 or all as names; found {some}"
         )
     info = Info(classes=classes, class_names=tuple(names), captions=True)
-    files, captions, labels = (list(column) for column in zip(*chosen, strict=True))
-    return ImageFiles(files, [number[label] for label in labels] if classes else [], captions, info)
+    return ImageFiles(files, numbers.labels(number), captions, info)
 
 
 def _caption_file(folder: Path) -> Path | None:
     return next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
 
 
-def _read_captions(folder: Path) -> list[tuple[str, str, int | str | None]]:
+def _read_captions(folder: Path) -> Iterator[tuple[str, str, Any]]:
     """(path, caption, label) of each line of the caption file of a folder."""
-    path, rows = _caption_file(folder), []
-    with open(path, encoding="utf-8-sig", newline="") as lines:
-        if path.suffix == ".csv":
-            reader = csv.DictReader(lines)
-            numbered = [(reader.line_num, row) for row in reader]
-        else:
-            numbered = [(i, _json_line(path, i, line)) for i, line in enumerate(lines, 1) if line.strip()]
-    for i, row in numbered:
+    path = _caption_file(folder)
+    for i, row in _numbered_lines(path):
         file, caption = row.get("file", row.get("file_name")), row.get("caption", row.get("text"))
         if not isinstance(file, str) or not isinstance(caption, str):
             raise ValueError(f'{path} line {i}: needs a "file" and a "caption", has {sorted(map(str, row))}')
@@ -173,8 +205,16 @@ def _read_captions(folder: Path) -> list[tuple[str, str, int | str | None]]:
         label = row.get("label")
         if path.suffix == ".csv" and label is not None:  # a csv has strings only
             label = int(label) if label.isdecimal() else label or None
-        rows.append((str(folder / inside), caption, label))
-    return rows
+        yield os.path.join(folder, inside), caption, label
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open(path, encoding="utf-8-sig", newline="") as lines:
+        if path.suffix == ".csv":
+            reader = csv.DictReader(lines)
+            yield from ((reader.line_num, row) for row in reader)
+        else:
+            yield from ((i, _json_line(path, i, line)) for i, line in enumerate(lines, 1) if line.strip())
 
 
 def _json_line(path: Path, i: int, line: str) -> dict[str, Any]:

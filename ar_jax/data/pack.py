@@ -23,6 +23,8 @@ from ar_jax.data.folder import ImageFiles, image_folder
 from ar_jax.data.images import centre_crop, read_image
 from ar_jax.data.packed import open_records
 from ar_jax.data.records import write_shards
+from ar_jax.files.places import on_disk
+from ar_jax.machine.distributed import cores
 
 
 def pack(
@@ -80,7 +82,7 @@ class Encoded:
 
     def __getitem__(self, rows: slice) -> Iterator[dict[str, Any]]:
         todo = iter(range(*rows.indices(len(self))))
-        with futures.ThreadPoolExecutor() as pool:
+        with futures.ThreadPoolExecutor(cores()) as pool:
             while some := list(itertools.islice(todo, 256)):  # bounds what waits in memory
                 yield from (record for record in pool.map(self._record, some) if record)
 
@@ -104,13 +106,17 @@ class Encoded:
 
 def _describe(source: ImageFiles, folder: Path, size: int) -> dict[str, Any]:
     """info.json. The hash of all names, labels and captions keeps shards of a changed folder apart."""
-    names = [(os.path.relpath(file, folder), source.about(i)) for i, file in enumerate(source.files)]
-    files = hashlib.sha256(repr(names).encode("utf-8", "surrogateescape")).hexdigest()
-    return dataclasses.asdict(source.info) | {"size": size, "files": files}
+    digest = hashlib.sha256(b"[")
+    for i, file in enumerate(source.files):  # as the text of one list, which need not fit in memory
+        text = ", " * (i > 0) + repr((os.path.relpath(file, folder), source.about(i)))
+        digest.update(text.encode("utf-8", "surrogateescape"))
+    digest.update(b"]")
+    return dataclasses.asdict(source.info) | {"size": size, "files": digest.hexdigest()}
 
 
 if __name__ == "__main__":
     try:
+        on_disk(sys.argv)
         tyro.cli(pack, prog="python -m ar_jax.data.pack", description=inspect.cleandoc(pack.__doc__.split("Args:")[0]))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -13,7 +13,7 @@ import numpy as np
 from ar_jax.data.arrays import VERSIONED
 from ar_jax.data.base import Data, Info, Source
 from ar_jax.data.images import centre_crop, flip, random_crop
-from ar_jax.machine.distributed import cores, neighbours
+from ar_jax.machine import distributed
 
 AHEAD = 2**31  # bytes of batches that the processes of a machine make ahead, but two batches each at least
 
@@ -39,6 +39,11 @@ def batches(
     the same on all processes and valid on another number of them. Otherwise it is one pass in order: centre
     crops, the first version of the tokens, all of it on every process, the last batch smaller.
 
+    A source with `runs` is shuffled by these, and then `data.mixed` records with one another: an order as fixed as the other.
+    With `data.shards` split the rows of a process come from its own records, in an order and passes of their own; the
+    state then stands for the same batches on as many processes only, and says how many parts there were ("parts"). What every
+    process reads is what the first one has.
+
     Args:
       batch: records over all processes.
       rows: those of each batch that this process reads; None is all.
@@ -47,10 +52,15 @@ def batches(
         raise ValueError(f"batch is {batch}; it must be at least 1")
     if len(source) == 0:
         raise ValueError(f"data.name={data.name} data.path={data.path!r} has no records of data.split={data.split}")
-    rows = np.arange(batch) if rows is None else rows
+    given, rows = rows is not None, np.arange(batch) if rows is None else rows
+    split, seed = train and data.shards == "split" and given, seed % 2**32
+    if split:  # or crops would be alike on all hosts
+        seed = (seed + int(rows[0])) % 2**32
     index = grain.MapDataset.range(len(source))
-    if train:
-        index = index.seed(seed % 2**32).shuffle().repeat()
+    if train and hasattr(source, "runs"):
+        index = grain.MapDataset.source(_Mixed(source.runs, data.mixed, seed)).seed(seed)
+    elif train:
+        index = index.seed(seed).shuffle().repeat()
     if hasattr(source, "gather"):
         picks, make = _picks(index, source, train), functools.partial(_gathered, source)
     else:
@@ -60,13 +70,17 @@ def batches(
     # What is gathered takes next to no time but Python's own, in which threads stand in each other's way
     options = read_options(_record_bytes(source, data) * len(rows), 2 if hasattr(source, "gather") else threads())
     if not train:
-        return iter(grain.MapDataset.source(_Share(picks, make, 0, batch, rows)).to_iter_dataset(options))
-    return Batches(picks, make, batch, rows, options)
+        stream = iter(grain.MapDataset.source(_Share(picks, make, 0, batch, rows)).to_iter_dataset(options))
+        return map(distributed.agreed, stream) if data.shards == "split" else stream
+    if split:
+        return Batches(picks, make, batch, np.arange(len(rows)), options, here=len(rows))
+    stream = Batches(picks, make, batch, rows, options, here=batch)
+    return map(distributed.agreed, stream) if data.shards == "split" else stream
 
 
 def threads() -> int:
     """That read records."""
-    return min(cores(), 32)
+    return min(distributed.cores(), 32)
 
 
 def read_options(size: int, most: int) -> grain.ReadOptions:
@@ -74,7 +88,7 @@ def read_options(size: int, most: int) -> grain.ReadOptions:
 
     These are what the budget of bytes allows, from 2 up to one for each core.
     """
-    ahead = max(2, min(threads(), AHEAD // neighbours() // max(size, 1)))
+    ahead = max(2, min(threads(), AHEAD // distributed.neighbours() // max(size, 1)))
     return grain.ReadOptions(num_threads=min(ahead, most), prefetch_buffer_size=ahead)
 
 
@@ -82,10 +96,20 @@ Make = Callable[[grain.MapDataset, list[int]], dict[str, np.ndarray]]
 
 
 class Batches:
-    """Batches without end: some rows of each. Grain's ElasticIterator would deal the rows out like cards instead."""
+    """Batches without end: some rows of each. Grain's ElasticIterator would deal the rows out like cards instead.
 
-    def __init__(self, picks: grain.MapDataset, make: Make, batch: int, rows: np.ndarray, options: grain.ReadOptions):
+    Args:
+      picks, make: what `make` makes a batch of.
+      batch: records of a batch over all processes.
+      rows: which of the records of a batch are read here.
+      here: records of a batch among `picks`, if others have those of other processes.
+    """
+
+    def __init__(
+        self, picks: grain.MapDataset, make: Make, batch: int, rows: np.ndarray, options: grain.ReadOptions, here: int
+    ):
         self._picks, self._make, self._batch, self._rows, self._options = picks, make, batch, rows, options
+        self._here = here
         self.set_state({"global_next_index": 0})
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -97,11 +121,18 @@ class Batches:
         return value
 
     def get_state(self) -> dict[str, int]:
-        return {"global_next_index": self._next}
+        parts = self._batch // self._here
+        return {"global_next_index": self._next} | ({"parts": parts} if parts > 1 else {})
 
     def set_state(self, state: dict[str, int]) -> None:
-        self._next = state["global_next_index"]
-        share = _Share(self._picks, self._make, self._next, self._batch, self._rows)
+        self._next, parts = state["global_next_index"], self._batch // self._here
+        if self._next and state.get("parts", 1) != parts:
+            distributed.say(
+                f"the data were dealt out in {state.get('parts', 1)} parts before and in {parts} now, so in this pass some "
+                "images come twice and others not at all"
+            )
+        first = self._next * self._here // self._batch
+        share = _Share(self._picks, self._make, first, self._here, self._rows)
         self._iterator = iter(grain.MapDataset.source(share).to_iter_dataset(self._options))
 
 
@@ -122,6 +153,47 @@ class _Share:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         numbers = self.first + index * self.batch + self.rows
         return self.make(self.picks, numbers[numbers < len(self.picks)].tolist())
+
+
+class _Mixed:
+    """Numbers of records without end, in passes, each in its own order: runs are shuffled, then all records of a few runs.
+
+    The runs of a mixture follow one another in the shuffled order and have `mixed` records or more (the last one fewer).
+    """
+
+    def __init__(self, runs: np.ndarray, mixed: int, seed: int):
+        self._runs, self._mixed, self._seed = np.asarray(runs), mixed, seed
+        self._begins = np.cumsum(self._runs) - self._runs
+        self._pass = functools.lru_cache(2)(self._pass)  # a batch may lie in two passes
+        self._mixture = functools.lru_cache(4)(self._mixture)
+
+    def __len__(self) -> int:
+        return 2**50
+
+    def __getitem__(self, index: int) -> int:
+        number, place = divmod(index, int(self._runs.sum()))
+        begins = self._pass(number)[2]
+        mixture = int(np.searchsorted(begins, place, "right")) - 1
+        return int(self._mixture(number, mixture)[place - begins[mixture]])
+
+    def _pass(self, number):
+        """Of a pass: the order of the runs, the first run of every mixture, and the place where it begins."""
+        order = np.random.default_rng((self._seed, number)).permutation(len(self._runs))
+        ends = np.cumsum(self._runs[order])
+        first, begins = [0], [0]
+        while begins[-1] + self._mixed < ends[-1]:
+            first.append(int(np.searchsorted(ends, begins[-1] + self._mixed)) + 1)
+            begins.append(int(ends[first[-1] - 1]))
+        if begins[-1] == ends[-1]:
+            del first[-1], begins[-1]
+        return order, np.array(first), np.array(begins)
+
+    def _mixture(self, number, mixture):
+        """The records of a mixture, in their order."""
+        order, first, _ = self._pass(number)
+        runs = order[first[mixture] : first[mixture + 1] if mixture + 1 < len(first) else None]
+        records = np.concatenate([self._begins[run] + np.arange(self._runs[run]) for run in runs])
+        return np.random.default_rng((self._seed, number, mixture)).permutation(records)
 
 
 def _stacked(pool: futures.Executor, records: grain.MapDataset, numbers: list[int]) -> dict[str, np.ndarray]:

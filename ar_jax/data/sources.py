@@ -2,32 +2,42 @@
 
 import dataclasses
 import difflib
+import inspect
 import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
-from ar_jax.data.base import Data, Source, Unreadable
+from ar_jax.data.base import Data, Info, Source, Unreadable
 from ar_jax.data.captions import with_text
 from ar_jax.data.digits import idx, mnist5k
 from ar_jax.data.emoji import emoji
 from ar_jax.data.folder import image_folder
+from ar_jax.data.huggingface import huggingface
 from ar_jax.data.packed import array_record, tokens
+from ar_jax.data.parquet import parquet
 from ar_jax.data.tfds import tfds
+from ar_jax.data.webdataset import webdataset
+from ar_jax.files import codec
+from ar_jax.machine import distributed
 
-SOURCES = {
+SOURCES = {  # functions of `Data`, and of a `part` (index, count) if they can open a part of their files only
     "mnist5k": mnist5k,
     "image_folder": image_folder,
+    "webdataset": webdataset,
+    "huggingface": huggingface,
+    "parquet": parquet,
     "array_record": array_record,
     "tfds": tfds,
     "idx": idx,
     "emoji": emoji,
     "tokens": tokens,
 }
+OwnSource = Callable[[Data], Source] | Callable[[Data, tuple[int, int]], Source]
 
 
 def open_source(data: Data) -> Source:
-    """Opens the data set `data` names; a new one is a function in `SOURCES`.
+    """Opens the data set `data` names; a new one is a function in `SOURCES`, or one of your own in a trusted module.
 
     With `data.unreadable` skip the source also has `unreadable`, a list of the records it had to replace.
 
@@ -38,10 +48,15 @@ def open_source(data: Data) -> Source:
 
 
 class Opened:
-    """`open_source` that opens everything once: who asks again gets the same source, with other text or none as well."""
+    """`open_source` that opens everything once: who asks again gets the same source, with other text or none as well.
 
-    def __init__(self):
-        self._sources: dict[Data, Source] = {}
+    Args:
+      part: with `data.shards` split, the part of the shards to open, of so many; processes with different parts open the same
+        data in the same order.
+    """
+
+    def __init__(self, part: tuple[int, int] = (0, 1)):
+        self._part, self._sources = part, {}
 
     def __call__(self, data: Data) -> Source:
         if data not in self._sources:
@@ -51,11 +66,28 @@ class Opened:
     def _open(self, data: Data) -> Source:
         bare = plain(data)
         if data == bare:
-            return _function(data.name)(data)
+            return self._bare(data)
         source = self(bare)
         if data.text:
             source = with_text(source, data)
-        return Skipping(source, data.unreadable_limit) if data.unreadable == "skip" else source
+        if data.unreadable == "skip" and not hasattr(source, "gather"):  # of arrays every record can be read
+            return Skipping(source, data.unreadable_limit)
+        return source
+
+    def _bare(self, data: Data) -> Source:
+        function = _function(data.name)
+        if data.shards == "all":
+            return function(data)
+        if "part" not in inspect.signature(function).parameters:
+            raise ValueError(
+                f"data.shards is split, but data.name={data.name} has no shards to deal out; set it to all"
+            )
+        source = function(data, self._part)
+        # of labels without names, other parts may have larger ones
+        classes = int(distributed.gathered(source.info.classes).max())
+        if classes != source.info.classes:
+            source.info = dataclasses.replace(source.info, classes=classes)
+        return source
 
 
 def plain(data: Data) -> Data:
@@ -65,14 +97,34 @@ def plain(data: Data) -> Data:
     )
 
 
-def _function(name: str) -> Callable[[Data], Source]:
-    if name not in SOURCES:
-        near = difflib.get_close_matches(name, SOURCES, 1)
-        raise ValueError(
-            f"data.name is {name!r}; it must be one of {', '.join(SOURCES)}"
-            + (f"; is {near[0]} meant?" if near else "")
-        )
-    return SOURCES[name]
+def _function(name: str) -> Callable[..., Source]:
+    if name in SOURCES:
+        return SOURCES[name]
+    if ":" in name:
+        return codec.decode({"function": name}, OwnSource, "data.name")
+    near = difflib.get_close_matches(name, SOURCES, 1)
+    raise ValueError(
+        f"data.name is {name!r}; it must be one of {', '.join(SOURCES)}, or my_module:function"
+        + (f"; is {near[0]} meant?" if near else "")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """`count` evenly spaced records of a source."""
+
+    source: Source
+    count: int
+
+    @property
+    def info(self) -> Info:
+        return self.source.info
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.source[index * len(self.source) // self.count]
 
 
 class Skipping:
@@ -84,6 +136,8 @@ class Skipping:
         self._lock = threading.Lock()
         if source.info.captions:
             self.captions = source.captions
+        if hasattr(source, "runs"):
+            self.runs = source.runs
 
     @property
     def unreadable(self) -> list[str]:

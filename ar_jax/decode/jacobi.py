@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ar_jax.decode.sequential import Account, Claim, Task, keys_of
+from ar_jax.decode.sequential import Account, Claim, Task, check_cache, keys_of
 from ar_jax.generators.base import Setting, State
+from ar_jax.nets.attention import Kept
 from ar_jax.orders import to_slots
 from ar_jax.typing import Array, Index, Int, Key, Tokens
 
@@ -26,10 +27,15 @@ class Jacobi:
 
     window: int = 16
     """Tokens that are guessed together."""
+    cache: Kept = "own"
+    """See `Sequential`."""
 
-    claim = Claim.SAME_TOKENS
+    @property
+    def claim(self) -> Claim:
+        return Claim.SAME_TOKENS if self.cache == "own" else Claim.APPROXIMATE
 
     def __post_init__(self):
+        check_cache(self.cache)
         if self.window < 1:
             raise ValueError(f"decoder.window is {self.window}; it must be 1 or more")
 
@@ -47,7 +53,7 @@ class Jacobi:
             )
         if task.knobs.soften is not None:
             raise ValueError("soft draws mixtures of codes, but decoder Jacobi compares codes; give one of them")
-        images, n, setting = task.images, order.n, task.setting()
+        images, n, setting = task.images, order.n, task.setting(self.cache)
         window = min(self.window, n)
 
         def body(carry):
@@ -68,7 +74,7 @@ class Jacobi:
             accepted = accepted.at[:, calls.max()].set(many)
             return state, first + many, calls + (first < n), accepted
 
-        state = task.call(task.call(setting, images, method="begin"), n, setting, method="grow")
+        state = task.call(task.begin(setting), n, setting, method="grow")
         zero = jnp.zeros(images, jnp.int32)
         carry = (task.known(state), zero, zero, jnp.zeros((images, n), jnp.int32))
         state, _, calls, accepted = lax.while_loop(lambda carry: (carry[1] < n).any(), body, carry)

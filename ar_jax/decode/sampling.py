@@ -1,7 +1,6 @@
 """How images are drawn, as one value made of parts: what a config says, a model folder keeps and a command changes."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from ar_jax.decode.sequential import Account, Sequential, Task
 from ar_jax.decode.temperature import Constant, KnownScales
 from ar_jax.files import codec
 from ar_jax.generators.base import Frozen, Knobs
+from ar_jax.machine.flops import with_fields
 from ar_jax.orders import Order, OrderFn
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Batch, Float, Key, Params, Tokens
@@ -101,9 +101,19 @@ class Sampling:
         *,
         keys: Key[Array, "b"],
         edit: Edit | None = None,
+        pixels: Any = None,
     ) -> tuple[Float[Array, "b h w c"], Account]:
-        """Draws tokens with a generator, all or those that an edit leaves free, and decodes them."""
-        frozen, source = functools.partial(tokenizer.apply, {"params": tokenizer_params}), None
+        """Draws tokens with a generator, all or those that an edit leaves free, and decodes them.
+
+        Args: as of `tokens`, and
+          pixels: dtype of the tokenizer's layers in decoding, where its images are float32 still; None is their own.
+        """
+        shown, source = tokenizer if pixels is None else with_fields(tokenizer, dtype=pixels), None
+
+        def frozen(*arguments, method, **keywords):
+            module = shown if method == "decode" else tokenizer
+            return module.apply({"params": tokenizer_params}, *arguments, method=method, **keywords)
+
         if edit is not None:
             source, frozen = hold(tokenizer, frozen, edit)
         tokens, account = self.tokens(generator, params, batch, order, tokenizer=frozen, keys=keys, source=source)

@@ -3,7 +3,8 @@
 import dataclasses
 import enum
 import functools
-from typing import Any
+import itertools
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,12 @@ from flax import struct
 
 from ar_jax.decode.edit import Source, keep
 from ar_jax.generators.base import Frozen, Knobs, Setting, Step
+from ar_jax.nets.attention import Kept
 from ar_jax.nets.conditioning import paired
 from ar_jax.orders import Order, scan_steps, to_slots
 from ar_jax.typing import Array, Batch, Key, Params, Tokens
+
+LONG = 128  # steps from which on a cache that grows in parts saves more than compiling them costs
 
 
 class Claim(enum.Enum):
@@ -78,34 +82,68 @@ class Task:
         """A method of the generator."""
         return self.generator.apply({"params": self.params}, *arguments, method=method)
 
-    def setting(self) -> Setting:
-        """What stays the same in all steps; guided images have a row with and a row without their condition."""
+    def setting(self, kept: Kept = "own") -> Setting:
+        """What stays the same in all steps; guided images have a row with and a row without their condition.
+
+        Args:
+          kept: see `Setting`.
+        """
         cond = self.call(self.batch, jnp.zeros(self.images, bool), method="condition")
         if self.guided:
             cond = paired(cond, self.call(self.batch, jnp.ones(self.images, bool), method="condition"))
-        return Setting(cond, self.order, self.knobs, self.tokenizer)
+        return Setting(cond, self.order, self.knobs, self.tokenizer, kept)
+
+    def begin(self, setting: Setting) -> Any:
+        """The state before the first step.
+
+        Raises:
+          ValueError: the generator has no cache that could be kept otherwise.
+        """
+        state = self.call(setting, self.images, method="begin")
+        if setting.kept != "own" and getattr(state, "cache", None) is None:
+            raise ValueError(
+                f"decoder.cache is {setting.kept!r}, but this {type(self.generator).__name__} keeps no cache"
+            )
+        return state
 
     def known(self, state: Any) -> Any:
         """A state with the tokens that are known beforehand in their places."""
         return state if self.source is None else state.replace(tokens=keep(state.tokens, self.source, self.order))
 
 
+def check_cache(kept: str) -> None:
+    """Raises a ValueError if a cache cannot be kept so."""
+    if kept not in get_args(Kept):
+        raise ValueError(f"decoder.cache is {kept!r}; it must be one of {', '.join(get_args(Kept))}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Sequential:
     """One step of the order after the other."""
 
-    segments: int = 1
-    """Parts in which the cache grows (see `scan_steps`): more read less memory and compile longer."""
+    segments: int = 0
+    """Parts in which the cache grows (see `scan_steps`): more read less memory and compile longer. 0 is 4 where at least 128
+    equal steps fill one, else 1."""
+    cache: Kept = "own"
+    """How keys and values are kept: in the dtype of the products, or in a byte each, with an error of half a percent."""
 
-    claim = Claim.SAME_TOKENS
+    @property
+    def claim(self) -> Claim:
+        return Claim.SAME_TOKENS if self.cache == "own" else Claim.APPROXIMATE
 
     def __post_init__(self):
-        if self.segments < 1:
-            raise ValueError(f"decoder.segments is {self.segments}; it must be 1 or more")
+        check_cache(self.cache)
+        if self.segments < 0:
+            raise ValueError(f"decoder.segments is {self.segments}; it must be 1 or more, or 0 to choose")
+
+    def parts(self, order: Order, cached: bool) -> int:
+        """Into how many parts a run of equal steps of an order is cut, with a cache or without."""
+        longest = max(len(list(run)) for _, run in itertools.groupby(order.rooms or order.sizes))
+        return self.segments or (4 if cached and longest >= LONG else 1)
 
     def __call__(self, task: Task) -> tuple[Tokens, Account]:
         """Tokens in slot order, with `knobs.soften` the vectors in their place; and what drawing took."""
-        order, setting = task.order, task.setting()
+        order, setting = task.order, task.setting(self.cache)
         if task.source is not None and task.knobs.soften is not None:
             source = task.source.replace(tokens=task.tokenizer(task.source.tokens, method="embed"))
             task = dataclasses.replace(task, source=source)
@@ -118,8 +156,9 @@ class Sequential:
             return task.known(task.call(state, ranks, setting, method="grow"))
 
         done = task.source.ranks if task.source else 0
-        state = task.call(setting, task.images, method="begin")
-        state = scan_steps(order.sizes, step, state, rooms=order.rooms, done=done, grow=grow, segments=self.segments)
+        state = task.begin(setting)
+        segments = self.parts(order, getattr(state, "cache", None) is not None)
+        state = scan_steps(order.sizes, step, state, rooms=order.rooms, done=done, grow=grow, segments=segments)
         return to_slots(state.tokens, order), self.account(task.generator, order, task.images, done)
 
     def account(self, generator: Any, order: Order, images: int, done: int = 0) -> Account:

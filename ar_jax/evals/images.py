@@ -1,5 +1,6 @@
 """Sets of images to judge: .npz files, folders, data sets; read a few at a time, never held as a whole."""
 
+import dataclasses
 import functools
 import hashlib
 import threading
@@ -11,7 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ar_jax.data import Data, Source, centre_crop, open_source, plain, read_image
+from ar_jax.data import Data, centre_crop, open_source, plain, read_image
+from ar_jax.machine.distributed import cores
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -168,7 +170,7 @@ class Folder:
         return len(self._files)
 
     def read(self, rows: range) -> np.ndarray:
-        with futures.ThreadPoolExecutor() as pool:
+        with futures.ThreadPoolExecutor(cores()) as pool:
             return np.stack(list(pool.map(self._one, rows)))
 
     def _one(self, row):
@@ -185,16 +187,12 @@ class Folder:
 
 
 class DataImages:
-    """The images of a data set (see `ar_jax.data`), centre-cropped to its size; `count` of them, spread evenly.
-
-    Args:
-      source: of `data`, if it is open.
-    """
+    """The images of a data set (see `ar_jax.data`), centre-cropped to its size; `count` of them, spread evenly."""
 
     stamp = 0
 
-    def __init__(self, data: Data, count: int = 0, source: Source | None = None):
-        self._source = open_source(plain(data)) if source is None else source
+    def __init__(self, data: Data, count: int = 0):
+        self._source = open_source(dataclasses.replace(plain(data), shards="all"))
         self._size, self._count = data.size, min(count or len(self._source), len(self._source))
         self.classes = self._source.info.classes
         self.where, self.size = f"{data.name} {data.path}({data.split})", (data.size, data.size)
@@ -205,7 +203,7 @@ class DataImages:
     def labels(self) -> np.ndarray | None:
         if not self._source.info.classes:
             return None
-        with futures.ThreadPoolExecutor() as pool:
+        with futures.ThreadPoolExecutor(cores()) as pool:
             return np.array(list(pool.map(lambda i: self._source[self._at(i)]["label"], range(len(self)))))
 
     def _at(self, row):
@@ -215,7 +213,7 @@ class DataImages:
         return self._count
 
     def read(self, rows: range) -> np.ndarray:
-        with futures.ThreadPoolExecutor() as pool:
+        with futures.ThreadPoolExecutor(cores()) as pool:
             return np.stack(list(pool.map(lambda i: centre_crop(self._source[self._at(i)]["image"], self._size), rows)))
 
 

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 
 from ar_jax.config import Stage
-from ar_jax.data import Data, Source, batches
+from ar_jax.data import Data, Source, Spread, batches
 from ar_jax.evals.extract import Extractor
-from ar_jax.evals.images import DataImages
 from ar_jax.evals.metrics import Gaussian, Moments, frechet
 from ar_jax.evals.networks import PROTOCOLS, Network, open_network
+from ar_jax.machine import distributed
 from ar_jax.machine.sharding import batch_sharding, padded, put, replicated
 from ar_jax.train.recipes import Recipe
 from ar_jax.typing import Params
@@ -54,7 +54,8 @@ class Evaluation:
         network = network or open_network("efficientnet-lite0", PROTOCOLS["clean-fid"])
         devices = len(jax.local_devices())
         self._extract = Extractor(network, -(-32 // devices) * devices)
-        self._real, self._count = DataImages(real, stage.evaluate_images, real_source), stage.evaluate_images
+        count = int(distributed.agreed(min(stage.evaluate_images, len(real_source))))
+        self._real, self._count = (Spread(real_source, count), real), stage.evaluate_images
         self._batches = source, data, stage.preview_images
         self._frozen, self._mesh = put(recipe.frozen, replicated(mesh)), mesh
         # the preview of a tokenizer shows pairs of an image and its reconstruction
@@ -64,8 +65,8 @@ class Evaluation:
 
     def __call__(self, params: Params) -> dict[str, float]:
         if self._reference is None:
-            parts = (range(i, min(i + 256, len(self._real))) for i in range(0, len(self._real), 256))
-            self._reference = self._gaussian(self._real.read(rows) for rows in parts)
+            parts = batches(*self._real, batch=256, seed=0, train=False)
+            self._reference = self._gaussian(batch["image"] for batch in parts)
         return {"fd": frechet(self._gaussian(self._images(params)), self._reference)}
 
     def _images(self, params):

@@ -65,6 +65,7 @@ def make(paths: Sequence[Path], write: Callable[[int, Path], None]) -> None:
         part = paths[i].with_name(f"{paths[i].name}.{uuid.uuid4().hex[:8]}.part")
         try:
             write(i, part)
+            part.chmod(0o644)  # safetensors' are for the user alone
             os.replace(part, paths[i])
         finally:
             part.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from ar_jax import __version__
 from ar_jax.config import Experiment
@@ -24,6 +25,7 @@ from ar_jax.data import Data, Info
 from ar_jax.decode.sampling import Sampling, read_sampling
 from ar_jax.files import codec, words
 from ar_jax.files.trust import Untrusted
+from ar_jax.machine.sharding import shard
 from ar_jax.nets.linear import cast
 from ar_jax.orders import OrderFn
 from ar_jax.tokenizers.vqgan import VQGAN
@@ -68,23 +70,41 @@ class Model:
     settings: dict[str, Any]
     checkpoint: str = "newest"
 
-    def params(self, dtype: Any = None, average: bool = True) -> Params:
+    def params(
+        self, dtype: Any = None, average: bool = True, mesh: jax.sharding.Mesh | None = None, unrolled: bool = False
+    ) -> Params:
         """The parameters: those of a converted folder, or a checkpoint's moving average (if it keeps one).
 
         Args:
           dtype: of kernels and embeddings (see `nets.linear.cast`); None leaves them as they are.
           average: False takes the trained parameters instead of their average.
+          mesh: the devices over which they are divided as the module's rules say, each reading its own part; None is this
+            process's first device, for all of them.
+          unrolled: in the layout of `Generator.unrolled`.
         Raises:
           ValueError: there is no such checkpoint, or it is of another model.
         """
         if not jax.tree.leaves(self.shapes):
             return self.shapes
-        folder, part = self.place(average)
+        (folder, part), like, become = self.place(average), self.shapes, None
+        if dtype is not None:
+            like = jax.eval_shape(functools.partial(cast, dtype=dtype), like)
+        if unrolled:
+            after = jax.eval_shape(lambda params: self.module.unrolled(params)[1], like)
+            layout = mesh and flatten_dict(shard(after, mesh, self.module.by_layer().rules))
+
+            def become(path, leaf):
+                slices = functools.partial(self.module.slices, path)
+                where = mesh and {name: layout[name] for name in jax.eval_shape(slices, leaf)}
+                return jax.jit(slices, out_shardings=where)(leaf)
+
+        if mesh is not None:
+            layout_of_files = shard(like, mesh, self.module.rules)
+            like = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), like, layout_of_files)
         try:
-            params = checkpoint.load_params(folder, self.shapes, part)
+            return checkpoint.load_params(folder, like, part, become)
         except ValueError as error:
             raise ValueError(f"{self.folder / 'model.json'} and its parameters: {error}") from error
-        return params if dtype is None else cast(params, dtype)
 
     @functools.cached_property
     def shapes(self) -> Params:

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ar_jax.data import Info
 from ar_jax.machine.sharding import Rules
+from ar_jax.nets.attention import Kept
 from ar_jax.nets.conditioning import Cond
 from ar_jax.orders import Order, whole
 from ar_jax.tokens import TokenSpec
@@ -47,12 +49,14 @@ class Setting:
       order: what each step reveals.
       knobs: guidance, temperature, filter.
       tokenizer: calls a method of the frozen tokenizer, `tokenizer(tokens, method="embed")`; LlamaGen needs none.
+      kept: how a cache keeps keys and values (see `nets.attention.Int8`).
     """
 
     cond: Cond
     order: Order
     knobs: Knobs
     tokenizer: Frozen | None = struct.field(pytree_node=False, default=None)
+    kept: Kept = struct.field(pytree_node=False, default="own")
 
 
 @struct.dataclass
@@ -124,7 +128,18 @@ class Generator(nn.Module):
 
     def unrolled(self, params: Params) -> tuple["Generator", Params]:
         """The same generator laid out for decoding one token a step; itself, if a step computes too many rows to gain."""
-        return self, params
+        laid_out = {}
+        for path, leaf in flatten_dict(params).items():
+            laid_out |= self.slices(path, leaf)
+        return self.by_layer(), unflatten_dict(laid_out)
+
+    def by_layer(self) -> "Generator":
+        """The module of `unrolled`."""
+        return self
+
+    def slices(self, path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:
+        """What becomes of one parameter in `unrolled`."""
+        return {path: leaf}
 
     def multiplied(self, params: Params) -> Params:
         """Parameters for many calls: every part's kernels in the dtype in which it multiplies."""

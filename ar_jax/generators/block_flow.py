@@ -155,7 +155,7 @@ class BlockFlow(Generator):
         return self.output(h), cache
 
     def begin(self, setting: Setting, images: int) -> State:
-        return State(self.spec.zeros(images), self.backbone.empty_cache(len(setting.cond.rows)))
+        return State(self.spec.zeros(images), self.backbone.empty_cache(len(setting.cond.rows), setting.kept))
 
     def grow(self, state: State, ranks: int, setting: Setting) -> State:
         return state.replace(cache=state.cache.grow(ranks))

@@ -18,10 +18,10 @@ from ar_jax.nets.conditioning import Cond
 from ar_jax.nets.gated import EncoderDecoder
 from ar_jax.nets.linear import output_major
 from ar_jax.nets.positions import NOWHERE
-from ar_jax.nets.transformer import Backbone, Cache, unrolled
+from ar_jax.nets.transformer import Backbone, Cache, slices
 from ar_jax.orders import NEVER, Order, to_ranks
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Metrics, Params, PRNGKey, Share, Tokens, typed
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Metrics, PRNGKey, Share, Tokens, typed
 
 
 class Causal(Generator):
@@ -57,18 +57,16 @@ class Causal(Generator):
     def on(self, spec: TokenSpec) -> "Causal":
         return Generator.on(self.clone(inputs=self.inputs.clone(width=self.backbone.width)), spec)
 
-    def unrolled(self, params: Params) -> tuple["Causal", Params]:
-        """The same generator laid out for decoding (see `transformer.unrolled`)."""
-        networks, heads, changed = self.parts(Backbone), self.parts(Categorical), dict(params)
-        for name, module in networks.items():
-            changed[name] = unrolled(params[name], module.layers)
-        for name in heads:
-            changed[name] = output_major(params[name])
-        module = self.clone(
-            **{name: module.clone(unroll=True) for name, module in networks.items()},
-            **{name: module.clone(output_major=True) for name, module in heads.items()},
+    def by_layer(self) -> "Causal":
+        return self.clone(
+            **{name: module.clone(unroll=True) for name, module in self.parts(Backbone).items()},
+            **{name: module.clone(output_major=True) for name, module in self.parts(Categorical).items()},
         )
-        return module, changed
+
+    def slices(self, path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:
+        if path[0] in self.parts(Categorical):
+            return {path: output_major(path[-1], leaf)}
+        return slices(path, leaf) if path[0] in self.parts(Backbone) else {path: leaf}
 
     def example(self) -> tuple[Order, Frozen | None]:
         return self.inputs.example()
@@ -135,7 +133,7 @@ class Causal(Generator):
         cond, order = setting.cond, setting.order
         self.inputs.check(order)
         rows, p, _ = cond.rows.shape
-        cache = self.backbone.empty_cache(rows)
+        cache = self.backbone.empty_cache(rows, setting.kept)
         if p > 1:
             step, nowhere = cond.step[:-1], jnp.full((1, p - 1, 3), NOWHERE)
             before = Rows(step, nowhere, keys=step, valid=_valid(cond, p - 1))

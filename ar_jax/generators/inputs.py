@@ -106,6 +106,8 @@ class NextScale(nn.Module):
     width: int = 0
     spec: TokenSpec | None = None
 
+    no_decay = ("start", "position", "level")
+
     def complete(self, spec: TokenSpec) -> "NextScale":
         return self.clone(spec=spec)
 

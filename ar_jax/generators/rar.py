@@ -88,6 +88,8 @@ class StartLabel(Label):
     Attributes: see `Label`; "no class" is the table's last row.
     """
 
+    no_decay = ("position",)
+
     @nn.compact
     @typed
     def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
@@ -97,7 +99,7 @@ class StartLabel(Label):
         std = nn.initializers.normal(self.std)
         table = self.param("embedding", std, (self.classes + 2, self.width))
         position = self.param("position", std, (2, self.width))
-        start = self.param("cls", nn.initializers.zeros, (self.width,))  # weight decay has it, unlike those named start
+        start = self.param("cls", nn.initializers.zeros, (self.width,))
         label = look_up(table, 1 + jnp.where(drop, self.classes, batch["label"]))
         rows = jnp.stack([jnp.broadcast_to(start, label.shape), label], axis=1) + position
         return Cond(rows, mod=label)
@@ -113,6 +115,8 @@ class Aimed(Previous):
     """
 
     rows: int = 0
+
+    no_decay = ("position",)
 
     def setup(self):
         super().setup()
@@ -199,8 +203,6 @@ class Placed(Plain):
         return self if self.rows else self.clone(rows=spec.n + 1)
 
     def setup(self):
-        if self.width % self.heads:
-            raise ValueError(f"backbone.heads must divide backbone.width, got {self.heads} and {self.width}")
         sizes = (
             self.width, self.heads, self.hidden or 4 * self.width, self.dropout, self.attention_dropout, self.eps,
             self.dtype, self.unroll,

@@ -84,6 +84,8 @@ class JointNet(Backbone):
     out: int = 16
     cross: bool = True
 
+    turned = True
+
     def setup(self):
         def dense(features, out_dtype=None):
             return Linear(features, self.dtype, out_dtype, xavier, bias=True)
@@ -154,12 +156,7 @@ class JointFlow(Flow):
     def setup(self):
         if self.times not in ("uniform", "logit_normal"):
             raise ValueError(f"head.times is {self.times!r}; it must be uniform or logit_normal")
-        heads = self.heads or self.width // 64
-        if not heads or self.width % heads or self.width // heads % 4:
-            raise ValueError(
-                f"head.width / head.heads must be a multiple of 4 (2 axes x 2 channels of a rotary pair), got "
-                f"{self.width} / {heads}"
-            )
+        heads = self.heads or self.width // 64 or 1
         self.net = JointNet(
             self.depth, self.width, heads, self.dtype, self.remat, out=self.channels, cross=self.cross
         )  # fmt: skip

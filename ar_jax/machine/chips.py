@@ -14,6 +14,7 @@ class Chip:
       bandwidth: of that memory, bytes per second.
       link: of one port of the interconnect in one direction, bytes per second; a torus axis has two ports.
       source: where the figures are published.
+      dcn: a chip's part of the data centre's network between slices, bytes per second; 0 where it is not published.
     """
 
     flops: float
@@ -21,12 +22,13 @@ class Chip:
     bandwidth: float
     link: float
     source: str
+    dcn: float = 0.0
 
 
 _CLOUD = "docs.cloud.google.com/tpu/docs/"
-_V5E = Chip(197e12, 16e9, 819e9, 50e9, _CLOUD + "v5e")
+_V5E = Chip(197e12, 16e9, 819e9, 50e9, _CLOUD + "v5e", 3.125e9)
 _V5P = Chip(459e12, 95e9, 2765e9, 100e9, _CLOUD + "v5p")
-_V6E = Chip(918e12, 32e9, 1638e9, 100e9, _CLOUD + "v6e")
+_V6E = Chip(918e12, 32e9, 1638e9, 100e9, _CLOUD + "v6e", 12.5e9)
 # By JAX's `device_kind`, in full: an H100 on PCIe is not one on SXM. Datasheets of GPUs give operations on sparse matrices;
 # these are half of them. The link of a GPU is one NVLink, or the PCIe slot where it has none.
 CHIPS = {

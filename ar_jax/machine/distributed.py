@@ -231,6 +231,13 @@ def agreed(values: Any) -> Any:
     return multihost_utils.broadcast_one_to_all(values)
 
 
+def gathered(number: int) -> np.ndarray:
+    """The numbers (below 2^31) that the processes have, int [processes]."""
+    if jax.process_count() == 1:
+        return np.array([number])
+    return multihost_utils.process_allgather(np.int32(number))
+
+
 def seen(paths: Sequence[Path], patience: float = 30.0) -> bool:
     """Whether files are there, those of other processes after a while: a network file system shows them late."""
     end = time.monotonic() + patience

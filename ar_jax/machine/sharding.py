@@ -37,8 +37,10 @@ class MeshShape:
 def make_mesh(shape: MeshShape = MeshShape(), devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """The mesh over all devices. Networks find it by `jax.set_mesh`.
 
+    TPU slices, which only the data centre's network joins, lie along `data`: nothing but gradients crosses it.
+
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or `data` not to that of TPU slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [shape.data, shape.fsdp, shape.tp]
@@ -50,8 +52,18 @@ def make_mesh(shape: MeshShape = MeshShape(), devices: Sequence[Any] | None = No
             f"that number, and at most one may be -1 (fill)"
         )
     sizes = [len(devices) // rest if size == -1 else size for size in sizes]
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if sizes[0] % slices:
+        raise ValueError(
+            f"mesh.data is {sizes[0]} on {slices} TPU slices; it must be a multiple of their number, for fsdp and tp stay "
+            "within a slice"
+        )
     # neighbours on a TPU's torus become neighbours on an axis; an axis may be part of one of the torus
-    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+        placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -160,6 +172,24 @@ def batch_rows(mesh: jax.sharding.Mesh, batch: int, name: str = "batch") -> np.n
         raise ValueError(f"{name} is {batch}; it must be a positive multiple of the {shares} batch shares of the mesh")
     held = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
     return np.unique(np.concatenate([np.arange(batch)[rows] for rows in held]))
+
+
+def batch_part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """Which part of every batch this process's devices hold, of how many; processes that hold the same rows have the same.
+
+    Raises:
+      ValueError: processes hold some of their rows together and others not.
+    """
+    shares, held = mesh.shape["data"] * mesh.shape["fsdp"], {}
+    for device, (rows,) in batch_sharding(mesh).devices_indices_map((shares,)).items():
+        held.setdefault(device.process_index, set()).update(range(shares)[rows])
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) > shares:
+        raise ValueError(
+            f"on the mesh {dict(mesh.shape)} processes share some rows of a batch and not others, so shards cannot be dealt "
+            "out; set data.shards to all, or choose another mesh"
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
 def padded(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:

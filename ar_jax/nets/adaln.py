@@ -11,7 +11,7 @@ from flax import struct
 from jax import lax
 
 from ar_jax.machine.sharding import BATCH, Rules, constrain
-from ar_jax.nets.attention import Rows, join_heads, remember, split_heads
+from ar_jax.nets.attention import Kept, Rows, join_heads, remember, split_heads
 from ar_jax.nets.linear import Linear, product
 from ar_jax.nets.transformer import Backbone, Cache
 from ar_jax.tokenizers.quantize import normalise
@@ -51,6 +51,8 @@ class Block(nn.Module):
     out_std: float
     dtype: Any
     output_major: bool
+
+    no_decay = ("q_bias", "v_bias", "log_scale")
 
     def setup(self):
         def dense(features, std, bias=True):
@@ -121,9 +123,9 @@ class AdaLN(Backbone):
     depth: int = 0
     eps: float = 1e-6
 
+    no_decay = ("table",)
+
     def setup(self):
-        if self.width % self.heads:
-            raise ValueError(f"backbone.heads must divide backbone.width, got {self.heads} and {self.width}")
         if self.sees not in ("past", "step"):
             raise ValueError(f"backbone.sees is {self.sees!r}; it must be past or step")
         std = (3 * self.width) ** -0.5
@@ -145,8 +147,8 @@ class AdaLN(Backbone):
         outputs, inputs = self.divided
         return (r"/(qkv|up)/kernel$", outputs), (r"/(out|down)/kernel$", inputs)
 
-    def empty_cache(self, batch: int) -> Cache | None:
-        return None if self.sees == "step" else super().empty_cache(batch)
+    def empty_cache(self, batch: int, kept: Kept = "own") -> Cache | None:
+        return None if self.sees == "step" else super().empty_cache(batch, kept)
 
     def modulate(self, vector: Float[Array, "B d"]) -> Modulation:
         """What the condition's vector does to this network, computed once for all layers and steps."""

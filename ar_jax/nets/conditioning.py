@@ -106,6 +106,8 @@ class Caption(nn.Module):
     rows: int = 0
     features: int = 0
 
+    no_decay = ("uncond",)
+
     def complete(self, info: Info) -> "Caption":
         if not info.text_width:
             raise ValueError(

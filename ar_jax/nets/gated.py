@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from ar_jax.machine.sharding import BATCH, Rules, constrain
-from ar_jax.nets.attention import Rows, Sight, attend, join_heads, remember, split_heads
+from ar_jax.nets.attention import Kept, Rows, Sight, attend, join_heads, remember, split_heads
 from ar_jax.nets.linear import Linear, look_up
 from ar_jax.nets.mlp import xavier
 from ar_jax.nets.positions import rotary, rotate, stretched
@@ -192,12 +192,9 @@ class Gated(Backbone):
     attention_dropout: Share = 0.0
     base: Annotated[float, Within(1, 2**24)] = 10000.0
 
+    turned = True
+
     def setup(self):
-        if self.width % self.heads or self.width // self.heads % 4:
-            raise ValueError(
-                f"backbone.width / backbone.heads must be a multiple of 4 (2 axes x 2 channels of a rotary pair), "
-                f"got {self.width} / {self.heads}"
-            )
         sizes = (
             self.width, self.heads, self.hidden, self.dropout, self.attention_dropout, self.dtype, self.unroll
         )  # fmt: skip
@@ -281,9 +278,9 @@ class EncoderDecoder(nn.Module):
         """What tensor parallelism divides (see `sharding.shard`)."""
         return gated_rules()
 
-    def empty_cache(self, batch: int) -> Cache:
+    def empty_cache(self, batch: int, kept: Kept = "own") -> Cache:
         """A cache without rows; `Cache.grow` makes room."""
-        caches = [stack.empty_cache(batch) for stack in (self.encoder, self.decoder)]
+        caches = [stack.empty_cache(batch, kept) for stack in (self.encoder, self.decoder)]
         return Cache(tuple(cache.k for cache in caches), tuple(cache.v for cache in caches))
 
     def modulate(self, vector: Float[Array, "B d"] | None) -> Condition:

@@ -64,13 +64,9 @@ class Linear(nn.Module):
         return checkpoint_name(y, PRODUCT)
 
 
-def output_major(params: Params) -> Params:
-    """Parameters of `Linear` layers for `output_major=True`: every kernel transposed."""
-
-    def one(path, leaf):
-        return jnp.swapaxes(leaf, -1, -2) if path[-1].key == "kernel" else leaf
-
-    return jax.tree_util.tree_map_with_path(one, params)
+def output_major(name: str, leaf: Array) -> Array:
+    """A parameter of a `Linear` layer for `output_major=True`: kernels are transposed."""
+    return jnp.swapaxes(leaf, -1, -2) if name == "kernel" else leaf
 
 
 def cast(params: Params, dtype: Any) -> Params:

@@ -10,11 +10,11 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from ar_jax.machine.sharding import BATCH, Rules, constrain
-from ar_jax.nets.attention import ATTENTION, Rows, join_heads, remember, split_heads
+from ar_jax.nets.attention import ATTENTION, Int8, Kept, Rows, join_heads, remember, split_heads
 from ar_jax.nets.linear import PRODUCT, Linear, output_major
 from ar_jax.nets.positions import rotary, rotate
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Float, Layers, Params, Share, Unstored, Within, typed
+from ar_jax.typing import Array, Float, Layers, Share, Unstored, Within, typed
 
 init = nn.initializers.normal(0.02)
 
@@ -30,7 +30,7 @@ class Cache:
     """Keys and values of the rows seen so far.
 
     Attributes:
-      k, v: [l B h r e], or one [B h r e] per layer if the network is unrolled.
+      k, v: [l B h r e], or one [B h r e] per layer if the network is unrolled; arrays or `Int8`.
     """
 
     k: Any
@@ -72,7 +72,7 @@ class Backbone(nn.Module):
       dtype: of the matrix products; parameters stay float32.
       remat: what the backward pass computes again to save memory: "none", "dots" (all but matrix products and
         attention) or "full" (everything inside a block).
-      unroll: the layout for decoding, one tree of output-major kernels per layer instead of stacked ones (see `unrolled`).
+      unroll: the layout for decoding, one tree of output-major kernels per layer instead of stacked ones (see `slices`).
     """
 
     layers: Layers
@@ -81,6 +81,8 @@ class Backbone(nn.Module):
     dtype: Any = jnp.float32
     remat: Literal["none", "dots", "full"] = "none"
     unroll: Unstored = False
+
+    turned = False  # whether its heads have two-dimensional rotary positions
 
     @property
     def divided(self) -> tuple[P, P]:
@@ -102,7 +104,12 @@ class Backbone(nn.Module):
           block: called with rows, the layer's keys and values (or None) and the arguments of `run`.
           sizes: its fields.
           axes: of those arguments, 0 (one slice per layer) or `nn.broadcast`.
+        Raises:
+          ValueError: the width has no such heads, or there is no such `remat`.
         """
+        if self.width % self.heads or (self.turned and self.width // self.heads % 4):
+            need = "a multiple of 4 (2 axes x 2 channels of a rotary pair)" if self.turned else "a whole number"
+            raise ValueError(f"{type(self).__name__}: width / heads is {self.width} / {self.heads}; it must be {need}")
         if self.remat not in ("none", *REMAT):
             raise ValueError(f"backbone.remat is {self.remat!r}; it must be one of none, {', '.join(REMAT)}")
         if self.remat != "none":
@@ -130,13 +137,15 @@ class Backbone(nn.Module):
             done.append(pair)
         return x, cache and Cache(*(list(side) for side in zip(*done)))
 
-    def empty_cache(self, batch: int) -> Cache | None:
+    def empty_cache(self, batch: int, kept: Kept = "own") -> Cache | None:
         """A cache without rows; `Cache.grow` makes room."""
         shape = (batch, self.heads, 0, self.width // self.heads)
-        if self.unroll:
-            k, v = ([jnp.zeros(shape, self.dtype) for _ in range(self.layers)] for _ in "kv")
-        else:
-            k, v = (jnp.zeros((self.layers, *shape), self.dtype) for _ in "kv")
+
+        def rows(*layers):
+            x = jnp.zeros((*layers, *shape), self.dtype)
+            return Int8(x.astype(jnp.int8), x[..., :1]) if kept == "int8" else x
+
+        k, v = ([rows() for _ in range(self.layers)] if self.unroll else rows(self.layers) for _ in "kv")
         return Cache(k, v)
 
     def modulate(self, vector: Float[Array, "B d"] | None) -> Any:
@@ -194,12 +203,9 @@ class Transformer(Backbone):
     base: Annotated[float, Within(1, 2**24)] = 10000.0
     eps: float = 1e-5
 
+    turned = True
+
     def setup(self):
-        if self.width % self.heads or self.width // self.heads % 4:
-            raise ValueError(
-                f"backbone.width / backbone.heads must be a multiple of 4 (2 axes x 2 channels of a rotary pair), "
-                f"got {self.width} / {self.heads}"
-            )
         hidden = self.hidden or -(-(8 * self.width // 3) // 256) * 256
         sizes = (self.width, self.heads, hidden, self.dropout, self.eps, self.dtype, self.unroll)
         self.blocks = self.stack(Block, sizes, (nn.broadcast, nn.broadcast, nn.broadcast))
@@ -228,11 +234,12 @@ class Transformer(Backbone):
         return self.norm(x), cache
 
 
-def unrolled(params: Params, layers: int) -> Params:
-    """Parameters of a `Backbone` for `unroll=True`: slices the stacked blocks once, so a decoding loop need not.
+def slices(path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:
+    """What becomes of a parameter of a `Backbone`, path (its name, "blocks", ...), with `unroll=True`: its layers one by one.
 
     Inside a loop over tokens, XLA on CPU copies every layer's slice of stacked weights anew for every token.
     """
-    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
-    blocks = output_major(params["blocks"])
-    return rest | {f"blocks_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(layers)}
+    if path[1] != "blocks":
+        return {path: leaf}
+    leaf = output_major(path[-1], leaf)
+    return {(path[0], f"blocks_{i}", *path[2:]): leaf[i] for i in range(len(leaf))}

@@ -74,8 +74,6 @@ class Plain(Backbone):
 
     @nn.nowrap
     def blocks_with(self, bias: bool) -> Any:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is no multiple of the number of heads {self.heads}")
         sizes = (
             self.width, self.heads, self.hidden or 4 * self.width, self.dropout, self.attention_dropout, bias,
             self.dtype, self.unroll,

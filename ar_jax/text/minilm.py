@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ar_jax.files.weights import read_weights
+from ar_jax.text.batches import in_batches
 from ar_jax.typing import Array, Bool, Float, Int, Params, typed
-
-BATCH = 64
 
 
 @typed
@@ -34,24 +33,8 @@ def encode(captions: list[str], rows: int) -> tuple[Float[np.ndarray, "N {rows} 
     heads, eps = sizes["num_attention_heads"], sizes["layer_norm_eps"]
     if not 2 <= rows <= sizes["max_position_embeddings"]:
         raise ValueError(f"rows must lie in 2..{sizes['max_position_embeddings']}, got {rows}")
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(rows)
-    ids = [encoding.ids for encoding in tokenizer.encode_batch(captions)]
-    features = np.zeros((len(ids), rows, sizes["hidden_size"]), np.float32)
-    mask = np.zeros((len(ids), rows), bool)
-    shortest_first = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    for start in range(0, len(ids), BATCH):
-        batch = shortest_first[start : start + BATCH]
-        width = max(16, 1 << (len(ids[batch[-1]]) - 1).bit_length())  # few widths, so few compilations
-        tokens, length = np.zeros((BATCH, width), np.int32), np.ones(BATCH, np.int32)
-        for row, i in enumerate(batch):
-            tokens[row, : len(ids[i])] = ids[i]
-            length[row] = len(ids[i])
-        hidden = np.asarray(_forward(weights, tokens, length, heads, eps))
-        for row, i in enumerate(batch):
-            features[i, rows - len(ids[i]) :] = hidden[row, : len(ids[i])]
-            mask[i, rows - len(ids[i]) :] = True
-    return features, mask
+    forward = functools.partial(_forward, weights, heads=heads, eps=eps)
+    return in_batches(tokenizer, forward, captions, rows, sizes["hidden_size"])
 
 
 def identity() -> str:
@@ -86,7 +69,7 @@ def _load() -> tuple[Any, Params, dict[str, Any]]:
     return Tokenizer.from_file(str(folder / "tokenizer.json")), weights, sizes
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnames=("heads", "eps"))
 @typed
 def _forward(
     weights: Params, tokens: Int[Array, "b r"], length: Int[Array, "b"], heads: int, eps: float

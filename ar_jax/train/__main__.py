@@ -18,18 +18,18 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from ar_jax.config import Experiment, Stage, keep_config, load_config, parse
-from ar_jax.data import Data, Info, NoSplit, Opened, Source, batches, plain
+from ar_jax.data import Data, Info, NoSplit, Opened, Spread, batches, plain
 from ar_jax.evals.training import Evaluation
 from ar_jax.files import codec
 from ar_jax.files.models import Model, describe, open_model, versions, write_json
-from ar_jax.files.trust import taken
+from ar_jax.files.trust import taken, trust
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
 from ar_jax.machine.huge_pages import use_huge_pages
-from ar_jax.machine.sharding import batch_rows, make_mesh
+from ar_jax.machine.precision import multiply_in, products
+from ar_jax.machine.sharding import batch_part, batch_rows, make_mesh
 from ar_jax.tokenize import check_cache
 from ar_jax.train.checkpoint import load_matching, save_params
 from ar_jax.train.guards import AGAIN, Stopped
@@ -52,7 +52,8 @@ def main(arguments: list[str]) -> None:
         distributed.join(experiment.launch, notices=True)
         keep_compiled()
         try:
-            train(experiment, config, overrides)
+            with multiply_in(experiment.precision):
+                train(experiment, config, overrides)
         except Stopped as stopped:
             distributed.say(f"train.py: {stopped}")
             raise SystemExit(AGAIN) from stopped
@@ -65,25 +66,30 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     `codec.encode`): a run with methods of one's own goes on without `--trust`.
     """
     written = codec.encode(experiment)
+    if ":" in experiment.data.name:
+        trust(experiment.data.name.partition(":")[0])
     run = Path(experiment.out) / experiment.name
     distributed.check_shared(run)
     mesh = make_mesh(experiment.mesh)
     for kind, stage in (("tokenizer", experiment.tokenizer), ("generator", experiment.generator)):
         if stage.steps and not stage.path:
             batch_rows(mesh, stage.batch, f"{kind}.batch")  # both batches are known to fit before either is trained on
-    opened = Opened()
+    split = experiment.data.shards == "split"
+    opened = Opened(batch_part(mesh) if split else (0, 1))
     source = opened(experiment.data)
     info = source.info
     distributed.say(
-        f"{run}: {len(source)} images of {experiment.data.name}, {info.classes or 'no'} classes, "
-        f"mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}"
+        f"{run}: {len(source)} images of {experiment.data.name}{' here' * split}, {info.classes or 'no'} classes, "
+        f"mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}, float32 is multiplied in "
+        f"{products(experiment.precision)}"
     )
     tokenizer_settings = {"data": dataclasses.asdict(experiment.data)}
     tokenizer = prepare(experiment.tokenizer, "tokenizer", run / "tokenizer", info, tokenizer_settings)
     stage, data, generator = experiment.generator, experiment.data, None
     if stage.steps or stage.path:  # both networks are known to fit before either is trained
         if stage.tokens:
-            data = dataclasses.replace(data, name="tokens", path=stage.tokens, text="")  # the cache holds the features
+            # the cache holds the features
+            data = dataclasses.replace(data, name="tokens", path=stage.tokens, text="", shards="all")
             info = opened(data).info
         if stage.module is not None:
             stage = dataclasses.replace(stage, module=stage.module.complete(tokenizer.module.spec, info))
@@ -176,7 +182,7 @@ def stage_fit(
 
 
 def load_start(stage: Stage, kind: str, params: Params) -> Params:
-    """The parameters of `stage.start` in the place of initialised ones, but for those of `stage.fresh`."""
+    """The parameters of `stage.start` in the place of shapes, but for those of `stage.fresh`."""
     folder, part = open_model(stage.start, kind).place()
     loaded, stayed, unused = load_matching(folder, params, part, stage.fresh)
     count = len(jax.tree.leaves(params))
@@ -188,7 +194,6 @@ def load_start(stage: Stage, kind: str, params: Params) -> Params:
     for part, other in stage.alike:
         if not {part, other} <= loaded.keys() or shapes(loaded[part]) != shapes(loaded[other]):
             raise ValueError(f"{kind}.alike has {(part, other)}, which are no two equal parts; it has {tuple(loaded)}")
-        loaded = {**loaded, part: jax.tree.map(jnp.copy, loaded[other])}
     return loaded
 
 
@@ -199,32 +204,15 @@ def shapes(tree: Params) -> Params:
 def shown_images(opened: Opened, data: Data, count: int, kind: str) -> tuple[Batch, str]:
     """Images spread evenly over the held-out split, or over the training images if there is none; and which they are."""
     try:
-        source, of = opened(dataclasses.replace(data, split="test")), "held_out"
+        held_out = dataclasses.replace(data, split="test", shards="all")  # few, so all hosts open them
+        source, data, of = opened(held_out), held_out, "held_out"
     except NoSplit as error:
         source, of = opened(data), "train_sample"
         distributed.say(
             f"{kind}: no held-out images ({error}); pictures and the figures {of}/... are of training images"
         )
-    picked = Spread(source, min(count, len(source)))
+    picked = Spread(source, int(distributed.agreed(min(count, len(source)))))
     return next(iter(batches(picked, data, batch=len(picked), seed=0, train=False))), of
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """`count` evenly spaced records of a source."""
-
-    source: Source
-    count: int
-
-    @property
-    def info(self) -> Info:
-        return self.source.info
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict:
-        return self.source[index * len(self.source) // self.count]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +119,15 @@ class Checkpoints:
         like = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), like, layout)
         parts = _parts(like)
         metadata = self._checkpointer.checkpointables_metadata(step).metadata
+        unused = _moments_of_frozen(parts["training"], metadata.get("training"))
         for name, part in parts.items():
-            check(part, metadata.get(name), f"checkpoint {folder}, {name}")
+            check(part, metadata.get(name), f"checkpoint {folder}, {name}", unused)
         try:
-            loaded = self._checkpointer.load_checkpointables(step, parts)
+            if unused:
+                with _partial():
+                    loaded = ocp.load_checkpointables(folder.absolute(), parts)
+            else:
+                loaded = self._checkpointer.load_checkpointables(step, parts)
         except Exception as error:
             raise ValueError(
                 f"checkpoint {folder} has all its files but cannot be read: {error}. If it is damaged, rename it to "
@@ -311,13 +316,19 @@ def save_params(folder: Path, params: Params) -> None:
         _list_files(folder, [path for path in folder.rglob("*") if path.is_file()], {}, math.inf)
 
 
-def load_params(folder: Path, like: Params, part: str = "state") -> Params:
+# (path, array) -> the arrays it becomes, by path
+Become = Callable[[tuple[str, ...], Any], dict[tuple[str, ...], Any]]
+
+
+def load_params(folder: Path, like: Params, part: str = "state", become: Become | None = None) -> Params:
     """Reads the parameters of a folder that `save_params` or `Checkpoints` wrote.
 
     Args:
       folder: of `save_params`, or of one step of `Checkpoints`.
-      like: tree of shapes, with shardings if wanted.
+      like: tree of shapes, whose dtypes and shardings (if any) the arrays get.
       part: "state" of `save_params`, "model" or "ema" of `Checkpoints`.
+      become: what is done with each array as soon as it is read. The largest come first, one at a time, and are let go: a
+        device never holds more than the result and a copy of one of the smaller arrays.
     Raises:
       ValueError: the folder holds other leaves than `like`; the first is named. Or it cannot be read, or is not what was
         saved: process 0 compares checksums, which folders of earlier versions do not have.
@@ -329,8 +340,28 @@ def load_params(folder: Path, like: Params, part: str = "state") -> Params:
     check(like, found, f"checkpoint {folder}, {part}")
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or local), like)
-    with _readable(folder):
-        return ocp.load_checkpointables(folder, {part: like})[part]
+    if become is None:
+        with _readable(folder):
+            return ocp.load_checkpointables(folder, {part: like})[part]
+    flat, laid_out = flatten_dict(like), {}
+    size = {path: math.prod(x.shape) for path, x in flat.items()}
+    falling = sorted(flat, key=size.get, reverse=True)
+    small = [path for path in falling if 64 * size[path] < sum(size.values())]
+    for group in [*([path] for path in falling[: len(falling) - len(small)]), small]:
+        for path, leaf in _load_some(folder, part, {path: flat[path] for path in group}).items():
+            made = become(path, leaf)
+            laid_out |= jax.block_until_ready(made)
+            if all(leaf is not x for x in made.values()):
+                leaf.delete()
+    return unflatten_dict(laid_out)
+
+
+def _load_some(folder, part, like):
+    """Arrays of a folder by path."""
+    if not like:
+        return {}
+    with _partial(), _readable(folder):
+        return flatten_dict(ocp.load_checkpointables(folder, {part: unflatten_dict(like)})[part])
 
 
 def _inspect(folder):
@@ -358,11 +389,11 @@ def _readable(folder):
 def load_matching(
     folder: Path, params: Params, part: str = "state", fresh: Sequence[str] = ()
 ) -> tuple[Params, list[str], list[str]]:
-    """Replaces initialised parameters by those of a folder, except the leaves that are to begin anew.
+    """Puts the parameters of a folder in the place of others, or of their shapes, except the leaves that are to begin anew.
 
     Args:
       folder: as for `load_params`.
-      params: nested dict of arrays; what is read takes their type and sharding.
+      params: nested dict of arrays or shapes; what is read takes their type and sharding.
       part: as for `load_params`.
       fresh: patterns searched in the paths of the leaves; what they match stays as it is in `params`.
     Returns:
@@ -391,15 +422,28 @@ def load_matching(
         read[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
     if not read:
         raise ValueError(f"fresh is {tuple(fresh)}, which leaves nothing to load from {folder}")
-    partial = ocp.Context()
-    partial.pytree.loading.partial_load = True
-    with partial:
-        loaded = ocp.load_checkpointables(folder, {part: unflatten_dict(read, sep="/")})[part]
-    return unflatten_dict(want | flatten_dict(loaded, sep="/"), sep="/"), stay, sorted(have.keys() - want.keys())
+    loaded = _load_some(folder, part, {tuple(name.split("/")): x for name, x in read.items()})
+    loaded = {"/".join(path): x for path, x in loaded.items()}
+    return unflatten_dict(want | loaded, sep="/"), stay, sorted(have.keys() - want.keys())
 
 
-def check(like: Any, found: Any, where: str) -> None:
-    """Raises a ValueError that names the first leaf in which a checkpoint's metadata differs from `like`."""
+def _partial():
+    """What is read by orbax inside may be a part of what the folder holds."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    return context
+
+
+def _moments_of_frozen(like: Any, found: Any) -> set[str]:
+    """Leaves of an optimiser that earlier versions kept for parameters that are not trained."""
+    want, have = _shapes(like), _shapes(found)
+    moments = {name: re.fullmatch(r"(opt/.*)/(mu|nu)/(.+)", name) for name in have.keys() - want.keys()}
+    both = lambda match: {f"{match[1]}/{kind}/{match[3]}" for kind in ("mu", "nu")}  # noqa: E731
+    return {name for name, match in moments.items() if match and both(match) <= moments.keys()}
+
+
+def check(like: Any, found: Any, where: str, unused: Collection[str] = ()) -> None:
+    """Raises a ValueError that names the first leaf in which a checkpoint's metadata differs from `like`, but for `unused`."""
     if found is None:
         raise ValueError(f"{where}: not in the checkpoint")
     want, have = _shapes(like), _shapes(found)
@@ -408,6 +452,8 @@ def check(like: Any, found: Any, where: str) -> None:
             raise ValueError(
                 f"{where}: leaf {name} of shape {want[name]} is missing; the config and the checkpoint differ"
             )
+        if name in unused and name not in want:
+            continue
         if name not in want:
             raise ValueError(f"{where}: leaf {name} of shape {have[name]} is not part of the configured model")
         if want[name] != have[name]:

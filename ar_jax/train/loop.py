@@ -3,11 +3,12 @@
 import collections
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ar_jax.config import Stage
 from ar_jax.machine.distributed import say
@@ -16,6 +17,7 @@ from ar_jax.train.checkpoint import Checkpoints
 from ar_jax.train.guards import Health, Notice, Profile, Stopped, Watchdog
 from ar_jax.train.log import Log
 from ar_jax.train.recipes import Recipe
+from ar_jax.train.state import TrainState
 from ar_jax.typing import Batch, Params, PRNGKey
 
 
@@ -41,7 +43,7 @@ def fit(
       folder: of this stage.
       mesh: from `make_mesh`.
       key: of the whole stage; update i uses `fold_in(key, i)`, so a resumed run repeats nothing and skips nothing.
-      start: initialised parameters of the model -> those to begin with, if there is no checkpoint.
+      start: see `initial`; asked if there is no checkpoint.
       evaluate: parameters of the model -> further figures, measured every `stage.evaluate_every` updates.
       shown_are: "held_out" or "train_sample"; what the names of the figures begin with.
 
@@ -70,7 +72,7 @@ def fit(
         state, facts = checkpoints.restore(shapes, layout)
         batches.set_state(facts["data"])
     else:
-        state = _initial(recipe, layout, init_key, start)
+        state = initial(recipe, shapes, layout, init_key, start, stage.alike)
 
     def advance(state, frozen, batch, key):
         # Key and learning rate follow from the state: nothing but the batch comes from the host.
@@ -149,13 +151,39 @@ def fit(
                 break
 
 
-def _initial(recipe, layout, key, start):
-    def replaced(state, model):
+def initial(
+    recipe: Recipe,
+    shapes: TrainState,
+    layout: TrainState,
+    key: PRNGKey,
+    start: Callable[[Params], Params] | None = None,
+    alike: Sequence[tuple[str, str]] = (),
+) -> TrainState:
+    """The state before the first update; parameters that are given are handed over to it, so memory holds them once.
+
+    Args:
+      recipe: the method.
+      shapes, layout: of its state.
+      key: for what is drawn.
+      start: shapes of the model's parameters, with shardings -> the same tree with arrays where it has them.
+      alike: pairs of parts of the model, of which the first begins as the second.
+    """
+    if start is None:
+        return jax.jit(recipe.init, out_shardings=layout)(key)
+    like = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes.params["model"], layout.params["model"]
+    )  # fmt: skip
+    given = {name: leaf for name, leaf in flatten_dict(start(like)).items() if isinstance(leaf, jax.Array)}
+
+    def begin(key, given):
+        state = recipe.init(key)
+        model = unflatten_dict(flatten_dict(state.params["model"]) | given)
+        for part, other in alike:
+            model = {**model, part: model[other]}
         average = None if state.ema is None else jax.tree.map(jnp.copy, model)
         return state.replace(params=state.params | {"model": model}, ema=average)
 
-    state = jax.jit(recipe.init, out_shardings=layout)(key)
-    return jax.jit(replaced, out_shardings=layout)(state, start(state.params["model"])) if start else state
+    return jax.jit(begin, out_shardings=layout, donate_argnums=1)(key, given)
 
 
 def _check_best(stage, name, figures):

@@ -11,7 +11,7 @@ from ar_jax.config import GeneratorStage
 from ar_jax.files.images import to_float, to_uint8
 from ar_jax.machine.flops import model_flops, without_remat
 from ar_jax.machine.sharding import Rules, gathered
-from ar_jax.train.optim import Optim, make_optimiser, only_trained, schedule
+from ar_jax.train.optim import Optim, decayed, make_optimiser, only_trained, schedule
 from ar_jax.train.state import GradFn, TrainState, create, make_update
 from ar_jax.typing import Array, Batch, Float, Metrics, Params, PRNGKey, UInt8
 
@@ -100,7 +100,7 @@ def update_settings(optim: Optim) -> dict[str, Any]:
 
 def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, frozen: Params) -> Recipe:
     """Trains a generator on a frozen tokenizer's tokens."""
-    tx = make_optimiser(stage.optim, stage.steps)
+    tx = make_optimiser(stage.optim, stage.steps, {"model": decayed(generator.init_params)})
     train_order = stage.train_order or stage.order
     held_out_loss = generator_loss(generator, tokenizer, train_order, 0.0, train=False)
 

@@ -15,7 +15,7 @@ from ar_jax.generators.base import image_weight
 from ar_jax.tokenizers.quantize import count_codes, usage
 from ar_jax.train import codes
 from ar_jax.train.losses import ADVERSARIAL, Losses
-from ar_jax.train.optim import make_optimiser, schedule
+from ar_jax.train.optim import decayed, make_optimiser, schedule
 from ar_jax.train.recipes import Recipe, counted, update_settings
 from ar_jax.train.state import GradFn, create, make_update
 from ar_jax.typing import Array, Metrics, Params, PRNGKey
@@ -41,17 +41,16 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
         lambda key: training_pass(tokenizer, tokenizer.init_params(key), image, key, names)[0], jax.random.key(0)
     )
 
-    def others(key):
-        """Parameters of the networks that are trained beside the tokenizer."""
-        found = {}
-        if judge:
-            found["discriminator"] = judge.init(key, image, judge.init_stats(), True)["params"]
-        for i, (name, part) in enumerate(parts.items()):
-            ready = jnp.zeros(made[part.on].shape, made[part.on].dtype)
-            found[name] = part.init(jax.random.fold_in(key, i), frozen.get(name, {}), image, ready)
-        return {name: params for name, params in found.items() if params}
+    def begun(key, i, name, part):
+        ready = jnp.zeros(made[part.on].shape, made[part.on].dtype)
+        return part.init(jax.random.fold_in(key, i), frozen.get(name, {}), image, ready)
 
-    tx = make_optimiser(stage.optim, stage.steps, ("model", *jax.eval_shape(others, jax.random.key(0))))
+    # those that are trained beside the tokenizer: how their parameters begin, and which of them may be shrunk
+    others = {name: functools.partial(begun, i=i, name=name, part=part) for i, (name, part) in enumerate(parts.items())}
+    if judge:
+        others["discriminator"] = lambda key: judge.init(key, image, judge.init_stats(), True)["params"]
+    shrinks = {name: may for name, make in others.items() if (may := decayed(make))}
+    tx = make_optimiser(stage.optim, stage.steps, {"model": decayed(tokenizer.init_params)} | shrinks)
 
     def update_of(tokenizer):
         return make_update(
@@ -69,7 +68,8 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
         extra = codes.begin(tokenizer, params["model"], bool(losses.reset_after))
         if judge:
             extra["stats"] = judge.init_stats()
-        return create(params | others(others_key), extra, tx, stage.optim.ema)
+        params |= {name: others[name](others_key) for name in shrinks}
+        return create(params, extra, tx, stage.optim.ema)
 
     def preview(params, frozen, batch, key):
         image = to_float(batch["image"])

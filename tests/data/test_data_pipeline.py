@@ -1,11 +1,16 @@
 import itertools
+import os
+import threading
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ar_jax.data import Data, Info, Unreadable, batches, open_source
+from ar_jax.data import Data, Info, Unreadable, batches, open_source, pipeline
 from ar_jax.data.sources import Skipping
+from ar_jax.machine import distributed
+from ar_jax.machine.distributed import Host
 
 
 class Numbered:
@@ -150,3 +155,40 @@ def test_a_folder_of_odd_images_becomes_batches(tmp_path):
         Image.new(mode, (5 + i, 20 - i)).save(tmp_path / f"{i}.png")
     data = Data(name="image_folder", path=str(tmp_path), size=8, crop="random")
     assert next(batches(open_source(data), data, batch=6, seed=0))["image"].shape == (6, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("host", "batch", "ahead"),
+    [
+        (Host(), 2**20, 32),  # of 64 cores
+        (Host(), 2**28, 8),  # what 2 GB hold
+        (Host(), 2**31, 2),
+        (Host(8, 8), 2**20, 8),  # eight processes share the cores and the memory
+        (Host(8, 8), 2**27, 2),
+        (Host(8, 1), 2**20, 32),  # each is bound to cores of its own
+    ],
+)
+def test_threads_and_batches_ahead_follow_from_what_the_process_has_to_itself(monkeypatch, host, batch, ahead):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 256)
+    monkeypatch.setattr(distributed, "_host", host)
+    assert distributed.cores() == 64 // host.sharing
+    assert pipeline.read_options(batch, 32).prefetch_buffer_size == ahead
+    assert pipeline.read_options(batch, 2).num_threads == 2
+
+
+def test_large_batches_are_read_by_all_threads_but_few_are_held(monkeypatch):
+    monkeypatch.setattr(pipeline, "AHEAD", 1)
+    monkeypatch.setattr(distributed, "cores", lambda: 8)
+    barrier, read = threading.Barrier(8), []
+
+    class Together(Numbered):
+        def __getitem__(self, index):
+            read.append(index)
+            barrier.wait(timeout=60)  # until eight threads are here
+            return super().__getitem__(index)
+
+    stream = batches(Together(160), DATA, batch=16, seed=0)
+    next(stream)
+    time.sleep(0.2)
+    assert len(read) <= 3 * 16, "one batch was taken, two are ahead"

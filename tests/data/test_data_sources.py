@@ -1,9 +1,11 @@
 import dataclasses
+import gc
 import gzip
 import importlib.util
 import json
 import os
 import sys
+import tracemalloc
 import types
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 
 from ar_jax.data import Data, Info, label_ids, open_source, read_info
 from ar_jax.data import digits as digits_module
+from ar_jax.data.lists import Paths, Strings
 
 
 def _image(path, grey=0, size=(8, 8)):
@@ -129,10 +132,10 @@ def test_captions_come_from_jsonl_or_csv(tmp_path):
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     source = _open(tmp_path)
     assert source.info == Info(captions=True)
-    assert source.captions() == [source[i]["caption"] for i in range(len(source))] == ["a bee", "Ein Ä"]
+    assert list(source.captions()) == [source[i]["caption"] for i in range(len(source))] == ["a bee", "Ein Ä"]
     (tmp_path / "captions.jsonl").unlink()
     (tmp_path / "captions.csv").write_text('file,caption\na.png,"one, two"\n', encoding="utf-8-sig")
-    assert _open(tmp_path).captions() == ["one, two"]
+    assert list(_open(tmp_path).captions()) == ["one, two"]
 
 
 def test_caption_files_may_have_labels(tmp_path):
@@ -152,13 +155,64 @@ def test_caption_files_may_have_labels(tmp_path):
         labels("y", None)
 
 
+def test_labels_of_other_kinds_are_refused_together(tmp_path):
+    _image(tmp_path / "a.png")
+    lines = [{"file": "a.png", "caption": "", "label": label} for label in (1, "1", [2], True, 1)]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=r"found 1, '1', \[2\], True$"):
+        _open(tmp_path)
+
+
+def test_captions_of_the_working_folder_are_found(tmp_path, monkeypatch):
+    _image(tmp_path / "a.png")
+    (tmp_path / "captions.jsonl").write_text('{"file": "a.png", "caption": "a"}')
+    monkeypatch.chdir(tmp_path)
+    assert np.asarray(_open(".")[0]["image"]).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("captioned", [True, False])
+def test_a_list_of_files_takes_little_more_memory_than_its_text(tmp_path, captioned):
+    count = 3000
+    for i in range(0 if captioned else count):
+        path = tmp_path / f"class{i % 3}" / f"image{i:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    if captioned:
+        lines = [
+            {"file": f"class{i % 3}/image{i:07d}.png", "caption": f"{i:016d}", "label": i % 3} for i in range(count)
+        ]
+        (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tracemalloc.start()
+    source = _open(tmp_path)
+    gc.collect()
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(source) == count
+    assert source.about(count - 1)["label"] == 2
+    assert source.files[count - 1].endswith("class2/image0002999.png")
+    assert held / count < (80 if captioned else 50), "objects took 200 to 900 bytes a record"
+
+
+def test_strings_in_arrays_are_those_that_were_put_there():
+    texts = ["", "ä/b", "a/\udcff.png", "/x", "./y", "z", ""]
+    for kind in (Strings, Paths):
+        kept = kind()
+        assert (len(kept), list(kept)) == (0, [])
+        for text in texts:
+            kept.append(text)
+        assert list(kept) == texts
+        assert (kept[-2], kept[np.int64(1)]) == ("z", "ä/b")
+        with pytest.raises(IndexError):
+            kept[len(texts)]
+
+
 def test_a_caption_file_above_the_splits_does_not_mix_them(tmp_path):
     _image(tmp_path / "train" / "a.png")
     _image(tmp_path / "test" / "b.png")
     lines = [{"file": f, "caption": f} for f in ("train/a.png", "test/b.png")]
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert _open(tmp_path).captions() == ["train/a.png"]
-    assert _open(tmp_path, split="test").captions() == ["test/b.png"]
+    assert list(_open(tmp_path).captions()) == ["train/a.png"]
+    assert list(_open(tmp_path, split="test").captions()) == ["test/b.png"]
 
 
 @pytest.mark.parametrize(

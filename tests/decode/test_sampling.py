@@ -33,6 +33,7 @@ from ar_jax.sampler import open_drawer
 from ar_jax.tokenizers.patches import Patches
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.vqgan import VQGAN
+from ar_jax.tokens import TokenSpec, grid
 
 INFO = Info(classes=3)
 CODES = VQGAN((8, 8), features=4, mult=(1, 2), res_blocks=0, latent=4, codes=16, code_features=4, groups=2)
@@ -208,3 +209,30 @@ def test_the_account_of_one_step_after_the_other():
     known = Sequential().account(generator, order, 3, done=order.sizes[0])
     assert known.calls["generator"].tolist() == [1] * 3
     assert dataclasses.replace(READ["causal"], soft=True).knobs(raster(CODES.spec), CODES.spec).soften[-1] == 1
+
+
+def test_a_cache_of_many_steps_grows_in_four_parts_by_itself_and_draws_the_same_tokens():
+    spec = TokenSpec(grid(8, 16), codes=(16,))  # 128 tokens
+    generator = Causal(Transformer(1, 8, 2, hidden=12), Label(8)).complete(spec, INFO)
+    params = generator.init_params(jax.random.key(0))
+    order = raster(spec)
+    batch, keys = {"label": np.arange(2)}, jax.random.split(jax.random.key(1), 2)
+
+    def drawn(decoder):
+        draw = jax.jit(lambda params: Sampling(decoder=decoder).tokens(generator, params, batch, order, keys=keys)[0])
+        return str(jax.make_jaxpr(draw)(params)).count("length=32"), draw(params)
+
+    (parts, tokens), (one, others) = drawn(Sequential()), drawn(Sequential(1))
+    assert (parts, one) == (4, 0)
+    np.testing.assert_array_equal(tokens, others)
+
+
+def test_a_cache_grows_in_parts_where_it_pays():
+    def parts(n, cached=True, decoder=Sequential()):
+        return decoder.parts(raster(TokenSpec(grid(1, n), codes=(4,))), cached)
+
+    assert (parts(256), parts(127), parts(256, cached=False)) == (4, 1, 1)
+    assert (parts(256, decoder=Sequential(1)), parts(8, decoder=Sequential(3))) == (1, 3)
+    assert Sequential().parts(scales(PYRAMID.spec), True) == 1
+    with pytest.raises(ValueError, match=r"decoder\.segments is -1; it must be 1 or more, or 0 to choose"):
+        Sequential(-1)
