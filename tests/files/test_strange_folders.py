@@ -75,7 +75,7 @@ def changed(folder, name, value):
 FIELDS = [
     ("generator", "module.backbone.layers", 2, "blocks"),
     ("generator", "module.backbone.layers", 10**6, "module.backbone.layers"),
-    ("generator", "module.backbone.heads", 3, "backbone.heads"),
+    ("generator", "module.backbone.heads", 3, "width / heads is 8 / 3"),
     ("generator", "module.conditioning.width", 6, "conditioning.width is 6; it must be 8"),
     ("generator", "module.head.output_major", True, "module.head.output_major is True; it must be false"),
     ("generator", "module.spec.codes", [7], "module.head.codes is 8 there and 7 by module.spec"),
