@@ -67,7 +67,7 @@ def test_guidance_rises_on_a_cosine_of_a_power_of_the_progress():
         (lambda: PowerCosine(2.0, -1.0), r"guidance\.power is -1\.0; it must be a finite number of 0 or more"),
         (lambda: shapes(inputs=Aimed(rows=11)), r"inputs\.rows is 11, but the tokenizer has 12 slots"),
         (lambda: shapes(backbone=Placed(1, 16, 2, rows=12)), r"backbone\.rows is 12, but the sequence has 13"),
-        (lambda: shapes(backbone=Placed(1, 16, 3)), r"backbone\.heads must divide backbone\.width, got 3 and 16"),
+        (lambda: shapes(backbone=Placed(1, 16, 3)), r"Placed: width / heads is 16 / 3; it must be a whole number"),
         (lambda: shapes(conditioning=StartLabel(16, apart=True)), r"conditioning\.apart is True"),
     ],
 )
