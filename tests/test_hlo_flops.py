@@ -162,6 +162,25 @@ def test_a_tpus_scattered_all_reduce_is_a_reduce_scatter():
     assert work.network == 64 * 128 * 2 / 1e3
 
 
+def test_what_a_slice_sends_to_the_others_is_counted():
+    """Gradients of a slice, as the compiler for several slices sends them through the hosts."""
+    text = """
+    HloModule slices
+
+    ENTRY %main (g: bf16[64,128]) -> bf16[64,128] {
+      %g = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+      %after = token[] after-all()
+      %s = (bf16[64,128]{1,0:T(8,128)(2,1)}, u32[], token[]) send(%g, %after), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}, metadata={op_name="gradient"}
+      ROOT %out = bf16[64,128]{1,0:T(8,128)(2,1)} copy(%g)
+    }
+    """
+    groups = []
+    work = Program(text).work(network=lambda group: groups.append(group) or 1e3)["gradient"]
+    assert dict(work.collectives) == {"between slices": 64 * 128 * 2}
+    assert groups == [[]], "of all devices"
+    assert work.network == 64 * 128 * 2 / 1e3
+
+
 def test_each_operation_takes_the_longer_of_computing_and_moving():
     work = program(loop, *LOOP).work(peak=1e3, bandwidth=1e30)
     assert total(work, "seconds") == pytest.approx(5 * 2 * 8 * 16 * 16 / 1e3)

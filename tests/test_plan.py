@@ -139,6 +139,16 @@ def test_collectives_use_two_ports_of_every_torus_axis_they_span():
     assert speed(list(range(8))) == 4 * LIMITS.link
 
 
+def test_slices_are_joined_by_the_data_centres_network():
+    places = [types.SimpleNamespace(coords=(x, y, 0), slice_index=s) for s in range(2) for x in range(2) for y in range(2)]
+    on = types.SimpleNamespace(devices=np.array(places, object))
+    speed = plan.network(on, dataclasses.replace(LIMITS, dcn=3e9))
+    assert speed([0, 1]) == 2 * LIMITS.link
+    assert speed([0, 4]) == speed([]) == 3e9
+    with pytest.raises(ValueError, match="invented does not say how fast slices are joined; plan one"):
+        plan.network(on, LIMITS)
+
+
 def test_chips_are_known_by_their_kind():
     def device(kind):
         return types.SimpleNamespace(device_kind=kind)

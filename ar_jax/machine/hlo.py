@@ -209,7 +209,7 @@ class Program:
         return list(self.computations[computation].values())
 
     def _collectives(self, instruction: Instruction, computation: str) -> Iterator[tuple[str, str, float, list[int]]]:
-        """Channel, kind, bytes and first group of devices of the collectives in an instruction."""
+        """Channel, kind, bytes and first group of devices of the collectives in an instruction; no group is all of them."""
         kind = instruction.op.removesuffix("-start")
         if kind in COLLECTIVES:
             operands = sum(s.bytes for name in instruction.operands for s in self._shapes(computation, name))
@@ -218,6 +218,9 @@ class Program:
                 results -= operands
             amount = {"all-gather": results, "all-reduce": 2 * operands}.get(kind, operands)
             yield instruction.attribute("channel_id") or instruction.name, kind, amount, _group(instruction.text)
+        elif instruction.op == "send" and "megascale" in instruction.text:  # what a TPU slice gives to the others
+            sent = sum(s.bytes for s in self._shapes(computation, instruction.operands[0]))
+            yield instruction.attribute("channel_id"), "between slices", sent, []
         elif instruction.op == "fusion":
             inner = instruction.called()[0]
             scattered = any(i.op == "dynamic-slice" and i.text.lstrip().startswith("ROOT") for i in self._inside(inner))

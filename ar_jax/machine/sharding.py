@@ -52,7 +52,7 @@ def make_mesh(shape: MeshShape = MeshShape(), devices: Sequence[Any] | None = No
             f"that number, and at most one may be -1 (fill)"
         )
     sizes = [len(devices) // rest if size == -1 else size for size in sizes]
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if sizes[0] % slices:
         raise ValueError(
             f"mesh.data is {sizes[0]} on {slices} TPU slices; it must be a multiple of their number, for fsdp and tp stay "
