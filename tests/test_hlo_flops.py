@@ -164,7 +164,7 @@ def test_a_tpus_scattered_all_reduce_is_a_reduce_scatter():
 
 def test_what_a_slice_sends_to_the_others_is_counted():
     """Gradients of a slice, as the compiler for several slices sends them through the hosts."""
-    text = """
+    text = textwrap.dedent("""
     HloModule slices
 
     ENTRY %main (g: bf16[64,128]) -> bf16[64,128] {
@@ -173,7 +173,7 @@ def test_what_a_slice_sends_to_the_others_is_counted():
       %s = (bf16[64,128]{1,0:T(8,128)(2,1)}, u32[], token[]) send(%g, %after), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}, metadata={op_name="gradient"}
       ROOT %out = bf16[64,128]{1,0:T(8,128)(2,1)} copy(%g)
     }
-    """
+    """)
     groups = []
     work = Program(text).work(network=lambda group: groups.append(group) or 1e3)["gradient"]
     assert dict(work.collectives) == {"between slices": 64 * 128 * 2}
