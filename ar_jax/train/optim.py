@@ -162,8 +162,15 @@ class Optim:
     """Parts a batch is split into to save memory; gradients are averaged."""
     gradients: Literal["product", "float32"] = "product"
     """Of linear layers: in the dtype of their products, or not rounded to it, which doubles what a mesh has to sum."""
+    betas: tuple[float, float] | None = None
+    """Short for those of the rule."""
 
     def __post_init__(self):
+        if self.betas is not None:
+            if not hasattr(self.rule, "betas"):
+                raise ValueError(f"optim.betas is {self.betas}, but {type(self.rule).__name__} has none; leave it out")
+            object.__setattr__(self, "rule", dataclasses.replace(self.rule, betas=self.betas))
+            object.__setattr__(self, "betas", None)
         if self.gradients not in ("product", "float32"):
             raise ValueError(f"optim.gradients is {self.gradients!r}; it must be product or float32")
 

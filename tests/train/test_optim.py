@@ -189,3 +189,11 @@ def test_fine_tuning_begins_in_the_memory_of_what_it_begins_with():
     jax.tree.map(np.testing.assert_array_equal, state.ema, model)
     fresh = initial(recipe, shapes, layout, jax.random.key(0), lambda like: like | {"b": jnp.ones((64, 64))})
     np.testing.assert_array_equal(fresh.params["model"]["a"], draw(jax.random.key(0))["model"]["a"])
+
+
+def test_betas_may_be_given_beside_the_rule():
+    """As configs of before there were rules have them."""
+    assert Optim(betas=(0.9, 0.96)) == Optim(rule=AdamW((0.9, 0.96)))
+    assert Optim(rule=Lion(), betas=(0.9, 0.96)).rule == Lion((0.9, 0.96))
+    with pytest.raises(ValueError, match=r"optim\.betas is \(0\.9, 0\.96\), but Adafactor has none"):
+        Optim(rule=Adafactor(), betas=(0.9, 0.96))
