@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import changed
 
 from ar_jax.config import Experiment
 from ar_jax.data import Info
@@ -493,16 +494,6 @@ WRONG = {
     "format": (2, None, "1", True),
     "code": ([],),
 }  # fmt: skip
-
-
-def changed(folder, name, value):
-    content = json.loads((folder / "model.json").read_text())
-    *inside, last = name.split(".")
-    place = content
-    for part in inside:
-        place = place[part]
-    place[last] = value
-    (folder / "model.json").write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from ar_jax.config import GeneratorStage, Losses, TokenizerStage
 from ar_jax.data import Info
+from ar_jax.decode.guidance import Interval
+from ar_jax.decode.sampling import Sampling
 from ar_jax.generators.causal import Causal
 from ar_jax.machine import sharding
 from ar_jax.machine.hlo import Program
@@ -277,7 +279,8 @@ def test_a_preview_divides_its_rows_and_gathers_weights_once(kind):
     recipe, batch, frozen = recipe_of(kind), {name: rows[:3] for name, rows in batch_of(kind).items()}, {}
     if kind == "generator":
         small = TOKENIZER.clone(size=(4, 4))
-        recipe, frozen = generator_recipe(GeneratorStage(), GENERATOR, small, {}), small.init_params(jax.random.key(1))
+        stage, frozen = GeneratorStage(sampling=Sampling(Interval(2.0))), small.init_params(jax.random.key(1))
+        recipe = generator_recipe(stage, GENERATOR, small, {})
     params = jax.jit(recipe.init)(jax.random.key(0)).params["model"]
     alone, figures = jax.jit(recipe.preview)(params, frozen, batch, jax.random.key(2))
 
@@ -296,7 +299,8 @@ def test_a_preview_divides_its_rows_and_gathers_weights_once(kind):
         moved = sum((work.collectives for work in Program(preview.as_text()).work().values()), collections.Counter())
         held = sum(x.nbytes for x in jax.tree.leaves(params))
         assert sum(moved.values()) < 2 * held, "once for all sixteen tokens, and once for the loss"
-        assert not re.search(r"[a-z]\d+\[8,4,\d+,16\]", preview.as_text()), "a cache of all rows"
+        caches = set(re.findall(r"\[2,(\d+),4,16,16\]", preview.as_text()))
+        assert caches == {"2"}, "of two layers, each device keeps its own image, with and without its label"
 
 
 def test_rows_that_pad_a_batch_weigh_nothing():

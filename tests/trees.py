@@ -1,5 +1,7 @@
-"""Parameters for tests: random ones without a program per shape, initial ones by one program, and which of them moved."""
+"""Trees for tests: random parameters without a program per shape, initial ones by one program, which of them moved; model.json."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,3 +27,14 @@ def never_moved(before: Any, after: Any) -> set[str]:
     """Names of the arrays that are equal in both."""
     same = jax.tree.map(np.array_equal, jax.device_get(before), jax.device_get(after))
     return {jax.tree_util.keystr(path) for path, equal in jax.tree_util.tree_leaves_with_path(same) if equal}
+
+
+def changed(folder: Path, name: str, value: Any) -> None:
+    """Writes another value into a folder's model.json, at a path such as "module.backbone.layers"."""
+    content = json.loads((folder / "model.json").read_text())
+    *inside, last = name.split(".")
+    place = content
+    for part in inside:
+        place = place[part]
+    place[last] = value
+    (folder / "model.json").write_text(json.dumps(content))

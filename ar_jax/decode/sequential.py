@@ -125,7 +125,8 @@ class Sequential:
     """Parts in which the cache grows (see `scan_steps`): more read less memory and compile longer. 0 is 4 where at least 128
     equal steps fill one, else 1."""
     cache: Kept = "own"
-    """How keys and values are kept: in the dtype of the products, or in a byte each, with an error of half a percent."""
+    """How keys and values are kept: in the dtype of the products, or in a byte each (int8), which moves hidden rows by less
+    than three percent."""
 
     @property
     def claim(self) -> Claim:

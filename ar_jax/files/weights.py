@@ -1,10 +1,7 @@
-"""Weight files in and out: safetensors, torch checkpoints, numpy pickles; no torch needed, no code run.
+"""Weight files in and out: safetensors, torch checkpoints, numpy pickles; no torch needed, no code run (see `pickles`).
 
-A pickle is a program that calls whatever it names. Here a name is looked up in a table of harmless stand-ins,
-and a name that is not in the table ends the reading. Stand-ins are strings, or objects nothing can alter.
-
-What is read takes memory in proportion to the file: its table of contents has at most `CONTENTS` bytes, a pickle makes
-nothing larger than itself, and arrays are views of the mapped file that stand for little more than it holds.
+What is read takes memory in proportion to the file: its table of contents has at most `CONTENTS` bytes, and arrays are views
+of the mapped file that stand for little more than it holds.
 """
 
 import io
@@ -12,23 +9,21 @@ import json
 import math
 import mmap
 import os
-import pickle
 import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ar_jax.files import words
+from ar_jax.files.pickles import CONTENTS, DTYPES, NUMPY, TORCH, Bounded, Refused, Storage, Tensor, Unpickler, plain
 
-CONTENTS = 2**22  # bytes that say what a file of weights holds: a pickle, a header, the index of a zip
 WIDER = 4  # times the file's size that its tensors may stand for: rows can be repeated without being stored again
 ENTRIES = ("model", "module", "state_dict")  # where checkpoints keep their weights, first come first served
 
@@ -62,7 +57,7 @@ def read_weights(path: str | os.PathLike, entry: str | None = None) -> dict[str,
         checkpoint = _read_torch(path)
         tensors = _pick(checkpoint.tree, entry)
         return checkpoint.arrays(tensors)
-    except _Refused as error:
+    except Refused as error:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"{path} is damaged or no torch checkpoint ({words.reason(error)}); get it again") from error
@@ -78,11 +73,11 @@ def read_pickled_arrays(path: str | os.PathLike) -> dict[str, Any]:
     path = _file(path)
     try:
         with path.open("rb") as file:
-            tree = _Unpickler(_Bounded(file, path.stat().st_size), _NUMPY).load()
+            tree = Unpickler(Bounded(file, path.stat().st_size), NUMPY).load()
         if not isinstance(tree, dict):
-            raise _Refused(f"the pickle is a {type(tree).__name__}, a dict of arrays was expected")
-        return _arrays(tree)
-    except _Refused as error:
+            raise Refused(f"the pickle is a {type(tree).__name__}, a dict of arrays was expected")
+        return plain(tree)
+    except Refused as error:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:
         raise ValueError(f"{path} is damaged or no pickle of arrays ({words.reason(error)}); get it again") from error
@@ -127,42 +122,6 @@ def _mapped(file: BinaryIO) -> np.ndarray:
     return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
-class _Bounded(io.RawIOBase):
-    """A file of which no more than so many bytes are read."""
-
-    def __init__(self, file: BinaryIO, most: int):
-        self.file, self.left = file, most
-
-    def _take(self, count):
-        self.left -= count
-        if self.left < 0:
-            raise _Refused(
-                f"it is damaged or no file of weights: what it says to hold takes more than the file, or {CONTENTS} bytes"
-            )
-
-    def read(self, count: int = -1) -> bytes:
-        if count < 0:
-            at = self.file.tell()
-            count = self.file.seek(0, io.SEEK_END) - at
-            self.file.seek(at)
-        self._take(count)
-        return self.file.read(count)
-
-    def readline(self, count: int = -1) -> bytes:
-        line = self.file.readline(self.left + 1)
-        self._take(len(line))
-        return line
-
-    def seek(self, *place: int) -> int:
-        return self.file.seek(*place)
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def seekable(self) -> bool:
-        return True
-
-
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         data = _mapped(file)
@@ -183,6 +142,14 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     return weights
 
 
+_SAFETENSORS = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64",
+}  # fmt: skip
+_SAFETENSORS = {name: DTYPES[dtype] for name, dtype in _SAFETENSORS.items()}
+
+
 def _once(pairs):
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a name stands in its header twice")
@@ -192,27 +159,13 @@ def _once(pairs):
 # Torch checkpoints -----------------------------------------------------------------------------------------
 
 
-class _Storage(NamedTuple):
-    key: str
-    dtype: str
-    first: int  # element of the stored block at which this storage begins
-
-
-class _Tensor(NamedTuple):
-    storage: _Storage
-    offset: int  # in elements, as are the strides
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: str
-
-
 class _Checkpoint(NamedTuple):
-    tree: Any  # what was pickled, with `_Tensor` in place of tensors
+    tree: Any  # what was pickled, with `Tensor` in place of tensors
     data: np.ndarray  # uint8, the whole file, mapped
     blocks: dict[str, tuple[int, int]]  # storage key -> first byte and number of bytes
     byteorder: str
 
-    def arrays(self, tensors: Mapping[str, _Tensor]) -> dict[str, np.ndarray]:
+    def arrays(self, tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         arrays, left = {}, WIDER * self.data.size + 2**20
         for key, tensor in tensors.items():
             arrays[key] = self._array(words.name(key), tensor, left)
@@ -221,8 +174,8 @@ class _Checkpoint(NamedTuple):
 
     def _array(self, key, tensor, most):
         storage, offset, shape, strides, dtype = tensor
-        if not (isinstance(storage, _Storage) and storage.key in self.blocks and dtype in _DTYPES):
-            raise _Refused(f"tensor {key} has no storage or an unknown dtype ({words.shown((storage, dtype))})")
+        if not (isinstance(storage, Storage) and storage.key in self.blocks and dtype in DTYPES):
+            raise Refused(f"tensor {key} has no storage or an unknown dtype ({words.shown((storage, dtype))})")
         if not (
             isinstance(shape, tuple)
             and isinstance(strides, tuple)
@@ -230,17 +183,17 @@ class _Checkpoint(NamedTuple):
             and all(type(i) is int and 0 <= i < 2**60 for i in (offset, storage.first, *shape, *strides))
             and math.prod(shape) < 2**60
         ):
-            raise _Refused(f"tensor {key} has an impossible layout ({words.shown(tuple(tensor))})")
-        dtype = _DTYPES[dtype]
+            raise Refused(f"tensor {key} has an impossible layout ({words.shown(tuple(tensor))})")
+        dtype = DTYPES[dtype]
         if 0 in shape:
             return np.zeros(shape, dtype)
         if math.prod(shape) * dtype.itemsize > most:
-            raise _Refused(f"with tensor {key} it stands for many times its own size; save contiguous tensors")
+            raise Refused(f"with tensor {key} it stands for many times its own size; save contiguous tensors")
         first, size = self.blocks[storage.key]
         offset += storage.first
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         if (last + 1) * dtype.itemsize > size:
-            raise _Refused(f"tensor {key} reaches element {last} of a storage of {size // dtype.itemsize}")
+            raise Refused(f"tensor {key} reaches element {last} of a storage of {size // dtype.itemsize}")
         block, width = self.data[first : first + size], dtype.itemsize
         array = np.ndarray(shape, dtype, block, offset * width, [stride * width for stride in strides])
         return np.require(array, requirements="A") if self.byteorder == sys.byteorder else array.byteswap()
@@ -255,52 +208,50 @@ def _read_torch(path: Path) -> _Checkpoint:
             return _read_zip(file, data)
         if start[:1] == b"\x80":
             return _read_legacy(file, data)
-    raise _Refused("not a weight file: expected .safetensors or a file written by torch.save")
+    raise Refused("not a weight file: expected .safetensors or a file written by torch.save")
 
 
 def _read_zip(file: BinaryIO, data: np.ndarray) -> _Checkpoint:
     try:
-        archive = zipfile.ZipFile(_Bounded(file, CONTENTS))  # which reads nothing but the index
+        archive = zipfile.ZipFile(Bounded(file, CONTENTS))  # which reads nothing but the index
     except zipfile.BadZipFile as error:
-        raise _Refused(f"the file is cut short or damaged ({error}); get it again") from error
+        raise Refused(f"the file is cut short or damaged ({error}); get it again") from error
     with archive:
         records = {record.filename: record for record in archive.infolist()}
         if len(records) < len(archive.infolist()):
-            raise _Refused("two of its records have one name; get it again")
+            raise Refused("two of its records have one name; get it again")
         roots = [
             name.removesuffix("data.pkl") for name in records if name.count("/") == 1 and name.endswith("/data.pkl")
         ]
         if len(roots) != 1:
-            raise _Refused(f"a zip file without the data.pkl of torch.save; it holds {words.shown(sorted(records))}")
+            raise Refused(f"a zip file without the data.pkl of torch.save; it holds {words.shown(sorted(records))}")
         root = roots[0]
         spans, checked = {}, any(record.CRC for record in records.values())  # torch can be told to write none
         for name, record in records.items():
             if record.compress_type != zipfile.ZIP_STORED:
-                raise _Refused(f"its record {words.name(name)} is compressed, which torch never does; save it anew")
+                raise Refused(f"its record {words.name(name)} is compressed, which torch never does; save it anew")
             spans[name] = _record_span(record, data)
         end = 0
         for name, (first, size) in sorted(spans.items(), key=lambda item: item[1]):
             if (start := records[name].header_offset) < end:
-                raise _Refused(
-                    f"its record {words.name(name)} begins at byte {start}, within another one; get it again"
-                )
+                raise Refused(f"its record {words.name(name)} begins at byte {start}, within another one; get it again")
             end = first + size
             if checked and zlib.crc32(data[first:end]) != records[name].CRC:
-                raise _Refused(f"its record {words.name(name)} has other content than when it was saved; get it again")
+                raise Refused(f"its record {words.name(name)} has other content than when it was saved; get it again")
 
     def content(name):
         first, size = spans[root + name]
         if size > CONTENTS:
-            raise _Refused(f"its {name} has {size} bytes; no more than {CONTENTS} are read")
+            raise Refused(f"its {name} has {size} bytes; no more than {CONTENTS} are read")
         return data[first : first + size].tobytes()
 
     order = content("byteorder").decode() if root + "byteorder" in spans else "little"
     if order not in ("little", "big"):
-        raise _Refused(f"unknown byte order {words.shown(order)}")
+        raise Refused(f"unknown byte order {words.shown(order)}")
     stored = root + "data/"
     blocks = {name.removeprefix(stored): span for name, span in spans.items() if name.startswith(stored)}
     pickled = content("data.pkl")
-    unpickler = _Unpickler(_Bounded(io.BytesIO(pickled), len(pickled)), _TORCH)
+    unpickler = Unpickler(Bounded(io.BytesIO(pickled), len(pickled)), TORCH)
     return _Checkpoint(unpickler.load(), data, unpickler.checked(blocks), order)
 
 
@@ -312,59 +263,57 @@ def _record_span(record: zipfile.ZipInfo, data: np.ndarray) -> tuple[int, int]:
     if header[:4] != b"PK\x03\x04" or data[first - names : first].tobytes() != record.orig_filename.encode(
         "utf-8" if record.flag_bits & 0x800 else "cp437"
     ):
-        raise _Refused(f"its record {name} is not where the index says; download it again")
+        raise Refused(f"its record {name} is not where the index says; download it again")
     if first + extra + record.file_size > data.size:
-        raise _Refused(f"its record {name} is cut short; download it again")
+        raise Refused(f"its record {name} is cut short; download it again")
     return first + extra, record.file_size
 
 
 def _read_legacy(file: BinaryIO, data: np.ndarray) -> _Checkpoint:
     """The format before torch 1.6: five pickles, then every storage as its length and its elements."""
-    bounded = _Bounded(file, min(CONTENTS, data.size))
-    if _Unpickler(bounded, _TORCH).load() != 0x1950A86A20F9469CFC6C:
-        raise _Refused("a pickle, but not one written by torch.save; save the state dict as .safetensors")
-    if (version := _Unpickler(bounded, _TORCH).load()) != 1001:
-        raise _Refused(
-            f"unknown version {words.shown(version)} of the torch format; load it in torch and save it again"
-        )
-    order = "little" if _Unpickler(bounded, _TORCH).load()["little_endian"] else "big"
-    unpickler = _Unpickler(bounded, _TORCH)
+    bounded = Bounded(file, min(CONTENTS, data.size))
+    if Unpickler(bounded, TORCH).load() != 0x1950A86A20F9469CFC6C:
+        raise Refused("a pickle, but not one written by torch.save; save the state dict as .safetensors")
+    if (version := Unpickler(bounded, TORCH).load()) != 1001:
+        raise Refused(f"unknown version {words.shown(version)} of the torch format; load it in torch and save it again")
+    order = "little" if Unpickler(bounded, TORCH).load()["little_endian"] else "big"
+    unpickler = Unpickler(bounded, TORCH)
     tree = unpickler.load()
-    keys = _Unpickler(bounded, _TORCH).load()
+    keys = Unpickler(bounded, TORCH).load()
     blocks, first = {}, file.tell()
     for key in keys:
         (count,) = struct.unpack("<q" if order == "little" else ">q", data[first : first + 8].tobytes())
         if key not in unpickler.storages or key in blocks:
-            raise _Refused(f"its storage {words.shown(key)} is of no known type, or there twice")
-        size = count * _DTYPES[unpickler.storages[key][0]].itemsize
+            raise Refused(f"its storage {words.shown(key)} is of no known type, or there twice")
+        size = count * DTYPES[unpickler.storages[key][0]].itemsize
         if not 0 <= size <= data.size - first - 8:
-            raise _Refused("the file is cut short; download it again")
+            raise Refused("the file is cut short; download it again")
         blocks[key] = first + 8, size
         first += 8 + size
     return _Checkpoint(tree, data, unpickler.checked(blocks), order)
 
 
-def _pick(tree: Any, entry: str | None) -> dict[str, _Tensor]:
+def _pick(tree: Any, entry: str | None) -> dict[str, Tensor]:
     found = tree
     if entry is not None:
         for part in entry.split("."):
             found = found.get(part) if isinstance(found, dict) else None
         if _holds_tensors(found):
             return found
-        raise _Refused(f"entry {words.shown(entry)} is not a dict of tensors; {_entries(tree)}")
+        raise Refused(f"entry {words.shown(entry)} is not a dict of tensors; {_entries(tree)}")
     if isinstance(tree, dict):
         for found in (*map(tree.get, ENTRIES), tree):
             if _holds_tensors(found):
                 return found
     names = ", ".join(ENTRIES)
-    raise _Refused(f"no weights under {names} or at the top; choose with entry=; {_entries(tree)}")
+    raise Refused(f"no weights under {names} or at the top; choose with entry=; {_entries(tree)}")
 
 
 def _holds_tensors(tree: Any) -> bool:
     return (
         isinstance(tree, dict)
         and bool(tree)
-        and all(isinstance(key, str) and isinstance(value, _Tensor) for key, value in tree.items())
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in tree.items())
     )
 
 
@@ -376,244 +325,3 @@ def _entries(tree: Any) -> str:
 
 def _kind(value: Any) -> str:
     return type(value).__name__.strip("_").lower() + (f" of {len(value)}" if isinstance(value, dict) else "")
-
-
-# The restricted machine ------------------------------------------------------------------------------------
-
-
-class _Refused(ValueError):
-    """A reason that is shown to the user behind the file name."""
-
-
-class _Unpickler(pickle._Unpickler):
-    """Knows the names of its table and nothing else.
-
-    Python's own, not that in C, which makes room for the largest number that a pickle gives to an object, and crashes on
-    keys that are nested deeply.
-    """
-
-    dispatch: ClassVar[dict[int, Callable]] = {
-        code: act
-        for code, act in pickle._Unpickler.dispatch.items()
-        if bytes([code]) not in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.INST, pickle.OBJ)
-    }
-
-    def __init__(self, file: _Bounded, table: Mapping[str, Any]):
-        super().__init__(file, encoding="utf-8")
-        self.table, self.bounded = table, file
-        self.storages: dict[str, tuple[str, int]] = {}  # dtype and number of elements of those named
-        self.most = file.left  # what calls may make together
-
-    def load_reduce(self):
-        super().load_reduce()
-        if isinstance(made := self.stack[-1], str | bytes | tuple | list | dict):
-            self.most -= len(made)
-            if self.most < 0:
-                raise _Refused("its pickle makes more than it holds")
-
-    def load_setitem(self):
-        _check_keys(self.stack[-2:-1])
-        super().load_setitem()
-
-    def load_setitems(self):
-        _check_keys(self.stack[::2])
-        super().load_setitems()
-
-    dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
-
-    def checked(self, blocks: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-        """Blocks of bytes, which have to be the storages that were named."""
-        for key, (dtype, count) in self.storages.items():
-            size = count * _DTYPES[dtype].itemsize
-            if key not in blocks:
-                raise _Refused(f"its storage {words.name(key)} is missing; get it again")
-            if count and blocks[key][1] != size:  # 0: not told
-                raise _Refused(
-                    f"its storage {words.name(key)} has {blocks[key][1]} bytes, but is named with {size}; get it again"
-                )
-        if unused := sorted(blocks.keys() - self.storages.keys()):
-            raise _Refused(f"its storage {words.name(unused[0])} belongs to no tensor; get it again")
-        return blocks
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self.table[f"{module} {name}"]
-        except KeyError:
-            raise _Refused(
-                f"refused, because its pickle names {words.name(f'{module}.{name}')}, which no weight file needs; "
-                "nothing was executed. If you trust its source, load it in torch and save the state dict as "
-                ".safetensors"
-            ) from None
-
-    def persistent_load(self, identity: Any) -> _Storage:
-        if self.table is not _TORCH:
-            raise _Refused("the pickle refers to storages outside itself")
-        kind, dtype, key, _, count, *view = identity
-        known = kind == "storage" and type(key) is str and type(dtype) is str and dtype in _DTYPES
-        if not known or type(count) is not int or not 0 <= count < 2**60:
-            raise _Refused(f"unknown storage {words.shown(identity)}")
-        if self.storages.setdefault(key, (dtype, count)) != (dtype, count):
-            raise _Refused(f"its storage {words.name(key)} is named twice, with different contents")
-        return _Storage(key, dtype, view[0][1] if view and view[0] else 0)
-
-
-def _check_keys(keys):
-    for key in keys:
-        plain = key if type(key) is tuple and len(key) <= 16 else (key,)
-        if not all(x is None or type(x) in (str, int, float, bool, bytes) for x in plain):
-            raise _Refused(f"its pickle has the key {words.shown(key)}; text and numbers are read")
-
-
-class _Call:
-    """What a pickle may call. BUILD, the opcode that sets attributes, finds `__setstate__` and is refused."""
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.function(*arguments)
-
-    def __setstate__(self, state: Any) -> None:
-        raise _Refused("refused, because its pickle alters a function; nothing was executed")
-
-
-class _Object:
-    """An object of which nothing is kept."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class _Dict(dict):
-    """An OrderedDict without the attributes that torch hangs on it."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class _Dtype:
-    """A numpy dtype, by its code such as "f4" and its byte order."""
-
-    __slots__ = ("code", "order")
-
-    def __init__(self, code: str, *_: Any):
-        self.code, self.order = code, "="
-
-    def __setstate__(self, state: tuple) -> None:
-        self.order = state[1]
-
-    def numpy(self) -> np.dtype:
-        if self.code not in _CODES or self.order not in ("<", ">", "=", "|"):
-            raise _Refused(f"arrays of dtype {words.shown((self.order, self.code))}; only numbers are read")
-        return np.dtype(self.order + self.code)
-
-
-class _Array:
-    """A numpy array, as its state: version, shape, dtype, column-major?, bytes."""
-
-    __slots__ = ("state",)
-
-    def __setstate__(self, state: tuple) -> None:
-        self.state = state
-
-    def numpy(self) -> np.ndarray:
-        _, shape, dtype, columns, data = self.state
-        if not (isinstance(dtype, _Dtype) and type(data) is bytes and isinstance(shape, tuple)):
-            raise _Refused("an array that holds something other than numbers")
-        return np.frombuffer(data, dtype.numpy()).reshape(shape, order="F" if columns else "C")
-
-
-def _arrays(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _arrays(value) for key, value in tree.items()}
-    if isinstance(tree, _Array):
-        return tree.numpy()
-    if tree is None or isinstance(tree, (bool, int, float, str)):
-        return tree
-    raise _Refused(f"the pickle holds a {type(tree).__name__}; only nested dicts of arrays are read")
-
-
-def _tensor(storage, offset, shape, strides, *_: Any) -> _Tensor:
-    return _Tensor(storage, offset, shape, strides, storage.dtype)
-
-
-def _typed_tensor(storage, offset, shape, strides, _grad, _hooks, dtype, *_: Any) -> _Tensor:
-    return _Tensor(storage, offset, shape, strides, dtype)
-
-
-def _latin(text: str, encoding: str) -> bytes:
-    return text.encode({"latin1": "latin1", "latin-1": "latin1"}[encoding])
-
-
-_CODES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"}
-_DTYPES = {
-    name: np.dtype(name)
-    for name in (
-        "float64",
-        "float32",
-        "float16",
-        "complex64",
-        "complex128",
-        "int64",
-        "int32",
-        "int16",
-        "int8",
-        "uint64",
-        "uint32",
-        "uint16",
-        "uint8",
-        "bool",
-    )
-}
-_DTYPES |= {
-    name: np.dtype(getattr(ml_dtypes, name))
-    for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-}
-_SAFETENSORS = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64",
-}  # fmt: skip
-_SAFETENSORS = {name: _DTYPES[dtype] for name, dtype in _SAFETENSORS.items()}
-_STORAGES = {
-    "Double": "float64",
-    "Float": "float32",
-    "Half": "float16",
-    "BFloat16": "bfloat16",
-    "Long": "int64",
-    "Int": "int32",
-    "Short": "int16",
-    "Char": "int8",
-    "Byte": "uint8",
-    "Bool": "bool",
-    "ComplexFloat": "complex64",
-    "ComplexDouble": "complex128",
-}
-_NUMPY = {
-    "numpy ndarray": "ndarray",
-    "numpy dtype": _Call(_Dtype),
-    "_codecs encode": _Call(_latin),
-    "numpy.core.multiarray _reconstruct": _Call(lambda *_: _Array()),
-    "numpy._core.multiarray _reconstruct": _Call(lambda *_: _Array()),
-}
-_TORCH = _NUMPY | {
-    "numpy.core.multiarray scalar": _Call(lambda *_: _Object()),
-    "numpy._core.multiarray scalar": _Call(lambda *_: _Object()),
-    "collections OrderedDict": _Call(lambda: _Dict()),
-    "argparse Namespace": _Object,
-    "torch Size": _Call(tuple),
-    "torch device": _Call(lambda *_: _Object()),
-    "torch._utils _rebuild_tensor": _Call(_tensor),
-    "torch._utils _rebuild_tensor_v2": _Call(_tensor),
-    "torch._utils _rebuild_tensor_v3": _Call(_typed_tensor),
-    "torch._utils _rebuild_parameter": _Call(lambda tensor, *_: tensor),
-    "torch.storage UntypedStorage": "uint8",
-    **{f"torch {name}Storage": dtype for name, dtype in _STORAGES.items()},
-    **{f"torch {name}": name for name in _DTYPES},
-}

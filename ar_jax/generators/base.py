@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -14,6 +13,7 @@ from ar_jax.data import Info
 from ar_jax.machine.sharding import Rules
 from ar_jax.nets.attention import Kept
 from ar_jax.nets.conditioning import Cond
+from ar_jax.nets.linear import cast
 from ar_jax.orders import Order, whole
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Batch, Bool, Float, Having, Index, Params, PRNGKey
@@ -142,14 +142,13 @@ class Generator(nn.Module):
         return {path: leaf}
 
     def multiplied(self, params: Params) -> Params:
-        """Parameters for many calls: every part's kernels in the dtype in which it multiplies."""
+        """Parameters for many calls: those of every part that multiplies, as sampling in its dtype has them (see `cast`)."""
         parts = self.parts() | {"conditioning": self.conditioning}
-
-        def one(path, leaf):
-            part = parts.get(path[0].key, self)
-            return leaf.astype(getattr(part, "dtype", leaf.dtype)) if path[-1].key == "kernel" else leaf
-
-        return jax.tree_util.tree_map_with_path(one, params)
+        kinds = {name: getattr(parts.get(name, self), "dtype", None) for name in params}
+        return {
+            name: tree if kinds[name] is None else cast({name: tree}, kinds[name])[name]
+            for name, tree in params.items()
+        }
 
     def init_params(self, key: PRNGKey) -> Params:
         net = next((getattr(self, name) for name in ("backbone", "encoder") if hasattr(self, name)), None)

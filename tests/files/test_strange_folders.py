@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from trees import changed
 
 from ar_jax import sample
 from ar_jax.data import Info
@@ -60,16 +61,6 @@ def refused(said, *options):
     assert len(caught.value.code) < 900
     assert all(part in caught.value.code for part in said), caught.value.code
     assert os.listdir() == ["run"]
-
-
-def changed(folder, name, value):
-    content = json.loads((folder / "model.json").read_text())
-    *inside, last = name.split(".")
-    place = content
-    for part in inside:
-        place = place[part]
-    place[last] = value
-    (folder / "model.json").write_text(json.dumps(content))
 
 
 FIELDS = [

@@ -58,7 +58,7 @@ def drawn(case, decoder, count=2):
 
 
 @pytest.mark.parametrize("name", ["llamagen_caption", "var"])
-def test_rows_over_a_cache_in_bytes_are_off_by_a_percent(name):
+def test_rows_over_a_cache_in_bytes_are_off_by_less_than_three_percent(name):
     """Of the last of some steps, from a cache that all rows before were written into."""
     case, hidden = CASES[name], {}
     order = case.order(case.generator.spec, None, case.images)

@@ -87,6 +87,21 @@ def test_hidden_rows_are_those_of_transformers(tmp_path, sizes):
         assert mask[i].tolist() == [False] * (16 - len(ids)) + [True] * len(ids)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "row"),
+    [
+        (T5_SIZES, [0.1787, 0.0066, -0.9008, -0.3063]),
+        (T5_SIZES | {"feed_forward_proj": "relu"}, [0.7948, 0.0473, -1.2044, -0.2196]),
+        (CLIP_SIZES, [0.1485, 0.0884, 0.2713, 0.4021]),
+    ],
+    ids=["t5", "t5-relu", "clip"],
+)
+def test_hidden_rows_are_those_that_were_compared(tmp_path, sizes, row):
+    """Where there is no `transformers`: numbers that agreed with it (4.57.1, torch 2.13.0) to 2e-5 by the test above."""
+    features, _ = open_encoder(str(folder_of(tmp_path / "small", sizes))).encode(CAPTIONS, 16)
+    np.testing.assert_allclose(features[1, -3, :4], row, atol=2e-4)
+
+
 @pytest.mark.parametrize("sizes", [T5_SIZES, CLIP_SIZES], ids=["t5", "clip"])
 def test_captions_do_not_influence_each_other(tmp_path, sizes):
     encoder = open_encoder(str(folder_of(tmp_path / "small", sizes)))
