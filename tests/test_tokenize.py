@@ -272,16 +272,20 @@ def test_captions_and_their_features_are_kept(place, tmp_path):
     files = sorted(path.relative_to(images) for path in images.rglob("*.png"))
     lines = [json.dumps({"file": str(file), "caption": f"number {i}"}) for i, file in enumerate(files)]
     (images / "captions.jsonl").write_text("\n".join(lines))
-    features = np.random.default_rng(0).random((COUNT, 3, 5), np.float32)
-    np.savez(tmp_path / "text.npz", features=features, mask=np.ones((COUNT, 3), bool))
+    features, mask = np.random.default_rng(0).random((COUNT, 3, 5), np.float32), np.ones((COUNT, 3), bool)
+    features[1, 0], mask[1, 0] = 0, False
+    np.savez(tmp_path / "text.npz", features=features, mask=mask)
     text = ("--data.path", images, "--data.text", tmp_path / "text.npz", "--data.text-rows", 3)
     records = cache(place, tmp_path / "out", *text)
     assert records[2]["caption"] == "number 2"
-    np.testing.assert_array_equal(records[2]["text"], features[2])
+    rounded = features.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(records[2]["text"], rounded[2])
     data = Data(name="tokens", path=str(tmp_path / "out"))
     batch = next(batches(open_source(data), data, batch=4, seed=0))
-    assert batch["text"].shape == (4, 3, 5)
-    assert batch["text_mask"].all()
+    assert (batch["text"].dtype, batch["text"].shape) == (jnp.bfloat16, (4, 3, 5))
+    assert set(batch["text_mask"].sum(1)) <= {2, 3}
+    kept = sum(np.load(path).nbytes for path in (tmp_path / "out").rglob("*.text.npy"))
+    assert kept == 2 * mask.sum() * 5, "two bytes a number, of real rows only"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 A shard is a `.npy` file for each field, with the records on its first axis, and a `.json` file that is written last and says
 how many records there are. Fields of which every record has another number of rows (captions in UTF-8, their real feature
-rows) lie one after the other, and `FIELD.ends.npy` says where each record's end.
+rows, the bits of bfloat16 as uint16) lie one after the other, and `FIELD.ends.npy` says where each record's end.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ar_jax.data.base import spread
-from ar_jax.data.captions import left_pad
+from ar_jax.data.captions import bits, from_bits, left_pad
 from ar_jax.data.records import Form, open_shards, read_json, write_json
 
 NAME = "arrays"  # what info.json calls this form
@@ -78,11 +78,11 @@ class Arrays:
         """Caption features of these records, padded."""
         if "text" not in self._shards[0]:
             return {}
-        rows, width = self.info["text_rows"], self._shards[0]["text"].shape[1]
-        text, mask = np.zeros((len(index), rows, width), np.float32), np.zeros((len(index), rows), bool)
+        rows, stored = self.info["text_rows"], from_bits(self._shards[0]["text"])
+        text, mask = np.zeros((len(index), rows, stored.shape[1]), stored.dtype), np.zeros((len(index), rows), bool)
         for shard, places, within in spread(self._ends, index):
             for place, row in zip(places, within):
-                real = _rows(self._shards[shard], "text", row)
+                real = from_bits(_rows(self._shards[shard], "text", row))
                 text[place], mask[place] = left_pad(real, np.ones(len(real), bool), rows)
         return {"text": text, "text_mask": mask}
 
@@ -140,7 +140,7 @@ def _columns(record: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
         if name == "caption":
             yield name, np.frombuffer(value.encode(), np.uint8)
         elif name == "text":
-            yield name, value[record["text_mask"]]
+            yield name, bits(value[record["text_mask"]])
         elif name != "text_mask":  # the number of rows says it
             yield name, np.asarray(value, np.int32 if isinstance(value, int) else None)[None]
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
@@ -12,15 +13,16 @@ from tqdm import tqdm
 from ar_jax.data.base import Data, Info, NoSplit, Source
 from ar_jax.files import cache
 
-MOST_CAPTIONS = 1_000_000  # different captions that are encoded here, about 25 GB of minilm features at 16 rows
+MOST_CAPTIONS = 1_000_000  # different captions that are encoded here: of 20 words 80 GB of features of a T5 of width 2048
 AT_ONCE = 512
 PART = 8 * AT_ONCE  # captions of a file
+KEPT = "real rows in bfloat16"
 
 Rows = Callable[[int], tuple[np.ndarray, np.ndarray]]  # record -> features [rows c], mask [rows]
 
 
 class Texted:
-    """A source whose records also have "text" float32 [rows c] and "text_mask" bool [rows], left-padded."""
+    """A source whose records also have "text" [rows c], bfloat16 or float32, and "text_mask" bool [rows], left-padded."""
 
     def __init__(self, source: Source, rows: Rows, info: Info):
         self.source, self.rows, self.info = source, rows, info
@@ -64,15 +66,15 @@ def with_text(source: Source, data: Data) -> Source:
 
 
 def left_pad(features: np.ndarray, mask: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `rows` real rows of [r c] at the end of float32 [rows c], after zeros; and their mask."""
+    """The first `rows` real rows of [r c] at the end of [rows c], after zeros; and their mask. float32, if not bfloat16."""
     real = features[np.asarray(mask, bool)][:rows]
-    padded = np.zeros((rows, features.shape[-1]), np.float32)
+    padded = np.zeros((rows, features.shape[-1]), jnp.bfloat16 if real.dtype == jnp.bfloat16 else np.float32)
     padded[rows - len(real) :] = real
     return padded, np.arange(rows) >= rows - len(real)
 
 
 def _encode(captions: Sequence[str], data: Data) -> tuple[str, Rows, int]:
-    """Features of every different caption, encoded once and kept in the cache in files that are read row by row."""
+    """Features of every different caption, encoded once: their real rows are kept in the cache, in bfloat16."""
     from ar_jax.text.encoder import open_encoder
 
     unique = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
@@ -84,13 +86,14 @@ def _encode(captions: Sequence[str], data: Data) -> tuple[str, Rows, int]:
     texts, encoder, rows = list(unique), open_encoder(data.text), data.text_rows
     parts = [texts[start : start + PART] for start in range(0, len(texts), PART)]
     folder = cache.place("captions")
-    paths = [folder / f"{cache.key([encoder.identity, rows, *part])}.safetensors" for part in parts]
+    paths = [folder / f"{cache.key([encoder.identity, rows, KEPT, *part])}.safetensors" for part in parts]
 
     def write(i: int, path: Path) -> None:
         starts = tqdm(range(0, len(parts[i]), AT_ONCE), desc=f"captions {i + 1}/{len(parts)}", disable=None)
         found = [encoder.encode(parts[i][start : start + AT_ONCE], rows) for start in starts]
-        features, mask = (np.concatenate([np.asarray(each[k]) for each in found]) for k in (0, 1))
-        save_file({"features": features, "mask": mask}, path, {"encoder": encoder.identity})
+        real = [words[is_word] for features, mask in found for words, is_word in zip(features, np.asarray(mask))]
+        ends = np.cumsum([len(words) for words in real])
+        save_file({"rows": bits(np.concatenate(real)), "ends": ends}, path, {"encoder": encoder.identity})
 
     cache.make(paths, write)
     where = np.fromiter((unique[caption] for caption in captions), np.int32, len(captions))
@@ -98,19 +101,33 @@ def _encode(captions: Sequence[str], data: Data) -> tuple[str, Rows, int]:
 
     def row(i: int) -> tuple[np.ndarray, np.ndarray]:
         part, j = divmod(int(where[i]), PART)
-        return files[part]["features"][j : j + 1][0], files[part]["mask"][j : j + 1][0]
+        ends, kept = files[part]
+        words = from_bits(kept[int(ends[j - 1]) if j else 0 : int(ends[j])])
+        return words, np.ones(len(words), bool)
 
-    return encoder.name, row, _shape(files[0]["features"])[2]
+    return encoder.name, row, _shape(files[0][1])[1]
 
 
-def _kept(path: Path, count: int) -> dict[str, Any]:
+def bits(features: np.ndarray) -> np.ndarray:
+    """Features rounded to bfloat16, as uint16, which every format of files knows."""
+    return np.asarray(features).astype(jnp.bfloat16).view(np.uint16)
+
+
+def from_bits(kept: np.ndarray) -> np.ndarray:
+    """bfloat16 of `bits`; float32, which older caches hold, as it is."""
+    return kept.view(jnp.bfloat16) if kept.dtype == np.uint16 else kept
+
+
+def _kept(path: Path, count: int) -> tuple[np.ndarray, Any]:
+    """Where the rows of each caption end, and all rows, of which slices are read."""
     try:
-        arrays = _safetensors(path)[1]
-        if _shape(arrays["features"])[0] != count:
-            raise ValueError(f"it holds {_shape(arrays['features'])[0]} captions, not {count}")
+        arrays = _safetensors(path, ("rows", "ends"))[1]
+        ends = arrays["ends"][:]
+        if len(ends) != count or ends[-1] != _shape(arrays["rows"])[0]:
+            raise ValueError(f"it holds {len(ends)} captions with {_shape(arrays['rows'])[0]} rows, not {count}")
     except Exception as error:
         raise ValueError(f"{path}, features of captions that were kept, is damaged ({error}); delete it") from error
-    return arrays
+    return ends, arrays["rows"]
 
 
 def _open_features(path: Path, count: int, split: str) -> tuple[str, Rows, int]:
@@ -144,9 +161,9 @@ def _npz(path: Path) -> tuple[str, dict[str, Any]]:
         return encoder, {key: arrays[key] for key in ("features", "mask")}
 
 
-def _safetensors(path: Path) -> tuple[str, dict[str, Any]]:
+def _safetensors(path: Path, keys: tuple[str, ...] = ("features", "mask")) -> tuple[str, dict[str, Any]]:
     from safetensors import safe_open
 
     file = safe_open(path, framework="numpy")
     encoder = (file.metadata() or {}).get("encoder", "")
-    return encoder, {key: file.get_slice(key) for key in ("features", "mask")}
+    return encoder, {key: file.get_slice(key) for key in keys}

@@ -29,7 +29,7 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """An iterator of batches with `get_state()` and `set_state()`.
 
-    A batch has, of what the source offers, "image" uint8 [b size size 3], "label" int32 [b], "text" float32
+    A batch has, of what the source offers, "image" uint8 [b size size 3], "label" int32 [b], "text" bfloat16 or float32
     [b text_rows c] with "text_mask" bool [b text_rows], and "tokens" int32 [b n k] or float32 [b n c], or "moments"
     float16 [b n 2c], of which the tokenizer draws tokens.
 

@@ -2,10 +2,11 @@ import json
 from concurrent import futures
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from ar_jax.data import Data, batches, captions, open_source
 from ar_jax.data.captions import left_pad
@@ -126,6 +127,9 @@ def test_features_of_captions_are_kept_on_disk(captioned, encoder, monkeypatch):
     assert encoder == ["one", "two words"]
     for i in range(3):
         np.testing.assert_array_equal(first[i]["text"], again[i]["text"])
+        assert first[i]["text"].dtype == jnp.bfloat16
+    rows = sum(load_file(path)["rows"].nbytes for path in captions.cache.place("captions").iterdir())
+    assert rows == (1 + 2) * 5 * 2, "of one and two words, each five numbers of two bytes"
     (captioned / "captions.jsonl").open("a").write('\n{"file": "0.png", "caption": "and three words"}')
     open_source(_data(captioned, "minilm"))
     assert encoder == ["one", "two words", "and three words"], "only what is new"
