@@ -13,6 +13,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from ar_jax.machine import shares
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Bool, Float, Index, Int, Key, PRNGKey, Share, Tokens, typed
 
@@ -145,7 +146,7 @@ class DrawnScales:
                 f"order draws lists of the square scales {tuple(sorted(wanted))}, but the tokenizer has {spec.scales}; "
                 f"give it all of them"
             )
-        chosen = self.draw(sides, keys[0])
+        chosen = self.draw(sides, shares.first(keys))
         level = spec.coords[:, 0]
         limit = sum(side**2 for side in self.usual)
         inside = chosen[level]

@@ -16,6 +16,7 @@ from ar_jax.generators.inputs import some
 from ar_jax.heads.diffusion import TRAINED, continuous
 from ar_jax.heads.flow import draw_times
 from ar_jax.heads.integrate import Anneal, Solver, calls, integrate, normal, schedule
+from ar_jax.machine import shares
 from ar_jax.machine.sharding import BATCH, constrain
 from ar_jax.nets.attention import Rows
 from ar_jax.nets.conditioning import Cond, fold, widen
@@ -112,7 +113,8 @@ class BlockFlow(Generator):
         t_key, noise_key = jax.random.split(key)
         t = draw_times(t_key, (len(tokens), len(order.sizes)), self.times)
         x0 = to_ranks(tokens, order).astype(jnp.float32)
-        loss = self.errors(x0, self.condition(batch, drop), order, t, jax.random.normal(noise_key, x0.shape))
+        noise = shares.draw(jax.random.normal, noise_key, x0.shape)
+        loss = self.errors(x0, self.condition(batch, drop), order, t, noise)
         return loss, jnp.broadcast_to(image_weight(batch, len(tokens))[:, None], loss.shape), {}
 
     def errors(

@@ -15,6 +15,7 @@ from ar_jax.heads.categorical import Categorical
 from ar_jax.machine.sharding import BATCH, constrain
 from ar_jax.nets.attention import Rows
 from ar_jax.nets.conditioning import Cond
+from ar_jax.nets.dropout import Dropout
 from ar_jax.nets.gated import EncoderDecoder
 from ar_jax.nets.linear import output_major
 from ar_jax.nets.positions import NOWHERE
@@ -72,7 +73,7 @@ class Causal(Generator):
         return self.inputs.example()
 
     def setup(self):
-        self.drop = nn.Dropout(self.dropout)
+        self.drop = Dropout(self.dropout)
 
     @typed
     def loss(

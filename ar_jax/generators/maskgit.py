@@ -11,6 +11,7 @@ import numpy as np
 from flax import struct
 
 from ar_jax.generators.base import Conditioning, Frozen, Generator, Head, Setting, Step, image_weight
+from ar_jax.machine import shares
 from ar_jax.machine.sharding import BATCH, constrain
 from ar_jax.nets.attention import Rows
 from ar_jax.nets.conditioning import Cond, widen
@@ -97,8 +98,8 @@ class MaskGIT(Generator):
         """
         ratio_key, mask_key, head_key = jax.random.split(key, 3)
         shape = tokens.shape[:2]
-        ratio = mask_ratio(jax.random.uniform(ratio_key, (shape[0], 1), maxval=self.most))
-        hidden = lowest(jax.random.uniform(mask_key, shape), ratio * shape[1])
+        ratio = mask_ratio(self.most * shares.draw(jax.random.uniform, ratio_key, (shape[0], 1)))
+        hidden = lowest(shares.draw(jax.random.uniform, mask_key, shape), ratio * shape[1])
         h = self.hidden(tokens, hidden, self.condition(batch, drop))
         loss = self.head.loss(h, tokens, key=head_key)
         return loss, image_weight(batch, shape[0])[:, None] * hidden, {"masked": hidden.mean()}

@@ -21,6 +21,7 @@ from ar_jax.machine.sharding import BATCH, constrain
 from ar_jax.nets.adaln import modulated
 from ar_jax.nets.attention import Rows, attend, join_heads, remember, split_heads
 from ar_jax.nets.conditioning import Cond, Label, widen
+from ar_jax.nets.dropout import Dropout
 from ar_jax.nets.linear import Linear, look_up
 from ar_jax.nets.transformer import Cache, init
 from ar_jax.nets.vit import Plain
@@ -163,7 +164,7 @@ class Block(nn.Module):
         self.qkv, self.out = dense(3 * self.width), dense(self.width)
         self.fc1, self.fc2 = dense(self.hidden), dense(self.width)
         self.modulation = dense(6 * self.width, nn.initializers.zeros)
-        self.drop, self.attention_drop = nn.Dropout(self.dropout), nn.Dropout(self.attention_dropout)
+        self.drop, self.attention_drop = Dropout(self.dropout), Dropout(self.attention_dropout)
 
     def __call__(self, x, cache, c, seen, first):
         det = not self.has_rng("dropout")

@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from ar_jax.heads.integrate import Anneal, annealed, normal, pure, stacked
+from ar_jax.machine import shares
 from ar_jax.machine.sharding import Rules
 from ar_jax.nets.conditioning import fold, widen
 from ar_jax.nets.mlp import ModulatedMLP
@@ -93,8 +94,8 @@ class Diffusion(nn.Module):
     def loss(self, h: Float[Array, "b m d"], target: Float[Array, "b m c"], *, key: PRNGKey) -> Float[Array, "b m"]:
         """Squared error of the noise plus the variational bound in bits, mean over `multiplier` noise levels."""
         t_key, noise_key = jax.random.split(key)
-        t = jax.random.randint(t_key, (len(h), self.multiplier, h.shape[1]), 0, TRAINED)
-        noise = jax.random.normal(noise_key, (*t.shape, target.shape[-1]))
+        t = shares.draw(_times, t_key, (len(h), self.multiplier, h.shape[1]))
+        noise = shares.draw(jax.random.normal, noise_key, (*t.shape, target.shape[-1]))
         square, bound = self.errors(h, target, t, noise)
         return (square + bound).mean(1)
 
@@ -169,6 +170,10 @@ class Diffusion(nn.Module):
             chains = [Chain.of(kept).reversed() for kept in spacings]
         lengths = np.array([len(chain.t) for chain in chains], np.int32)
         return Chain(*(stacked(tables) for tables in zip(*(chain.tables() for chain in chains)))), which, lengths
+
+
+def _times(key, shape):
+    return jax.random.randint(key, shape, 0, TRAINED)
 
 
 def continuous(spec: TokenSpec, head: str) -> int:

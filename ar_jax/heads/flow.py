@@ -11,6 +11,7 @@ import numpy as np
 
 from ar_jax.heads.diffusion import RULES, TRAINED, continuous
 from ar_jax.heads.integrate import Anneal, Solver, calls, integrate, normal, pure, schedule
+from ar_jax.machine import shares
 from ar_jax.machine.sharding import Rules
 from ar_jax.nets.conditioning import fold, widen
 from ar_jax.nets.mlp import ModulatedMLP
@@ -36,8 +37,8 @@ class Times:
 def draw_times(key: PRNGKey, shape: tuple[int, ...], rule: str) -> Array:
     """Times for training, "uniform" or "logit_normal" (the sigmoid of a unit normal number)."""
     if rule == "uniform":
-        return jax.random.uniform(key, shape)
-    return jax.nn.sigmoid(jax.random.normal(key, shape))
+        return shares.draw(jax.random.uniform, key, shape)
+    return jax.nn.sigmoid(shares.draw(jax.random.normal, key, shape))
 
 
 class Flow(nn.Module):
@@ -98,7 +99,8 @@ class Flow(nn.Module):
         """Squared error of the velocity, mean over channels and `multiplier` times."""
         t_key, noise_key = jax.random.split(key)
         t = draw_times(t_key, (len(h), self.multiplier, h.shape[1]), self.times)
-        return self.errors(h, target, t, jax.random.normal(noise_key, (*t.shape, target.shape[-1]))).mean(1)
+        noise = shares.draw(jax.random.normal, noise_key, (*t.shape, target.shape[-1]))
+        return self.errors(h, target, t, noise).mean(1)
 
     @typed
     def errors(

@@ -12,6 +12,7 @@ from jax import lax
 from ar_jax.heads.diffusion import TRAINED, continuous
 from ar_jax.heads.flow import Flow, draw_times, uniform
 from ar_jax.heads.integrate import pure
+from ar_jax.machine import shares
 from ar_jax.machine.sharding import BATCH, Rules, constrain
 from ar_jax.nets.attention import sight
 from ar_jax.nets.gated import Attention, Condition, GatedMLP, gated_rules, modulated, rms
@@ -176,7 +177,7 @@ class JointFlow(Flow):
         """Squared error of the velocity, mean over channels and `multiplier` times of every scale."""
         t_key, noise_key = jax.random.split(key)
         t = draw_times(t_key, (len(h), self.multiplier, len(self.sizes)), self.times)
-        noise = jax.random.normal(noise_key, (*t.shape[:2], *target.shape[1:]))
+        noise = shares.draw(jax.random.normal, noise_key, (*t.shape[:2], *target.shape[1:]))
         return self.errors(h, target, t, noise).mean(1)
 
     @typed

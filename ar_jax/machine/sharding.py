@@ -12,6 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ar_jax.machine import shares
 from ar_jax.typing import Array
 
 AXES = ("data", "fsdp", "tp")
@@ -137,6 +138,7 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
+    axes = [shares.others(names) for names in axes]
     spec = [name if size % _parts(mesh, name) == 0 else P.UNCONSTRAINED for size, name in zip(x.shape, axes)]
     return jax.lax.with_sharding_constraint(x, P(*spec))
 

@@ -10,6 +10,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from ar_jax.machine import shares
 from ar_jax.machine.sharding import BATCH, Rules, constrain
 from ar_jax.nets.attention import Kept, Rows, join_heads, remember, split_heads
 from ar_jax.nets.linear import Linear, product
@@ -88,7 +89,7 @@ class Block(nn.Module):
     def add(self, x, y, drop):
         """x + y, where y is left out for a part `drop` of the images in training, and larger for the others."""
         if drop is not None and self.has_rng("dropout"):
-            kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop, (len(x), 1, 1))
+            kept = shares.draw(jax.random.uniform, self.make_rng("dropout"), (len(x), 1, 1)) < 1 - drop
             y = jnp.where(kept, y / (1 - drop), 0)
         return (x + y).astype(x.dtype)
 

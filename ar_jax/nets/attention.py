@@ -13,6 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from ar_jax.machine import shares
 from ar_jax.machine.sharding import BATCH, platform
 from ar_jax.typing import Array, Bool, Float, Index, Int, typed
 
@@ -286,8 +287,9 @@ def splash(
 
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        heads = P(BATCH, "tp")
-        local = jax.shard_map(local, in_specs=(heads, heads, heads, P(BATCH)), out_specs=heads, check_vma=False)
+        images = shares.others(BATCH)
+        heads = P(images, "tp")
+        local = jax.shard_map(local, in_specs=(heads, heads, heads, P(images)), out_specs=heads, check_vma=False)
     return local(q, k, v, segments)[:, :, :rows, :features]
 
 

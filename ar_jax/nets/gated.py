@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from ar_jax.machine.sharding import BATCH, Rules, constrain
 from ar_jax.nets.attention import Kept, Rows, Sight, attend, join_heads, remember, split_heads
+from ar_jax.nets.dropout import Dropout
 from ar_jax.nets.linear import Linear, look_up
 from ar_jax.nets.mlp import xavier
 from ar_jax.nets.positions import rotary, rotate, stretched
@@ -116,9 +117,9 @@ class Attention(nn.Module):
         if det or not self.attention_dropout:
             y = seen(q, k, v)
         else:
-            y = attend(q, k, v, seen.mask, drop=nn.Dropout(self.attention_dropout, deterministic=False))
+            y = attend(q, k, v, seen.mask, drop=Dropout(self.attention_dropout, deterministic=False))
         y = Linear(self.width, self.dtype, None, xavier, self.output_major, bias=True, name="out")(join_heads(y))
-        return nn.Dropout(self.dropout, deterministic=det)(y), cache
+        return Dropout(self.dropout, deterministic=det)(y), cache
 
 
 class GatedMLP(nn.Module):
@@ -142,7 +143,7 @@ class GatedMLP(nn.Module):
             return Linear(features, self.dtype, None, xavier, self.output_major, bias=True, name=name)
 
         def drop(y):
-            return nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(y)
+            return Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(y)
 
         hidden = self.hidden or 8 * self.width // 3
         y = nn.gelu(dense(hidden, "gate")(x), approximate=False) * dense(hidden, "up")(x)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from ar_jax.machine.sharding import BATCH, Rules, constrain
 from ar_jax.nets.attention import ATTENTION, Int8, Kept, Rows, join_heads, remember, split_heads
+from ar_jax.nets.dropout import Dropout
 from ar_jax.nets.linear import PRODUCT, Linear, output_major
 from ar_jax.nets.positions import rotary, rotate
 from ar_jax.tokens import TokenSpec
@@ -171,7 +172,7 @@ class Block(nn.Module):
         self.attention_norm, self.mlp_norm = RMSNorm(self.eps), RMSNorm(self.eps)
         self.qkv, self.out = dense(3 * self.width), dense(self.width)
         self.gate, self.up, self.down = dense(self.hidden), dense(self.hidden), dense(self.width)
-        self.drop = nn.Dropout(self.dropout)
+        self.drop = Dropout(self.dropout)
 
     def __call__(self, x, cache, table, seen, first):
         det = not self.has_rng("dropout")

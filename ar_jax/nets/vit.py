@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from ar_jax.machine.sharding import BATCH, Rules, constrain
 from ar_jax.nets.attention import Rows, attend, join_heads, remember, split_heads
+from ar_jax.nets.dropout import Dropout
 from ar_jax.nets.linear import Linear
 from ar_jax.nets.mlp import xavier
 from ar_jax.nets.transformer import Backbone, Cache
@@ -41,7 +42,7 @@ class Block(nn.Module):
         self.attention_norm, self.mlp_norm = (_norm(self.dtype, self.bias) for _ in range(2))
         self.qkv, self.out = dense(3 * self.width, self.bias), dense(self.width, self.bias)
         self.fc1, self.fc2 = dense(self.hidden), dense(self.width)
-        self.drop, self.attention_drop = nn.Dropout(self.dropout), nn.Dropout(self.attention_dropout)
+        self.drop, self.attention_drop = Dropout(self.dropout), Dropout(self.attention_dropout)
 
     def __call__(self, x, cache, seen, first):
         det = not self.has_rng("dropout")

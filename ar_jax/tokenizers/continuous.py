@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from ar_jax.machine import shares
 from ar_jax.tokens import Scale, sides
 from ar_jax.typing import Array, Float, PRNGKey, typed
 
@@ -69,7 +70,7 @@ def unpatchify(tokens: Float[Array, "b n c2"], grid: tuple[int, int], patch: Sca
 
 def noise(x: Array, key: PRNGKey | None) -> Array | float:
     """Unit normal numbers in the shape of x; 0 without a key."""
-    return 0.0 if key is None else jax.random.normal(key, x.shape)
+    return 0.0 if key is None else shares.draw(jax.random.normal, key, x.shape)
 
 
 def draw(mean: Array, logvar: Array, noise: Array | float) -> Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ar_jax.config import GeneratorStage
 from ar_jax.files.images import to_float, to_uint8
+from ar_jax.machine import shares
 from ar_jax.machine.flops import model_flops, without_remat
 from ar_jax.machine.sharding import Rules, gathered
 from ar_jax.train.optim import Optim, decayed, make_optimiser, only_trained, schedule
@@ -70,8 +71,8 @@ def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate
         images = len(tokens)
         loss, weight, metrics = generator.apply(
             {"params": params}, tokens, batch,
-            order_fn(generator.spec, jax.random.split(order_key, images), images, step), method="loss", tokenizer=call,
-            drop=jax.random.bernoulli(drop_key, drop_rate, (images,)), key=loss_key,
+            order_fn(generator.spec, shares.draw(jax.random.split, order_key, (images,)), images, step), method="loss", tokenizer=call,
+            drop=shares.draw(jax.random.uniform, drop_key, (images,)) < drop_rate, key=loss_key,
             rngs={"dropout": dropout_key} if train else {},
         )  # fmt: skip
         mean = (loss * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
@@ -104,9 +105,15 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
     train_order = stage.train_order or stage.order
     held_out_loss = generator_loss(generator, tokenizer, train_order, 0.0, train=False)
 
+    def rounded(params):
+        def one(path, own, multiplied):
+            return own.astype(multiplied.dtype) if path[-1].key == "kernel" else own
+
+        return {"model": jax.tree.map_with_path(one, params["model"], generator.multiplied(params["model"]))}
+
     def update_of(generator):
         grad_fn = gradients(generator_loss(generator, tokenizer, train_order, stage.drop), stage.optim)
-        return make_update(grad_fn, tx, **update_settings(stage.optim))
+        return make_update(grad_fn, tx, rounded=rounded, **update_settings(stage.optim))
 
     def init(key):
         return create({"model": generator.init_params(key)}, {}, tx, stage.optim.ema)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from ar_jax.machine import shares
 from ar_jax.machine.sharding import BATCH, constrain
 from ar_jax.nets.linear import float32_gradients
 from ar_jax.typing import Array, Batch, Int, Metrics, Params, PRNGKey
@@ -58,6 +59,7 @@ def make_update(
     ema: float = 0.0,
     accumulate: int = 1,
     float32: bool = False,
+    rounded: Callable[[Params], Params] | None = None,
     after: Callable[[TrainState, PRNGKey], TrainState] = lambda state, key: state,
 ) -> Callable[[TrainState, Params, Batch, PRNGKey], tuple[TrainState, Metrics]]:
     """The training step: gradients (of `accumulate` parts of the batch, one after the other), optimiser, EMA.
@@ -71,6 +73,8 @@ def make_update(
       ema: decay per update; 0 keeps none.
       accumulate: number of parts; the batch size is a multiple of it.
       float32: gradients of kernels leave their products so (see `float32_gradients`).
+      rounded: of a recipe whose loss is a mean over rows that do not look at one another: parameters in the dtypes in which
+        devices sum the gradients of kernels, unless `float32`. They sum them once for all parts. Without it, once a part.
       after: last change to the state, for recipes that edit parameters directly.
 
     Returns:
@@ -83,21 +87,33 @@ def make_update(
             metrics.pop("weight", None)
             return grads, extra, metrics
 
+        images = len(jax.tree.leaves(batch)[0])
+        divided = rounded is not None and shares.count() > 1 and images % (accumulate * shares.count()) == 0
+
         def part(carry, xs):
             total, extra = carry
-            grads, extra, metrics = grad_fn(state.params, extra, frozen, *xs, state.step)
+            rows, key = xs
+
+            def of(rows):
+                return grad_fn(state.params, extra, frozen, rows, key, state.step)
+
+            grads, extra, metrics = shares.by_share(of)(rows) if divided else of(rows)
             weight = jnp.asarray(metrics.pop("weight", 1.0))
-            return (jax.tree.map(lambda t, g: t + weight * g, total, grads), extra), (metrics, weight)
+            total = jax.tree.map(lambda t, g: t + jnp.expand_dims(weight, tuple(range(weight.ndim, g.ndim))) * g, total, grads)
+            return (total, extra), (metrics, weight)
 
         def split(x):  # inside the batch axis, which is divided over devices
             return constrain(jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), None, BATCH)
 
-        carry = jax.tree.map(jnp.zeros_like, state.params), state.extra
+        total = jax.tree.map(jnp.zeros_like, state.params)
+        total = shares.zeros(total) if divided else total
         parts = jax.tree.map(split, batch), jax.random.split(key, accumulate)
-        (grads, extra), (metrics, weights) = jax.lax.scan(part, carry, parts)
-        share = weights / jnp.maximum(weights.sum(), 1e-9)
+        (grads, extra), (metrics, weights) = jax.lax.scan(part, (total, state.extra), parts)
         grads = jax.tree.map(lambda g: g / jnp.maximum(weights.sum(), 1e-9), grads)
-        return grads, extra, jax.tree.map(lambda m: jnp.tensordot(share, m, 1), metrics)
+        if divided:
+            grads = shares.summed(grads, state.params if float32 else jax.eval_shape(rounded, state.params))
+        share = weights / jnp.maximum(weights.sum(), 1e-9)
+        return grads, extra, jax.tree.map(lambda m: jnp.tensordot(share, m, share.ndim), metrics)
 
     def update(state, frozen, batch, key):
         key, after_key = jax.random.split(key)
