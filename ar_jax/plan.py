@@ -179,6 +179,8 @@ def estimate(compiled: Compiled, options: Options, mesh: jax.sharding.Mesh, limi
             f"and direction ({limits.source})"
         ),
     }
+    if compiled.program.unknown:
+        rows["loops of unknown length"] = f"{len(compiled.program.unknown)}, counted as one iteration each"
     if compiled.step:
         each = total.bytes / compiled.steps
         rows["traffic of a decoding step"] = (

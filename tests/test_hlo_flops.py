@@ -36,6 +36,17 @@ def test_loops_count_as_often_as_they_run():
     assert total(program(loop, *LOOP).work(), "flops") == products
 
 
+def test_a_loop_of_unknown_length_counts_once_and_is_named():
+    """As the one by which FlexVAR shortens a list of scales that it drew."""
+
+    def halve(x, w):
+        return jax.lax.while_loop(lambda x: x.sum() > w.sum(), lambda x: 0.5 * (x @ w), x)
+
+    found = program(halve, *LOOP)
+    assert total(found.work(), "flops") == 2 * 8 * 16 * 16
+    assert len(found.unknown) == 1
+
+
 def test_gradients_count_both_of_their_products():
     grad = jax.grad(lambda w, x: loop(x, w).sum())
     assert model_flops(grad, LOOP[1], LOOP[0]) == 3 * model_flops(loop, *LOOP)

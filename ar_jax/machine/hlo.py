@@ -110,11 +110,14 @@ class Program:
 
     Args:
       text: of `compiled.as_text()`.
+    Attributes:
+      unknown: loops of which the text does not say how often they run; `work` counts them once.
     """
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
+        self.unknown: set[str] = set()
         current = None
         for line in text.splitlines():
             if opening := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
@@ -177,7 +180,8 @@ class Program:
         )
         bounds = [bound for i in condition if (bound := _constant(i)) is not None]
         if len(bounds) != 1:
-            raise ValueError(f"the number of iterations of {instruction.name} is not known")
+            self.unknown.add(instruction.source or instruction.name)
+            return 1
         index = next((i.attribute("index") for i in condition if i.op == "get-tuple-element"), "")
         return -(-bounds[0] // _rise(body, index))
 
