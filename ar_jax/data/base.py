@@ -31,6 +31,8 @@ class Data:
     """Smallest window of the random crop, as a part of the image's short side."""
     flip: bool = False
     """Mirror half of the training images."""
+    upright: bool = True
+    """Photos are turned as their EXIF orientation says, as viewers show them; the published pipelines read them as stored."""
     unreadable: Literal["refuse", "skip"] = "refuse"
     """An image that cannot be read stops the run, or the next readable one stands in for it."""
     unreadable_limit: Annotated[int, Within(0, 2**24)] = 100

@@ -33,9 +33,9 @@ class Columns:
         classes = (len(self.class_names) or largest + 1) if self.label else 0
         return Info(classes, self.class_names, captions=bool(self.caption))
 
-    def record(self, row: dict[str, Any], name: str) -> dict[str, Any]:
-        """What a source gives for a row of Python values; `name` is for messages."""
-        record = {"image": _image(row[self.image], name)}
+    def record(self, row: dict[str, Any], name: str, upright: bool) -> dict[str, Any]:
+        """What a source gives for a row of Python values; see `read_image`."""
+        record = {"image": _image(row[self.image], name, upright)}
         if self.label:
             record["label"] = -1 if row[self.label] is None else int(row[self.label])
         if self.caption:
@@ -103,8 +103,8 @@ def _features(metadata):
     return found if isinstance(found, dict) else {}
 
 
-def _image(value, name) -> Image.Image:
+def _image(value, name, upright) -> Image.Image:
     content = value.get("bytes") if isinstance(value, dict) else value
     if content is None:
         raise Unreadable(name, "it has no bytes, only a path or nothing; save the data set with its images embedded")
-    return read_image(io.BytesIO(content), name=name)
+    return read_image(io.BytesIO(content), name, upright)

@@ -19,16 +19,20 @@ CAPTION_FILES = ("captions.jsonl", "captions.csv")
 
 
 class ImageFiles:
-    """Image files with their labels, int [files], and captions; both as long as `files`, or empty."""
+    """Image files with their labels, int [files], and captions; both as long as `files`, or empty.
 
-    def __init__(self, files: Sequence[str], labels: np.ndarray, captions: Sequence[str], info: Info):
+    `upright` is that of `read_image`.
+    """
+
+    def __init__(self, files: Sequence[str], labels: np.ndarray, captions: Sequence[str], info: Info, upright: bool):
+        self.upright = upright
         self.files, self.labels, self._captions, self.info = files, labels, captions, info
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": read_image(self.files[index])} | self.about(index)
+        return {"image": read_image(self.files[index], upright=self.upright)} | self.about(index)
 
     def about(self, index: int) -> dict[str, Any]:
         """The record without its image."""
@@ -54,11 +58,11 @@ def image_folder(data: Data) -> ImageFiles:
     folders, every = split_folders(root, data.split), split_folders(root, "all")
     listed = [root] if _caption_file(root) else [folder for folder in every if _caption_file(folder)]
     if not listed:
-        return _from_folders(root, folders, every)
-    return _from_captions(root, listed, folders, data.split)
+        return _from_folders(root, folders, every, data.upright)
+    return _from_captions(root, listed, folders, data)
 
 
-def _from_folders(root: Path, folders: list[Path], every: list[Path]) -> ImageFiles:
+def _from_folders(root: Path, folders: list[Path], every: list[Path], upright: bool) -> ImageFiles:
     files, numbers = Paths(), Numbered()
     first: dict[str, str] = {}
     for folder in folders:
@@ -81,7 +85,7 @@ def _from_folders(root: Path, folders: list[Path], every: list[Path]) -> ImageFi
             "class or elsewhere"
         )
     info = Info(classes=len(names), class_names=tuple(names))
-    return ImageFiles(files, numbers.labels({name: i for i, name in enumerate(names)}), [], info)
+    return ImageFiles(files, numbers.labels({name: i for i, name in enumerate(names)}), [], info, upright)
 
 
 class Numbered:
@@ -157,7 +161,7 @@ def _check_link(path: str, root: Path):
             break
 
 
-def _from_captions(root: Path, listed: list[Path], folders: list[Path], split: str) -> ImageFiles:
+def _from_captions(root: Path, listed: list[Path], folders: list[Path], data: Data) -> ImageFiles:
     """The images in `folders` that the caption files of `listed` name; labels are numbered over all that these name."""
     files, captions, numbers = Paths(), Strings(), Numbered()
     below = tuple(f"{folder}{os.sep}" for folder in folders)
@@ -169,7 +173,7 @@ def _from_captions(root: Path, listed: list[Path], folders: list[Path], split: s
                 captions.append(caption)
                 numbers.append(label)
     if not files:
-        raise ValueError(f"data.path={root}: the caption files list no image of the split {split}")
+        raise ValueError(f"data.path={root}: the caption files list no image of the split {data.split}")
     labels = numbers.values
     if all(label is None for label in labels):
         names, classes, number = [], 0, {}
@@ -185,7 +189,7 @@ def _from_captions(root: Path, listed: list[Path], folders: list[Path], split: s
             f"numbers from 0 or all as names; found {some}"
         )
     info = Info(classes=classes, class_names=tuple(names), captions=True)
-    return ImageFiles(files, numbers.labels(number), captions, info)
+    return ImageFiles(files, numbers.labels(number), captions, info, data.upright)
 
 
 def _caption_file(folder: Path) -> Path | None:

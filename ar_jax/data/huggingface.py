@@ -15,9 +15,17 @@ class HuggingFace:
     Args:
       name: for messages.
       every: all splits, where labels have no names and their number is one more than the largest.
+      upright: of `read_image`.
     """
 
-    def __init__(self, dataset: "datasets.Dataset", name: str = "the data set", every: "list[datasets.Dataset]" = ()):
+    def __init__(
+        self,
+        dataset: "datasets.Dataset",
+        name: str = "the data set",
+        every: "list[datasets.Dataset]" = (),
+        upright: bool = True,
+    ):
+        self.upright = upright
         self.name, self.columns = name, columns(dataset.features.arrow_schema, name)
         self.rows = dataset.select_columns(self.columns.used).with_format("arrow")
         unnamed = self.columns.label and not self.columns.class_names
@@ -30,7 +38,7 @@ class HuggingFace:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self.columns.record(self.rows[index].to_pylist()[0], f"record {index} of {self.name}")
+        return self.columns.record(self.rows[index].to_pylist()[0], f"record {index} of {self.name}", self.upright)
 
     def captions(self) -> list[str]:
         column = self.rows.select_columns([self.columns.caption])
@@ -62,13 +70,14 @@ def huggingface(data: Data) -> HuggingFace:
     if isinstance(found, datasets.Dataset):
         if data.split == "test":
             raise NoSplit(f"data.split is test, but data.path={folder} is a single Dataset; save a DatasetDict")
-        return HuggingFace(found, str(folder))
+        return HuggingFace(found, str(folder), upright=data.upright)
     test = [split for split in ("validation", "val", "test") if split in found][:1]
     wanted = {"train": ["train"], "test": test, "all": ["train", *test]}[data.split]
     if not wanted or not set(wanted) <= set(found):
         raise NoSplit(f"data.split is {data.split}, but data.path={folder} has the splits {', '.join(found)}")
     chosen = datasets.concatenate_datasets([found[split] for split in wanted])
-    return HuggingFace(chosen, str(folder), [found[split] for split in ("train", *test) if split in found])
+    every = [found[split] for split in ("train", *test) if split in found]
+    return HuggingFace(chosen, str(folder), every, data.upright)
 
 
 def _largest(dataset, label):

@@ -13,15 +13,28 @@ from ar_jax.data.base import Unreadable
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 LONGEST = 128  # times the short side; crops begin by scaling the short side up
+ORIENTATION = 0x0112  # of EXIF: 1 to 8
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def read_image(file: str | os.PathLike | IO[bytes], name: str = "") -> Image.Image:
+def read_image(file: str | os.PathLike | IO[bytes], name: str = "", upright: bool = True) -> Image.Image:
     """The first frame of an image file as RGB.
 
     What the file holds decides, not its name, and nothing but `FORMATS` is decoded: Pillow would hand PostScript to
-    Ghostscript, which runs it. Transparency shows white. EXIF orientation is ignored, as in the pipelines of the
-    published models.
+    Ghostscript, which runs it. Transparency shows white.
 
+    Args:
+      name: for messages.
+      upright: turn the image as its EXIF orientation says, as viewers show it. The pipelines of the published models
+        did not.
     Raises:
       Unreadable: missing, no plain file, damaged, of another format, larger than Pillow's limit, longer than `LONGEST`
         times its short side, or samples without an agreed range.
@@ -36,7 +49,9 @@ def read_image(file: str | os.PathLike | IO[bytes], name: str = "") -> Image.Ima
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} is more than {Image.MAX_IMAGE_PIXELS} pixels")
             image.load()
-            return to_rgb(image)
+            turn = TURNS.get(_orientation(image)) if upright else None
+            image = to_rgb(image)
+            return image if turn is None else image.transpose(turn)
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
         raise Unreadable(name or str(file), error) from error
 
@@ -46,6 +61,14 @@ def _formats():
     """Those of `FORMATS` that this Pillow can read."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _orientation(image: Image.Image) -> int:
+    """How a viewer would turn a loaded image; 1, as it is, if what it says of itself cannot be read."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # Pillow's readers of EXIF and XMP raise what those of images do
+        return 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

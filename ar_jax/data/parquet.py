@@ -20,12 +20,12 @@ class Parquet:
     kept: `kept` of them, as many as the rows that are shuffled together come from.
     """
 
-    def __init__(self, files: list[tuple[Path, Any]], found: Columns, info: Info, mixed: int):
-        self.columns, self.info = found, info
+    def __init__(self, files: list[tuple[Path, Any]], found: Columns, info: Info, data: Data):
+        self.columns, self.info, self.upright = found, info, data.upright
         self.groups = [(path, meta, i) for path, meta in files for i in range(meta.num_row_groups)]
         self.runs = np.array([meta.row_group(i).num_rows for _, meta, i in self.groups])
         self.ends = np.cumsum(self.runs)
-        self.kept = 3 + int(2 * mixed / max(self.runs.mean(), 1))
+        self.kept = 3 + int(2 * data.mixed / max(self.runs.mean(), 1))
         self._rows: OrderedDict[int, Future] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -43,7 +43,7 @@ class Parquet:
             table = self._group(group)
         except (OSError, ValueError) as error:  # Arrow's are of these
             raise Unreadable(name, error) from error
-        return self.columns.record(table.slice(row, 1).to_pylist()[0], name)
+        return self.columns.record(table.slice(row, 1).to_pylist()[0], name, self.upright)
 
     def captions(self) -> list[str]:
         return [
@@ -101,7 +101,7 @@ def parquet(data: Data, part: tuple[int, int] = (0, 1)) -> Parquet:
     chosen = [(file, opened[file][0]) for file in files if opened[file][0].num_rows]
     if not chosen:
         raise ValueError(f"data.path={data.path}: the Parquet files of data.split={data.split} have no rows")
-    return Parquet(chosen, found, found.info(largest), data.mixed)
+    return Parquet(chosen, found, found.info(largest), data)
 
 
 def _largest(file, meta, label):

@@ -32,7 +32,8 @@ NONE, TEXT, JSON = range(3)
 class WebDataset:
     """Samples of tars, one tar after the other, with the label in `.cls` and the caption in `.txt` or `.json`."""
 
-    def __init__(self, files: list[Path], indices: list[Path], info: Info, parts: dict[str, np.ndarray]):
+    def __init__(self, files: list[Path], indices: list[Path], info: Info, parts: dict[str, np.ndarray], upright: bool):
+        self.upright = upright
         self.files, self.indices, self.info = files, indices, info
         self.ends, self.image, self.label, self.text, self.kind = (
             parts[name] for name in ("ends", "image", "label", "text", "kind")
@@ -45,7 +46,8 @@ class WebDataset:
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:
-            record = {"image": read_image(io.BytesIO(self._bytes(index, self.image, LARGEST)))}
+            content = io.BytesIO(self._bytes(index, self.image, LARGEST))
+            record = {"image": read_image(content, upright=self.upright)}
             if self.info.classes:
                 record["label"] = int(self.label[index])
             if self.info.captions:
@@ -113,7 +115,7 @@ def webdataset(data: Data, part: tuple[int, int] = (0, 1)) -> WebDataset:
         captions=bool(parts["kind"][0] != NONE),
     )
     parts["ends"] = np.cumsum([len(found[file]["image"]) for file in files])
-    return WebDataset(files, [indices[file] for file in files], info, parts)
+    return WebDataset(files, [indices[file] for file in files], info, parts, data.upright)
 
 
 def caption_of(content: bytes) -> str | None:

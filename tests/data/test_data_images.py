@@ -110,11 +110,28 @@ def test_the_first_frame_of_an_animation_is_read():
     assert _written(frames[0], "GIF", save_all=True, append_images=frames[1:])[0, 0].tolist() == [255, 0, 0]
 
 
-def test_exif_orientation_is_ignored(tmp_path):
-    image, exif = Image.new("RGB", (4, 2)), Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "a.jpg", exif=exif)
-    assert read_image(tmp_path / "a.jpg").size == (4, 2)
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_photos_stand_as_viewers_show_them(form):
+    seen = np.zeros((16, 32, 3), np.uint8)
+    seen[:8, :16, 0], seen[:8, 16:, 1], seen[8:, :16, 2] = 255, 255, 255  # as it is to be seen
+    turned = {1: seen, 2: seen[:, ::-1], 3: seen[::-1, ::-1], 4: seen[::-1], 5: seen.swapaxes(0, 1)}
+    turned |= {6: np.rot90(seen), 7: np.rot90(seen.swapaxes(0, 1), 2), 8: np.rot90(seen, -1), 9: seen}
+    for orientation, stored in turned.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(stored)).save(file, form, exif=exif)
+        read = np.asarray(read_image(io.BytesIO(file.getvalue()))).astype(int)
+        assert read.shape == seen.shape
+        assert np.abs(read - seen)[4:-4, 4:-4].mean() < 16, (orientation, form)  # colours run in JPEG
+        as_stored = np.asarray(read_image(io.BytesIO(file.getvalue()), upright=False))
+        assert as_stored.shape == (stored.shape if form != "TIFF" else seen.shape)  # Pillow itself turns TIFF
+
+
+def test_exif_that_cannot_be_read_turns_nothing():
+    file = io.BytesIO()
+    Image.new("RGB", (4, 2)).save(file, "PNG", exif=b"Exif\0\0no such thing")
+    assert read_image(io.BytesIO(file.getvalue())).size == (4, 2)
 
 
 def test_floats_without_a_range_are_refused(tmp_path):

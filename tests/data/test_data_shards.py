@@ -1,18 +1,23 @@
 """Tars, Hugging Face data sets, Parquet files and functions of one's own."""
 
+import dataclasses
+import io
 import itertools
 import json
 import os
 import sys
 import tarfile
 from concurrent import futures
+from pathlib import Path
 
 import numpy as np
 import pytest
 from data.packing import add, pack, png
+from PIL import Image
 
 from ar_jax.data import Data, Info, NoSplit, Opened, Unreadable, batches, open_source
 from ar_jax.data import webdataset as tars
+from ar_jax.data.pack import pack as write_records
 from ar_jax.data.pipeline import _Mixed
 from ar_jax.files import trust
 from ar_jax.machine import distributed
@@ -30,7 +35,7 @@ def empty_cache(monkeypatch, tmp_path_factory):
 
 
 def packed(place, kind, **settings):
-    if kind != "webdataset":
+    if kind in PACKAGES:
         pytest.importorskip("datasets", reason="needs the package datasets")
     return Data(name=kind, path=str(pack(place, kind, IMAGES, LABELS, NAMES, 3)), size=8, **settings)
 
@@ -47,6 +52,28 @@ def test_records_are_those_that_were_packed(tmp_path, kind):
         assert record["label"] == label
     with pytest.raises(IndexError):
         source[COUNT]
+
+
+@pytest.mark.parametrize("kind", ["image_folder", *KINDS])
+def test_photos_are_turned_wherever_they_are_read(tmp_path, kind, monkeypatch):
+    def photo(image):
+        exif, content = Image.Exif(), io.BytesIO()
+        exif[0x0112] = 6
+        Image.fromarray(np.rot90(image)).save(content, "PNG", exif=exif)
+        return content.getvalue()
+
+    monkeypatch.setattr("data.packing.png", photo)
+    data = packed(tmp_path, kind)
+    np.testing.assert_array_equal(open_source(data)[0]["image"], IMAGES[0])
+    np.testing.assert_array_equal(
+        open_source(dataclasses.replace(data, upright=False))[0]["image"], np.rot90(IMAGES[0])
+    )
+    if kind == "image_folder":
+        write_records(Path(data.path), tmp_path / "packed", shards=1)
+        write_records(Path(data.path), tmp_path / "small", shards=1, size=8)
+        for name in ("packed", "small"):
+            kept = open_source(Data(name="array_record", path=str(tmp_path / name)))
+            np.testing.assert_array_equal(kept[0]["image"], IMAGES[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
