@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import stat
+from collections.abc import Callable
 from typing import IO
 
 import numpy as np
@@ -12,7 +13,8 @@ from PIL import Image
 from ar_jax.data.base import Unreadable
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-LONGEST = 128  # times the short side; crops begin by scaling the short side up
+LONGEST = 128  # times the short side
+THIN = 8  # times the short side; crops of what is longer begin with a square of the source, or much more than they give is scaled
 ORIENTATION = 0x0112  # of EXIF: 1 to 8
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -87,8 +89,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def centre_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
-    """ADM's centre crop: the short side becomes `size`, the middle of the long side stays."""
-    image = _shrink(image, size)
+    """ADM's centre crop: the short side becomes `size`, the middle of the long side stays.
+
+    Memory is bounded by that of the image and of the crop (see `THIN`), here and in `random_crop`.
+    """
+    image = _shrink(_cut(image, lambda most: most // 2), size)
     top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
     return image[top : top + size, left : left + size]
 
@@ -98,7 +103,7 @@ def random_crop(
 ) -> np.ndarray:
     """ADM's random crop: a window anywhere, its side between the two fractions of the short side."""
     side = int(rng.integers(math.ceil(size / max_fraction), math.ceil(size / min_fraction) + 1))
-    image = _shrink(image, side)
+    image = _shrink(_cut(image, lambda most: rng.integers(most + 1)), side)
     top, left = (int(rng.integers(length - size + 1)) for length in image.shape[:2])
     return image[top : top + size, left : left + size]
 
@@ -122,10 +127,24 @@ def ten_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([crops, flip(crops)])
 
 
-def _shrink(image: Image.Image | np.ndarray, side: int) -> np.ndarray:
-    """Short side to `side`: halved by a box filter while possible, bicubic the rest of the way (or up)."""
+def _cut(image: Image.Image | np.ndarray, place: Callable[[int], int]) -> Image.Image:
+    """The image; of a thin one a square as large as its short side.
+
+    Args:
+      place: from the last pixel at which the square can begin to that at which it does.
+    """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
+    side = min(image.size)
+    if max(image.size) <= THIN * side:
+        return image
+    begin = int(place(max(image.size) - side))
+    left, top = (begin, 0) if image.width > side else (0, begin)
+    return image.crop((left, top, left + side, top + side))
+
+
+def _shrink(image: Image.Image, side: int) -> np.ndarray:
+    """Short side to `side`: halved by a box filter while possible, bicubic the rest of the way (or up)."""
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = side / min(image.size)

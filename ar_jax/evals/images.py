@@ -196,7 +196,13 @@ class DataImages:
         self._size, self._count = data.size, min(count or len(self._source), len(self._source))
         self.classes = self._source.info.classes
         self.where, self.size = f"{data.name} {data.path}({data.split})", (data.size, data.size)
-        self.facts = {"format": "data", "name": data.name, "split": data.split, "crop": data.size, "upright": data.upright}
+        self.facts = {
+            "format": "data",
+            "name": data.name,
+            "split": data.split,
+            "crop": data.size,
+            "upright": data.upright,
+        }
         self.names = self._source.info.class_names
 
     @functools.cached_property

@@ -30,6 +30,26 @@ def test_crops_have_the_asked_size(shape):
     assert random_crop(image, 8, np.random.default_rng(0), 0.8).shape == (8, 8, 3)
 
 
+@pytest.mark.parametrize("crop", [centre_crop, lambda *given: random_crop(*given, np.random.default_rng(0), 0.8)])
+def test_memory_of_a_crop_does_not_grow_with_the_length_of_a_thin_image(crop, monkeypatch):
+    made, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *how: made.append(size) or resize(self, size, *how))
+    for shape in ((1, 2000), (2000, 1), (3, 300), (1, 9)):
+        assert crop(np.zeros((*shape, 3), np.uint8), 32).shape == (32, 32, 3)
+        assert max(height * width for height, width in made) <= 40 * 40
+
+
+def test_a_crop_of_a_thin_image_shows_what_lies_there():
+    image = np.zeros((16, 400, 3), np.uint8)
+    image[:, :, 0], image[:, :, 1] = np.arange(400) // 2, np.arange(16)[:, None] * 10
+    np.testing.assert_array_equal(centre_crop(image, 16), image[:, 192:208])
+    np.testing.assert_array_equal(centre_crop(image.swapaxes(0, 1), 16), image[:, 192:208].swapaxes(0, 1))
+    rng = np.random.default_rng(0)
+    places = [int(random_crop(image, 16, rng, 1.0)[0, 0, 0]) for _ in range(300)]
+    assert min(places) < 10
+    assert max(places) > 180  # of 0 to 192
+
+
 def test_random_crop_draws_every_scale_and_place():
     image = np.zeros((10, 10, 3), np.uint8)
     image[:, :, 0], image[:, :, 1] = np.arange(10)[:, None], np.arange(10)
