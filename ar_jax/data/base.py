@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -161,6 +161,45 @@ def split_folders(folder: Path, split: str) -> list[Path]:
             "make them, or set data.split to all"
         )
     return [folder]
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of classes as classes are numbered: whole numbers by their value, then all others as text."""
+    return sorted(names, key=lambda name: (0, *_number(name), name) if _number(name) else (1, name))
+
+
+def _number(name: str) -> tuple[int, str] | None:
+    """What sorts as the number that a name is; `int` would refuse thousands of digits."""
+    digits = name.lstrip("0")
+    return (len(digits), digits) if name.isascii() and name.isdecimal() else None
+
+
+def renumbered(labels: np.ndarray, names: Sequence[str], into: Sequence[str]) -> np.ndarray:
+    """Labels among classes called `names` as labels among classes called `into`: those of the same name.
+
+    Classes without names (an empty list) are called by their numbers. If one side has no names and the other's are words,
+    nothing but the numbers can be compared, and labels stay.
+
+    Args:
+      labels: int [n].
+    Returns:
+      int [n]; -1 for classes that the others do not have.
+    """
+    labels, words = np.asarray(labels), [name for name in (*names, *into) if not _number(name)]
+    if list(names) == list(into) or (words and not (names and into)):
+        return labels
+    of = [_number(name) or name for name in names]
+    place = {_number(name) or name: i for i, name in enumerate(into)}
+    found = np.full(labels.shape, -1, labels.dtype)
+    for label in np.unique(labels[labels >= 0]).tolist():
+        name = (of[label] if label < len(of) else None) if names else _number(str(label))
+        found[labels == label] = place.get(name, -1) if into else int("0" + name[1]) if name else -1
+    return found
+
+
+def label_name(info: Info, label: int) -> str:
+    """What a class is called."""
+    return info.class_names[label] if label < len(info.class_names) else str(label)
 
 
 def label_ids(info: Info, names: list[str]) -> list[int]:

@@ -13,9 +13,7 @@ from tqdm import tqdm
 from ar_jax.data.base import Data, Info, NoSplit, Source
 from ar_jax.files import cache
 
-MOST_CAPTIONS = (
-    1_000_000  # different captions that are encoded here: of 20 words 80 GB of features of a T5 of width 2048
-)
+MOST_CAPTIONS = 1_000_000  # different captions that are encoded here: of 20 words 80 GB of features of a T5 of width 2048
 AT_ONCE = 512
 PART = 8 * AT_ONCE  # captions of a file
 KEPT = "real rows in bfloat16"

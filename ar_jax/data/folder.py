@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ar_jax.data.base import Data, Info, folder_of, split_folders
+from ar_jax.data.base import Data, Info, folder_of, in_order, split_folders
 from ar_jax.data.images import read_image
 from ar_jax.data.lists import Paths, Strings
 
@@ -51,7 +51,7 @@ def image_folder(data: Data) -> ImageFiles:
     that a class means the same in each. Images listed in captions.jsonl (a line is {"file": ..., "caption":
     ..., "label": number or name, if any}; "file_name" and "text" will do) or captions.csv (with a header) are
     captioned, and files that are not listed are left out. Otherwise each first-level sub-folder that holds
-    images, at any depth, is a class, and a folder without sub-folders is unlabelled. Names that start with
+    images, at any depth, is a class (see `in_order`), and a folder without sub-folders is unlabelled. Names that start with
     "." are ignored.
     """
     root = folder_of(data)
@@ -78,7 +78,7 @@ def _from_folders(root: Path, folders: list[Path], every: list[Path], upright: b
     for folder in every:  # classes are numbered over both splits, but the other one need not be walked for that
         if folder not in folders:
             first = _first_images(folder) | first
-    stray, names = first.pop("", None), sorted(first)
+    stray, names = first.pop("", None), in_order(first)
     if names and stray:
         raise ValueError(
             f"data.path={root}: images such as {stray} lie beside class folders such as {names[0]}; move them into a "
@@ -180,7 +180,7 @@ def _from_captions(root: Path, listed: list[Path], folders: list[Path], data: Da
     elif all(isinstance(label, int) and label >= 0 for label in labels):
         names, classes, number = [], max(labels) + 1, {label: label for label in labels}
     elif all(isinstance(label, str) for label in labels):
-        names = sorted(labels)
+        names = in_order(labels)
         classes, number = len(names), {name: i for i, name in enumerate(names)}
     else:
         some = ", ".join(list(dict.fromkeys(map(repr, labels)))[:6])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ar_jax.data import Data, centre_crop, open_source, plain, read_image
+from ar_jax.data import Data, centre_crop, in_order, open_source, plain, read_image, renumbered
 from ar_jax.machine.distributed import cores
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -79,6 +79,22 @@ def open_images(path: str, crop: int = 0) -> Images:
     if not place.is_dir():
         raise ValueError(f"{path} is neither a .npz nor a folder of images")
     return Folder(place, crop)
+
+
+def labels_in(images: Images, names: Sequence[str], whose: str) -> np.ndarray:
+    """The labels of images as numbers of the classes that others, `whose`, call `names`; see `renumbered`.
+
+    Raises:
+      ValueError: these have no such class.
+    """
+    found = renumbered(images.labels, images.names, names)
+    if len(new := np.unique(images.labels[(found < 0) & (images.labels >= 0)])):
+        called = [images.names[i] if i < len(images.names) else str(i) for i in new.tolist()]
+        raise ValueError(
+            f"{images.where} has classes such as {', '.join(called[:3])} that {whose} does not have; classes are compared by "
+            f"their names, and it has {', '.join(names[:3]) or 'numbers only'}"
+        )
+    return found
 
 
 class Packed:
@@ -160,7 +176,7 @@ class Folder:
         self.names, self.labels = (), None
         parents = [file.relative_to(path).parts[:-1] for file in self._files]
         if all(parents):
-            self.names = tuple(sorted({parts[0] for parts in parents}))
+            self.names = tuple(in_order({parts[0] for parts in parents}))
             self.labels = np.array([self.names.index(parts[0]) for parts in parents])
         kinds = sorted({file.suffix.lower().lstrip(".") for file in self._files})
         self.facts = {"format": ", ".join(kinds), "crop": crop}

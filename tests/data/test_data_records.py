@@ -222,9 +222,7 @@ def test_arrays_give_the_batches_of_the_records_of_earlier_versions(tmp_path, tr
     for i in range(11):
         for name, value in sources[0][i].items():
             np.testing.assert_array_equal(sources[1][i][name], value)
-            assert np.asarray(sources[1][i][name]).dtype == (
-                jnp.bfloat16 if name == "text" else np.asarray(value).dtype
-            )
+            assert np.asarray(sources[1][i][name]).dtype == (jnp.bfloat16 if name == "text" else np.asarray(value).dtype)
     assert sources[1].captions() == sources[0].captions()
     one, other = (batches(source, old, batch=4, seed=3, train=train) for source in sources)
     for _ in range(3 if not train else 9):
