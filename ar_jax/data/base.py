@@ -1,5 +1,6 @@
 """What is asked of a data set (`Data`), what it says of itself (`Info`) and how it is read (`Source`)."""
 
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
@@ -108,6 +109,15 @@ class Unreadable(ValueError):
         super().__init__(f"cannot read {name} ({reason}); mend or remove it, or set unreadable to skip")
         self.name = name
         self.reason = reason
+
+
+@contextlib.contextmanager
+def needed() -> Iterator[None]:
+    """Where no other image can stand in for one that cannot be read, none is offered."""
+    try:
+        yield
+    except Unreadable as error:
+        raise ValueError(f"cannot read {error.name} ({error.reason}); mend or remove it") from error
 
 
 class NoSplit(ValueError):

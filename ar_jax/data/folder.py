@@ -1,5 +1,6 @@
 """A folder of image files: a class per sub-folder, or captions in a file, or neither."""
 
+import collections
 import csv
 import json
 import os
@@ -13,9 +14,16 @@ import numpy as np
 from ar_jax.data.base import Data, Info, folder_of, in_order, split_folders
 from ar_jax.data.images import read_image
 from ar_jax.data.lists import Paths, Strings
+from ar_jax.files import words
+from ar_jax.machine import distributed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 CAPTION_FILES = ("captions.jsonl", "captions.csv")
+# Folders that systems leave beside images, in small letters; names that begin with a dot are passed over too.
+SYSTEM = {
+    "@eadir", "@tmp", "#recycle", "@recycle", "@__thumb", "__macosx", "$recycle.bin", "system volume information",
+    "lost+found", "__pycache__",
+}  # fmt: skip
 
 
 class ImageFiles:
@@ -51,8 +59,8 @@ def image_folder(data: Data) -> ImageFiles:
     that a class means the same in each. Images listed in captions.jsonl (a line is {"file": ..., "caption":
     ..., "label": number or name, if any}; "file_name" and "text" will do) or captions.csv (with a header) are
     captioned, and files that are not listed are left out. Otherwise each first-level sub-folder that holds
-    images, at any depth, is a class (see `in_order`), and a folder without sub-folders is unlabelled. Names that start with
-    "." are ignored.
+    images, at any depth, is a class (see `in_order`), and a folder without sub-folders is unlabelled. What is hidden, a
+    system's or no image is passed over, and said (see `find_images`).
     """
     root = folder_of(data)
     folders, every = split_folders(root, data.split), split_folders(root, "all")
@@ -63,18 +71,19 @@ def image_folder(data: Data) -> ImageFiles:
 
 
 def _from_folders(root: Path, folders: list[Path], every: list[Path], upright: bool) -> ImageFiles:
-    files, numbers = Paths(), Numbered()
+    files, numbers, passed = Paths(), Numbered(), Passed()
     first: dict[str, str] = {}
     for folder in folders:
-        for file, name in _find_images(folder):
+        for file, name in find_images(folder, passed):
             files.append(file)
             numbers.append(name)
             first.setdefault(name, file)
     if not files:
         raise ValueError(
             f"data.path={root}: no images in {', '.join(map(str, folders))} "
-            f"(looked for {' '.join(SUFFIXES)} at any depth)"
+            f"(looked for {' '.join(SUFFIXES)} at any depth)" + (f"; passed over: {passed}" if passed else "")
         )
+    passed.say(root)
     for folder in every:  # classes are numbered over both splits, but the other one need not be walked for that
         if folder not in folders:
             first = _first_images(folder) | first
@@ -113,9 +122,42 @@ class Numbered:
         return of_value[np.array(self._numbers)] if number else np.zeros(0, np.int32)
 
 
-def _find_images(folder: Path) -> Iterator[tuple[str, str]]:
-    """(file, first-level sub-folder it is in or "") of every image, in the order of names; links are followed."""
-    for base, _, images in _walk(folder):
+class Passed:
+    """What was passed over while images were looked for: how many of a kind, and the first names."""
+
+    def __init__(self):
+        self._names: dict[str, list[str]] = {}
+        self._counts: collections.Counter[str] = collections.Counter()
+
+    def add(self, kind: str, name: str) -> None:
+        self._counts[kind] += 1
+        if len(some := self._names.setdefault(kind, [])) < 3 and name not in some:
+            some.append(name)
+
+    def __bool__(self) -> bool:
+        return bool(self._counts)
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{count} {kind if count > 1 else kind.replace('files', 'file').replace('folders', 'folder')} "
+            f"({', '.join(map(words.name, self._names[kind]))}{', ...' if count > len(self._names[kind]) else ''})"
+            for kind, count in self._counts.items()
+        )
+
+    def say(self, root: Path) -> None:
+        if self:
+            distributed.say(f"{root}: passed over {self}")
+
+
+def find_images(folder: Path, passed: Passed) -> Iterator[tuple[str, str]]:
+    """(file, first-level sub-folder it is in or "") of every image, in the order of names.
+
+    All that look for images look here. Links to folders are followed; hidden names and those of `SYSTEM` are passed over.
+
+    Raises:
+      ValueError: a folder that cannot be read, or a link to one that it lies in.
+    """
+    for base, _, images in _walk(folder, passed):
         within = os.path.relpath(base, folder).split(os.sep)[0].removeprefix(".")
         for name in images:
             yield os.path.join(base, name), within
@@ -123,23 +165,37 @@ def _find_images(folder: Path) -> Iterator[tuple[str, str]]:
 
 def _first_images(folder: Path) -> dict[str, str]:
     """The first image of every first-level sub-folder that holds one at any depth, and of `folder` itself as ""."""
-    _, folders, images = next(_walk(folder))
+    _, folders, images = next(_walk(folder, Passed()))
     found = {"": os.path.join(folder, images[0])} if images else {}
     for name in folders:
-        for file, _ in _find_images(folder / name):
+        for file, _ in find_images(folder / name, Passed()):
             found[name] = file
             break
     return found
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+def hidden(name: str) -> bool:
+    """Whether a file or folder is no part of a data set: hidden, or a system's own."""
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def _walk(folder: Path, passed: Passed) -> Iterator[tuple[str, list[str], list[str]]]:
     """A folder and those below it, each with the names of its folders and of its images, sorted."""
     for base, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        images = []
+        for name in sorted(names):
+            if not name.lower().endswith(SUFFIXES):
+                passed.add("files that are no images", name)
+            elif hidden(name):
+                passed.add("hidden files", name)
+            else:
+                images.append(name)
+        for name in filter(hidden, sorted(folders)):
+            passed.add("hidden or system folders", name)
+        folders[:] = sorted(name for name in folders if not hidden(name))
         for name in folders:
             _check_link(os.path.join(base, name), folder)
-        images = (name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith("."))
-        yield base, folders, sorted(images)
+        yield base, folders, images
 
 
 def _refuse(error: OSError):
