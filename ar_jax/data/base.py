@@ -106,7 +106,7 @@ class Unreadable(ValueError):
     """One record, named, that cannot be read; `data.unreadable` says what is done about it."""
 
     def __init__(self, name: str, reason: object):
-        super().__init__(f"cannot read {name} ({reason}); mend or remove it, or set unreadable to skip")
+        super().__init__(f"cannot read {name} ({reason}); mend or remove it, or give --data.unreadable skip")
         self.name = name
         self.reason = reason
 

@@ -94,7 +94,9 @@ class Encoded:
             return {"image": self._encode(self.source.files[index])} | self.source.about(index)
         except Unreadable as error:
             if self.unreadable == "refuse":
-                raise
+                raise ValueError(
+                    f"cannot read {error.name} ({error.reason}); mend or remove it, or give --unreadable skip"
+                ) from error
             self.left_out.append(f"{error.name} ({error.reason})")
             return None
 
