@@ -120,6 +120,9 @@ def needed() -> Iterator[None]:
         raise ValueError(f"cannot read {error.name} ({error.reason}); mend or remove it") from error
 
 
+MOST_CLASSES = 2**17  # of a data set: each is a row of a table in the model, its average and its optimiser
+
+
 class NoSplit(ValueError):
     """The data set is there, but it has no such split."""
 
@@ -171,6 +174,16 @@ def split_folders(folder: Path, split: str) -> list[Path]:
             "make them, or set data.split to all"
         )
     return [folder]
+
+
+def seen_classes(labels: Iterable[int]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Classes of labels that are numbers from 0 (negative ones are none): those seen, sorted, and their names.
+
+    Labels 3, 7 and 900 are three classes, called so; where all from 0 to the largest are seen, they need no names.
+    """
+    seen = np.unique(np.fromiter(labels, np.int64))
+    seen = seen[seen >= 0]
+    return seen, () if len(seen) == seen.max(initial=-1) + 1 else tuple(map(str, seen.tolist()))
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ar_jax.data.base import Data, Info, folder_of, in_order, split_folders
+from ar_jax.data.base import Data, Info, folder_of, in_order, seen_classes, split_folders
 from ar_jax.data.columns import CAPTIONS, text_of
 from ar_jax.data.images import read_image
 from ar_jax.data.lists import Paths, Strings
@@ -289,8 +289,9 @@ def _from_captions(root: Path, listed: list[Path], folders: list[Path], data: Da
     labels = numbers.values
     if all(label is None for label in labels):
         names, classes, number = [], 0, {}
-    elif all(isinstance(label, int) and label >= 0 for label in labels):
-        names, classes, number = [], max(labels) + 1, {label: label for label in labels}
+    elif all(isinstance(label, int) and 0 <= label < 2**63 for label in labels):
+        seen, names = seen_classes(labels)
+        classes, number = len(seen), {label: i for i, label in enumerate(seen.tolist())}
     elif all(isinstance(label, str) for label in labels):
         names = in_order(labels)
         classes, number = len(names), {name: i for i, name in enumerate(names)}

@@ -1,8 +1,9 @@
 """Data sets of the package `datasets` (Hugging Face), memory-mapped and read at random."""
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
-from ar_jax.data.base import Data, NoSplit, folder_of
+from ar_jax.data.base import Data, NoSplit, folder_of, seen_classes
 from ar_jax.data.columns import columns, text_of
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ class HuggingFace:
 
     Args:
       name: for messages.
-      every: all splits, where labels have no names and their number is one more than the largest.
+      every: all splits, where labels have no names and classes are those seen.
       upright: of `read_image`.
     """
 
@@ -29,8 +30,9 @@ class HuggingFace:
         self.name, self.columns = name, columns(dataset.features.arrow_schema, name)
         self.rows = dataset.select_columns(self.columns.used).with_format("arrow")
         unnamed = self.columns.label and not self.columns.class_names
-        largest = max(_largest(split, self.columns.label) for split in every or [dataset]) if unnamed else -1
-        self.info = self.columns.info(largest)
+        labels = [_labels(split, self.columns.label) for split in every or [dataset]] if unnamed else []
+        self.seen, names = seen_classes(itertools.chain(*labels))
+        self.info = self.columns.info(self.seen, names)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -38,7 +40,9 @@ class HuggingFace:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self.columns.record(self.rows[index].to_pylist()[0], f"record {index} of {self.name}", self.upright)
+        return self.columns.record(
+            self.rows[index].to_pylist()[0], f"record {index} of {self.name}", self.upright, self.seen
+        )
 
     def captions(self) -> list[str]:
         column = self.rows.select_columns([self.columns.caption])
@@ -80,8 +84,8 @@ def huggingface(data: Data) -> HuggingFace:
     return HuggingFace(chosen, str(folder), every, data.upright)
 
 
-def _largest(dataset, label):
+def _labels(dataset, label):
+    """The different ones of a column."""
     import pyarrow.compute
 
-    most = pyarrow.compute.max(dataset.data.column(label)).as_py() if len(dataset) else None
-    return -1 if most is None else most
+    return pyarrow.compute.unique(dataset.data.column(label)).drop_null().to_pylist() if len(dataset) else []

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ar_jax.data.base import Data, Info, Source, Unreadable, label_name, renumbered
+from ar_jax.data.base import MOST_CLASSES, Data, Info, Source, Unreadable, label_name, renumbered
 from ar_jax.data.captions import with_text
 from ar_jax.data.digits import idx, mnist5k
 from ar_jax.data.emoji import emoji
@@ -87,6 +87,11 @@ class Opened:
 
     def _numbered(self, source: Source, data: Data) -> Source:
         """The source with labels as those that its data were opened with before have them."""
+        if (count := source.info.classes) > MOST_CLASSES:
+            raise ValueError(
+                f"data.path={data.path} has {count} classes, such as {label_name(source.info, count - 1)}, of {MOST_CLASSES} "
+                "at most; are its labels dates or identities? Leave them out, or group them"
+            )
         info, whose = self._numbering.setdefault((data.name, data.path), (source.info, ""))
         numbers = renumbered(np.arange(source.info.classes), source.info.class_names, info.class_names)
         if not info.classes or (numbers == np.arange(source.info.classes)).all():

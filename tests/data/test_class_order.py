@@ -1,14 +1,29 @@
 """Numbers of classes: one order everywhere, and names are compared where two sets meet."""
 
 import dataclasses
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data.packing import add, png
 from PIL import Image
 
 from ar_jax.config import Experiment, GeneratorStage, TokenizerStage
-from ar_jax.data import Data, Info, Opened, arrays, batches, folder, in_order, open_source, renumbered, write_shards
+from ar_jax.data import (
+    Data,
+    Info,
+    Opened,
+    arrays,
+    batches,
+    folder,
+    in_order,
+    label_ids,
+    open_source,
+    renumbered,
+    sources,
+    write_shards,
+)
 from ar_jax.evals.classifier import Classifier
 from ar_jax.evals.images import labels_in, open_images
 from ar_jax.generators.causal import Causal
@@ -131,3 +146,51 @@ def test_splits_of_a_cache_written_in_two_orders_are_numbered_alike(tmp_path, fo
         batch = next(iter(batches(source, data, batch=5, seed=0, train=False)))
         assert dict(zip(batch["tokens"][:, 0, 0].tolist(), batch["label"].tolist())) == labels
         assert source.info.class_names == AS_TEXT
+
+
+LABELS = (3, 900, 7, 3, 20231126)
+
+
+def labelled(place, kind, labels):
+    """Black images with labels that are numbers, as what `kind` is."""
+    place.mkdir()
+    file = png(np.zeros((8, 8, 3), np.uint8))
+    if kind == "image_folder":
+        (place / "a.png").write_bytes(file)
+        lines = [f'{{"file": "a.png", "caption": "", "label": {label}}}' for label in labels]
+        (place / "captions.jsonl").write_text("\n".join(lines))
+    elif kind == "webdataset":
+        with tarfile.open(place / "a.tar", "w") as tar:
+            for i, label in enumerate(labels):
+                add(tar, f"{i:06d}.png", file)
+                add(tar, f"{i:06d}.cls", str(label).encode())
+    else:
+        rows = pytest.importorskip("datasets").Dataset.from_dict(
+            {"image": [{"bytes": file}] * len(labels), "label": labels}
+        )
+        if kind == "huggingface":
+            rows.save_to_disk(place)
+        else:
+            rows.to_parquet(place / "a.parquet")
+    return Data(name=kind, path=str(place), size=8)
+
+
+@pytest.mark.parametrize("kind", ["image_folder", "webdataset", "huggingface", "parquet"])
+def test_classes_of_numbers_are_those_seen_with_their_names(tmp_path, kind):
+    source = open_source(labelled(tmp_path / "gaps", kind, LABELS))
+    assert source.info.class_names == ("3", "7", "900", "20231126")
+    assert [source[i]["label"] for i in range(5)] == [0, 2, 1, 0, 3]
+    assert label_ids(source.info, ["900", "3"]) == [2, 0]
+    dense = open_source(labelled(tmp_path / "dense", kind, (2, 0, 1)))
+    assert (dense.info.classes, dense.info.class_names) == (3, ())
+    assert [dense[i]["label"] for i in range(3)] == [2, 0, 1]
+    old, data = Opened(), labelled(tmp_path / "old", kind, LABELS[:4])
+    old.like(data, Info(classes=901), "runs/old/generator")  # a run of an earlier version
+    assert [old(data)[i]["label"] for i in range(4)] == [3, 900, 7, 3]
+    assert old(data).info.classes == 901
+
+
+def test_a_table_too_large_is_refused_when_data_are_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MOST_CLASSES", 3)
+    with pytest.raises(ValueError, match="has 4 classes, such as 20231126, of 3 at most; are its labels dates"):
+        open_source(labelled(tmp_path / "gaps", "image_folder", LABELS))
