@@ -1,6 +1,8 @@
 """Image files to RGB, and crops. Crops take a PIL image or uint8 [h w 3] and return uint8 [size size 3]."""
 
+import contextlib
 import functools
+import io
 import math
 import os
 import stat
@@ -15,6 +17,7 @@ from ar_jax.data.base import Unreadable
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 LONGEST = 128  # times the short side
 THIN = 8  # times the short side; crops of what is longer begin with a square of the source, or much more than they give is scaled
+PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 ORIENTATION = 0x0112  # of EXIF: 1 to 8
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,18 +47,45 @@ def read_image(file: str | os.PathLike | IO[bytes], name: str = "", upright: boo
     try:
         if isinstance(file, (str, os.PathLike)) and not stat.S_ISREG(os.stat(file).st_mode):
             raise ValueError("it is no plain file")  # a pipe would be waited for
-        with Image.open(file, formats=_formats()) as image:
-            if max(image.size) > LONGEST * min(image.size):
-                raise ValueError(f"{image.width}x{image.height}: one side is more than {LONGEST} times the other")
-            # Pillow only warns up to twice its limit, and a warning would pass unseen in a thread.
-            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} is more than {Image.MAX_IMAGE_PIXELS} pixels")
-            image.load()
-            turn = TURNS.get(_orientation(image)) if upright else None
-            image = to_rgb(image)
-            return image if turn is None else image.transpose(turn)
+        try:
+            return _decoded(file, upright)
+        except ValueError:
+            if (content := _without_texts(file)) is None:
+                raise
+            return _decoded(content, upright)
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
         raise Unreadable(name or str(file), error) from error
+
+
+def _without_texts(file: str | os.PathLike | IO[bytes]) -> IO[bytes] | None:
+    """A PNG without its texts: Pillow refuses those of more than a megabyte, and nobody asks for them here."""
+    with open(file, "rb") if isinstance(file, (str, os.PathLike)) else contextlib.nullcontext(file) as content:
+        content.seek(0)
+        if content.read(len(PNG)) != PNG:
+            return None
+        kept = io.BytesIO()
+        kept.write(PNG)
+        while len(head := content.read(8)) == 8:
+            size = int.from_bytes(head[:4], "big") + 4  # with its checksum
+            if head[4:] in (b"tEXt", b"zTXt", b"iTXt"):
+                content.seek(size, os.SEEK_CUR)
+            else:
+                kept.write(head + content.read(size))
+    kept.seek(0)
+    return kept
+
+
+def _decoded(file: str | os.PathLike | IO[bytes], upright: bool) -> Image.Image:
+    with Image.open(file, formats=_formats()) as image:
+        if max(image.size) > LONGEST * min(image.size):
+            raise ValueError(f"{image.width}x{image.height}: one side is more than {LONGEST} times the other")
+        # Pillow only warns up to twice its limit, and a warning would pass unseen in a thread.
+        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} is more than {Image.MAX_IMAGE_PIXELS} pixels")
+        image.load()
+        turn = TURNS.get(_orientation(image)) if upright else None
+        image = to_rgb(image)
+        return image if turn is None else image.transpose(turn)
 
 
 @functools.cache

@@ -3,7 +3,7 @@ import os
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 from ar_jax.data import Unreadable, centre_crop, flip, random_crop, read_image, ten_crop
 
@@ -191,6 +191,22 @@ def test_what_is_no_image_format_of_ours_is_not_decoded(tmp_path, monkeypatch):
     for name in ("jpeg", "png", "webp", "bmp", "gif", "tiff", "ppm", "jp2"):
         Image.new("RGB", (8, 8), "red").save(tmp_path / f"a.{name}")
         assert read_image(tmp_path / f"a.{name}").size == (8, 8)
+
+
+@pytest.mark.parametrize("size", [3 * 2**20, 70 * 2**20])
+@pytest.mark.parametrize("kind", ["tEXt", "zTXt", "iTXt"])
+def test_long_texts_in_a_png_are_passed_over(tmp_path, size, kind):
+    text, image = PngImagePlugin.PngInfo(), Image.new("RGB", (8, 4), "red")
+    if kind == "iTXt":
+        text.add_itxt("workflow", "x" * size, zip=True)
+    else:
+        text.add_text("workflow", "x" * size, zip=kind == "zTXt")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.png", pnginfo=text, exif=exif)
+    read = read_image(tmp_path / "a.png")
+    assert (read.size, read.getpixel((0, 0))) == ((4, 8), (255, 0, 0))
+    assert read_image(io.BytesIO((tmp_path / "a.png").read_bytes())).size == (4, 8)
 
 
 def test_a_pipe_and_a_thread_of_pixels_are_unreadable(tmp_path):
