@@ -63,8 +63,9 @@ def _choice(sets: WeightSets) -> tuple[str, str]:
         (name,) = known
     source, kind = kinds[name]
     if source and kind in getattr(source, "AVERAGED", ()):
-        for other in sets.sets:
-            if AVERAGE.search(other) and other != name and sets.sets[other].keys() == sets.sets[name].keys():
+        keys = unwrapped(sets.sets[name]).keys()
+        for other, tensors in sets.sets.items():
+            if AVERAGE.search(other) and other != name and unwrapped(tensors).keys() == keys:
                 return other, ", the moving average, which its authors evaluate"
     return name, ""
 
