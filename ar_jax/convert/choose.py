@@ -79,14 +79,15 @@ def unwrapped(weights: Mapping[str, Any]) -> dict[str, Any]:
 def identified(path: Path, weights: dict[str, np.ndarray], **known: Any) -> tuple[Found, dict[str, np.ndarray]]:
     """The network of weights, and these under the names that its family knows, without what is no part of it.
 
-    A word before all names (`model.`) is left out if no family knows the names with it.
+    A word before all names (`model.`), or before all that belong to a network (beside `loss.`), is left out if no family knows
+    the names with it.
 
     Args:
       known: see `identify`.
     Raises:
       ValueError: the file is not known or is damaged.
     """
-    refusal, before, named = None, [], weights
+    refusal, before, apart, named = None, [], [], weights
     while True:
         try:
             found = identify(_shapes(named), **known)
@@ -94,18 +95,32 @@ def identified(path: Path, weights: dict[str, np.ndarray], **known: Any) -> tupl
         except ValueError as error:
             if refusal is None or recognised(_shapes(named))[0]:
                 refusal = error
-            heads = {key.partition(".")[0] if "." in key else "" for key in named}
-            if len(heads) != 1 or "" in heads or len(before) == WORDS:
+            head = None if len(before) == WORDS else _head(named)
+            if head is None:
                 raise refusal from None
-            before.append(f"{heads.pop()}.")
-            named = {key.removeprefix(before[-1]): value for key, value in named.items()}
+            before.append(head)
+            apart += [key for key in named if not key.startswith(head)]
+            named = {key.removeprefix(head): value for key, value in named.items() if key.startswith(head)}
     if before:
         print(f"{path}: names are read without {words.name(''.join(before))}, which stands before them all")
+    if apart:
+        print(f"{path}: passed over {_some(apart)}, whose names begin with another word")
     if found.strays:
         print(f"{path}: passed over {_some(found.strays)}: numbers that are no part of the network")
     if narrowed := [key for key, value in named.items() if value.dtype == np.float64 and key not in found.strays]:
         print(f"{path}: narrowed to float32: {len(narrowed)} entries in float64, such as {words.name(narrowed[0])}")
     return found, {key: value for key, value in named.items() if key not in found.strays}
+
+
+def _head(weights: Mapping[str, Any]) -> str | None:
+    """The first word, with its dot, of all names of tensors, or of the only ones that a family knows without it."""
+    heads = {key.partition(".")[0] + "." for key, value in weights.items() if value.shape and "." in key}
+    if len(heads) > 1 and len(heads) <= WORDS:
+        inner = {head: {k.removeprefix(head): v for k, v in weights.items() if k.startswith(head)} for head in heads}
+        heads = {head for head, some in inner.items() if recognised(_shapes(some))[0]}
+    elif any(value.shape and "." not in key for key, value in weights.items()):
+        return None
+    return heads.pop() if len(heads) == 1 else None
 
 
 def _shapes(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,7 @@ from flax import serialization
 from tqdm import tqdm
 
 from ar_jax.data.base import Unreadable
+from ar_jax.files import words
 
 
 class Sliceable(Protocol):
@@ -74,10 +75,15 @@ def write_shards(
         finished.pop("count", None)
         if finished == plan:
             return True
-        raise ValueError(f"{out} already holds other records; give another folder or delete it")
+        raise ValueError(
+            f"{out} already holds other records: {_difference(finished, plan)}. Use them as they are, or give another folder"
+        )
     if (out / "unfinished.json").exists():
         if read_json(out / "unfinished.json") != plan:
-            raise ValueError(f"{out} holds an unfinished attempt with other settings; delete it or repeat them")
+            raise ValueError(
+                f"{out} holds an unfinished attempt with other settings: {_difference(read_json(out / 'unfinished.json'), plan)}. "
+                "Delete it or repeat them"
+            )
     elif out.exists() and any(out.glob("shard-*")):
         raise ValueError(f"{out} holds shards of unknown origin; give another folder or delete it")
     else:
@@ -101,6 +107,12 @@ def write_shards(
     write_json(out / "info.json", plan | {"count": form.count(paths)})
     (out / "unfinished.json").unlink(missing_ok=True)
     return True
+
+
+def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """The first field in which two descriptions differ."""
+    name = next((name for name in (*here, *there) if here.get(name) != there.get(name)), "")
+    return f"{name} is {words.shown(there.get(name))} there and {words.shown(here.get(name))} here"
 
 
 def open_shards(folder: Path, form: Form) -> tuple[dict[str, Any], list[Path]]:

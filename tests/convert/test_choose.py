@@ -86,6 +86,22 @@ def test_what_stands_before_all_names_is_left_out_and_said(tmp_path, capsys, bef
     assert f"without {before}" in capsys.readouterr().out
 
 
+def test_a_network_beside_its_losses_and_steps_is_found(tmp_path, capsys):
+    beside = {"loss.discriminator.main.0.weight": np.ones((2, 3), np.float32), "step": np.array(3)}
+    save_file(weights_of("var_vq", 0.0, "model.") | beside, tmp_path / "a.safetensors")
+    _, weights = identified(tmp_path / "a.safetensors", choose(tmp_path / "a.safetensors")[1], **MODULES["var_vq"][1])
+    assert weights.keys() == weights_of("var_vq").keys()
+    said = capsys.readouterr().out
+    assert "without model., which" in said
+    assert "loss.discriminator.main.0.weight" in said
+    assert "step" in said
+    save_file(weights_of("var_vq", 0.0, "model.") | {"step": np.array(3)}, tmp_path / "a.safetensors")
+    assert (
+        identified(tmp_path / "a.safetensors", choose(tmp_path / "a.safetensors")[1], **MODULES["var_vq"][1])[0].family
+        == "var"
+    )
+
+
 def test_blocks_that_were_compiled_alone_are_known(tmp_path):
     inside = {key.replace("layers.0.", "layers.0._orig_mod."): value for key, value in weights_of("llamagen").items()}
     save_file(inside, tmp_path / "a.safetensors")

@@ -24,6 +24,7 @@ from ar_jax.data import (
     sources,
     write_shards,
 )
+from ar_jax.data.pack import pack
 from ar_jax.evals.classifier import Classifier
 from ar_jax.evals.images import labels_in, open_images
 from ar_jax.generators.causal import Causal
@@ -196,3 +197,16 @@ def test_a_table_too_large_is_refused_when_data_are_opened(tmp_path, monkeypatch
     monkeypatch.setattr(sources, "MOST_CLASSES", 3)
     with pytest.raises(ValueError, match="has 4 classes, such as 20231126, of 3 at most; are its labels dates"):
         open_source(labelled(tmp_path / "gaps", "image_folder", LABELS))
+
+
+def test_a_packed_set_of_an_earlier_version_keeps_its_numbers(numbers, tmp_path, monkeypatch):
+    with monkeypatch.context() as old:
+        old.setattr(folder, "in_order", sorted)
+        pack(Path(numbers.path), tmp_path / "packed", shards=1)
+    source = open_source(Data(name="array_record", path=str(tmp_path / "packed")))
+    assert source.info.class_names == AS_TEXT
+    assert by_grey(source) == {0: 0, 1: 1, 10: 2, 11: 3, 2: 4}
+    with pytest.raises(
+        ValueError, match=r"other records: class_names is \['0', '1', '10', .* there and \['0', '1', '2', "
+    ):
+        pack(Path(numbers.path), tmp_path / "packed", shards=1)
