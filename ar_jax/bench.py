@@ -34,6 +34,7 @@ from flax import traverse_util
 from ar_jax.config import Experiment, GeneratorStage, load_config, parse
 from ar_jax.decode.sampling import Sampling
 from ar_jax.decode.sequential import Claim, Sequential
+from ar_jax.files import codec
 from ar_jax.files.images import to_uint8
 from ar_jax.files.models import untrained
 from ar_jax.files.trust import taken
@@ -83,6 +84,7 @@ def main(arguments: list[str]) -> None:
         if "--help" in arguments or "-h" in arguments or len(arguments) < 2:
             tyro.cli(Options, args=["--help"], prog=prog, description=__doc__)
         options, rest = tyro.cli(Options, args=arguments, prog=prog, return_unknown_args=True)
+        codec.check(options)
         if options.what == "sample" and Path(options.config).is_dir():
             subject = of_run(options, rest)
         else:

@@ -16,14 +16,17 @@ import tyro
 
 from ar_jax.data import Data
 from ar_jax.decode.sampling import Sampling
+from ar_jax.files import codec
 from ar_jax.files.places import on_disk
 from ar_jax.machine.distributed import Launch
 from ar_jax.machine.precision import Precision
+from ar_jax.machine.seeds import Seed
 from ar_jax.machine.sharding import MeshShape
 from ar_jax.orders import raster
 from ar_jax.train.guards import Guards
 from ar_jax.train.losses import Losses
 from ar_jax.train.optim import Optim
+from ar_jax.typing import Many, Share
 
 PACKAGE = Path(__file__).parent
 # the published configs: inside the package where it is installed, beside it in a clone
@@ -51,7 +54,7 @@ class Stage:
     optim: Optim = Optim()
     log_every: int = 50
     """Updates between lines of the log."""
-    preview_every: int = 1000
+    preview_every: Many = 1000
     """Updates between pictures and held-out figures; 0 makes none."""
     preview_images: int = 40
     """Images in a picture."""
@@ -91,10 +94,12 @@ class GeneratorStage(Stage):
     """What is predicted next."""
     train_order: Callable | None = None
     """What training predicts next, if it is something else than sampling does."""
-    drop: float = 0.1
+    drop: Share = 0.1
     """Part of the images trained without their condition, for guidance."""
     tokens: str = ""
     """Train on this token cache (written by `python -m ar_jax.tokenize`) instead of encoding images in every update."""
+    other_tokenizer: bool = False
+    """Train on although the tokenizer is not the one with which the updates so far were made."""
     sampling: Sampling = Sampling()
     """How previews and `sample.py` draw, unless told otherwise: parts with fields of their own."""
 
@@ -107,7 +112,7 @@ class Experiment:
     """Of the run folder."""
     out: str = "runs"
     """Folder of the run folders."""
-    seed: int = 0
+    seed: Seed = 0
     precision: Precision = "default"
     """Of products of float32 numbers: GPUs take tensorfloat32 by default, TPUs bfloat16; highest is float32."""
     data: Data = Data()
@@ -210,4 +215,16 @@ def parse(experiment: Experiment, arguments: list[str], prog: str, description: 
             type(experiment), default=experiment, args=arguments, prog=prog, description=description,
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),  # without the first, no near names
         )  # fmt: skip
-    return on_disk(parsed)
+    codec.check(parsed)
+    given = any(word.partition("=")[0] == "--tokenizer.module.size" for word in arguments)
+    return on_disk(parsed if given else _sized(experiment, parsed))
+
+
+def _sized(before: Experiment, now: Experiment) -> Experiment:
+    """Lets the size of a tokenizer's images follow `data.size` where a config has them equal."""
+    module, side = now.tokenizer.module, before.data.size
+    own = "size" in getattr(module, "__dataclass_fields__", ()) and before.tokenizer.module.size == module.size == (side, side)
+    if side == now.data.size or not own:
+        return now
+    module = module.clone(size=(now.data.size,) * 2)
+    return dataclasses.replace(now, tokenizer=dataclasses.replace(now.tokenizer, module=module))

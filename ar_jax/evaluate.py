@@ -56,6 +56,7 @@ from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
 from ar_jax.machine.distributed import Launch
 from ar_jax.machine.huge_pages import use_huge_pages
+from ar_jax.machine.seeds import Seed
 from ar_jax.machine.sharding import make_mesh
 from ar_jax.options import SHORT, Sampler, open_models, options_of, own_sampling, replaced
 from ar_jax.sampler import condition_table, in_batches, open_drawer
@@ -144,7 +145,7 @@ class Tokenizer:
     """Measure which gratings and letters survive."""
     checkpoint: str = "newest"
     """newest, best, or a step."""
-    seed: int = 0
+    seed: Seed = 0
     """Of perturbations, and of tokenizers that draw."""
     report: bool = True
     """Draw the page."""
@@ -177,7 +178,7 @@ def _options(kind: type, command: str, arguments: list[str]) -> Any:
     """Options of a command; --data is by default that of the run named first."""
     data = _data_of(arguments[0]) if arguments and not arguments[0].startswith("-") else Data()
     sampler, arguments = options_of(arguments, "sampler.") if kind is not Tokenizer else (Sampler(), arguments)
-    return tyro.cli(
+    options = tyro.cli(
         kind,
         args=arguments,
         prog=f"{PROG} {command}",
@@ -185,6 +186,8 @@ def _options(kind: type, command: str, arguments: list[str]) -> Any:
         default=_defaults(kind, data, sampler),
         config=(tyro.conf.AvoidSubcommands,),
     )
+    codec.check(options)
+    return options
 
 
 def _defaults(kind, data, sampler):

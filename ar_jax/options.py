@@ -19,6 +19,7 @@ from ar_jax.files.models import Model, blamed, open_model
 from ar_jax.files.trust import Untrusted
 from ar_jax.files.words import shown
 from ar_jax.machine.precision import Precision
+from ar_jax.machine.seeds import Seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Sampler:
     """Images drawn at a time, over all devices."""
     resize: int = 0
     """Side in pixels to resize to (bicubic, as LlamaGen's 384-pixel images are to 256); 0 keeps the model's."""
-    seed: int = 0
+    seed: Seed = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the generator's matrix products, kernels and embeddings; all else is float32."""
     pixels: Literal["own", "float32", "bfloat16"] = "own"

@@ -29,6 +29,7 @@ import tyro
 
 from ar_jax.config import Experiment, Stage, load_config, parse
 from ar_jax.decode.sequential import Sequential
+from ar_jax.files import codec
 from ar_jax.files.models import untrained
 from ar_jax.files.trust import taken
 from ar_jax.machine.chips import Chip, chip, unknown
@@ -78,6 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         if "--help" in arguments or "-h" in arguments:
             tyro.cli(Options, args=["--help"], prog=prog, description=__doc__)
         options, overrides = tyro.cli(Options, args=arguments, prog=prog, return_unknown_args=True)
+        codec.check(options)
         experiment = parse(load_config(options.config), overrides, f"{prog} {options.config}", __doc__)
         if not options.topology:
             raise ValueError("give at least one --topology, such as v5e:16x16")

@@ -87,6 +87,7 @@ def main(arguments: list[str]) -> None:
             Options, args=arguments, default=default, prog="sample.py", description=__doc__,
             config=(tyro.conf.AvoidSubcommands,),
         )  # fmt: skip
+        codec.check(options)
         distributed.join(options.launch)
         keep_compiled()
         sample(options)

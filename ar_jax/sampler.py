@@ -14,10 +14,12 @@ import numpy as np
 from ar_jax.data import Info, label_ids
 from ar_jax.decode.edit import Edit, free_slots
 from ar_jax.decode.sampling import Sampling
+from ar_jax.files import codec
 from ar_jax.files.images import to_float, to_uint8
-from ar_jax.files.models import Model, blamed
+from ar_jax.files.models import Model, blamed, fingerprint
 from ar_jax.machine.flops import with_fields
 from ar_jax.machine.precision import multiply_in
+from ar_jax.machine.seeds import key_of
 from ar_jax.machine.sharding import batch_sharding, put
 from ar_jax.nets.resize import resize
 from ar_jax.options import Sampler, changes, open_models, own_sampling
@@ -101,6 +103,12 @@ class Drawer(NamedTuple):
             unroll = by_token(generator, order_fn) if options.unroll is None else options.unroll
         params = self.model.params(dtype, options.average, mesh, unroll)
         frozen = self.tokenizer.params(average=options.average, mesh=mesh)
+        was = self.model.settings.get("trained_on")
+        if was and options.average and not options.tokenizer and fingerprint(frozen) != was:
+            raise ValueError(
+                f"{self.model.folder} is trained for a tokenizer with other parameters than {self.tokenizer.folder} has now: "
+                f"train it on, or draw nevertheless with --tokenizer {self.tokenizer.folder}"
+            )
         generator = generator.by_layer() if unroll else generator
 
         known = np.zeros(decoder.spec.n, bool)
@@ -181,7 +189,7 @@ def in_batches(draw: Draw, conditions: Batch, ids: np.ndarray, size: int) -> Ite
 
 def image_keys(seed: int, ids: Int[Array, "b"]) -> tuple[Key[Array, "b"], Key[Array, "b"]]:
     """Keys for the tokens of numbered images and for their orders."""
-    roots = jax.random.split(jax.random.key(seed))
+    roots = jax.random.split(key_of(seed))
     return tuple(jax.vmap(functools.partial(jax.random.fold_in, root))(ids) for root in roots)
 
 
@@ -204,6 +212,8 @@ def open_drawer(run: str, options: Sampler) -> Drawer:
             sampling.adapted(*parts)
     sampling = dataclasses.replace(sampling, fields=changes(sampling, parts, options.fields))
     generator, decoder, order = sampling.adapted(*parts)
+    for name, part in (("generator", generator), ("tokenizer", decoder), ("order", order)):
+        codec.check(part, name)  # with what was changed of it
     makes, takes = generator.spec, decoder.spec
     if (makes.codes, makes.channels, makes.n) != (takes.codes, takes.channels, takes.n):
 

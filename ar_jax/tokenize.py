@@ -18,7 +18,6 @@ command again: finished shards are kept, and an unfinished OUT is never read. Fo
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import sys
 from collections.abc import Iterator
@@ -47,7 +46,7 @@ from ar_jax.data import (
 from ar_jax.data.packed import tokens
 from ar_jax.files import codec
 from ar_jax.files.images import to_float
-from ar_jax.files.models import Model, open_model
+from ar_jax.files.models import Model, fingerprint, open_model
 from ar_jax.files.places import on_disk
 from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
@@ -55,6 +54,7 @@ from ar_jax.machine.compiled import keep_compiled
 from ar_jax.machine.distributed import Launch
 from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.machine.precision import Precision, multiply_in, products
+from ar_jax.machine.seeds import Seed, key_of
 from ar_jax.machine.sharding import make_mesh, put_batch, replicated
 from ar_jax.typing import Array, Params, PRNGKey
 
@@ -79,7 +79,7 @@ class Options:
     """Number of files, and the parts of the work that are not done again after an interruption."""
     dtype: Literal["", "float32", "bfloat16"] = ""
     """Of the tokenizer's matrix products and convolutions; empty keeps the tokenizer's own."""
-    seed: int = 0
+    seed: Seed = 0
     """For tokenizers whose tokens depend on a key and that do not say from which Gaussian they draw them."""
     precision: Precision = "highest"
     """Of products of float32 numbers (see `machine.precision`); highest gives the same codes on every device but for ties,
@@ -106,7 +106,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parse(data, prog, arguments):
     default = Options(out=tyro.MISSING, data=data)
-    return tyro.cli(Options, default=default, args=arguments, prog=prog, description=__doc__)
+    options = tyro.cli(Options, default=default, args=arguments, prog=prog, description=__doc__)
+    codec.check(options)
+    return options
 
 
 def default_data(tokenizer: Model) -> Data:
@@ -200,7 +202,7 @@ class Cache:
         self.images = max(1, options.batch // self.versions)  # of a batch, each in all versions
         self.rows = -(-self.images * self.versions // self.mesh.size) * self.mesh.size
         self.params = jax.device_put(params, replicated(self.mesh))
-        self.key = jax.random.key(options.seed)
+        self.key = key_of(options.seed)
 
         @jax.jit
         def encode(params, batch, key):
@@ -295,11 +297,7 @@ def identity(tokenizer: Model, params: Params) -> dict[str, Any]:
     """What makes tokens mean what they mean: the network (but not its precision), and a hash of its parameters."""
     module = codec.encode(tokenizer.module)
     module.pop("dtype", None)
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
-    return {"folder": str(tokenizer.folder.resolve()), "module": module, "parameters": digest.hexdigest()}
+    return {"folder": str(tokenizer.folder.resolve()), "module": module, "parameters": fingerprint(params)}
 
 
 def check_cache(data: Data, tokenizer: Model, cache: Source | None = None) -> None:

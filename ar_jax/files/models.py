@@ -6,6 +6,7 @@ Run folders and converted checkpoints are both of this kind, so every command ta
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -17,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from ar_jax import __version__
@@ -206,6 +208,15 @@ def write_json(path: Path, value: Any) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def fingerprint(params: Params) -> str:
+    """A hash of parameters."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def describe(folder: Path, kind: str, module: nn.Module, info: Info, settings: dict[str, Any]) -> Model:

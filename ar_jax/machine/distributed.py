@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import signal
 import socket
 import sys
 import threading
@@ -205,6 +206,9 @@ def command(name: str) -> Iterator[None]:
         known = isinstance(error, ValueError | OSError)
         if alone and known:
             raise SystemExit(f"{name}: {error}") from error
+        if alone and isinstance(error, KeyboardInterrupt):
+            print(f"{name}: interrupted", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from error
         if alone:
             raise
         sys.stdout.flush()

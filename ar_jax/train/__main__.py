@@ -9,7 +9,7 @@
 
 The run folder (runs/NAME) holds checkpoints, pictures, TensorBoard logs and metrics.jsonl of both stages;
 `python sample.py runs/NAME` draws from it. SIGTERM or a preemption notice ends it with exit code 75 once the state is
-saved.
+saved, Ctrl-C with 130.
 """
 
 import dataclasses
@@ -19,20 +19,23 @@ from pathlib import Path
 
 import jax
 
-from ar_jax.config import Experiment, Stage, keep_config, load_config, parse
+from ar_jax.config import Experiment, GeneratorStage, Stage, keep_config, load_config, parse
 from ar_jax.data import Data, Info, NoSplit, Opened, Spread, batches, plain
 from ar_jax.evals.training import Evaluation
 from ar_jax.files import codec
-from ar_jax.files.models import Model, describe, open_model, versions, write_json
+from ar_jax.files.models import Model, describe, fingerprint, open_model, versions
 from ar_jax.files.trust import taken, trust
 from ar_jax.machine import distributed
+from ar_jax.machine.claim import claim
 from ar_jax.machine.compiled import keep_compiled
 from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.machine.precision import multiply_in, products
+from ar_jax.machine.seeds import key_of
 from ar_jax.machine.sharding import batch_part, batch_rows, make_mesh
 from ar_jax.tokenize import check_cache
-from ar_jax.train.checkpoint import load_matching, save_params
-from ar_jax.train.guards import AGAIN, Stopped
+from ar_jax.train.checkpoint import load_matching, newest, save_params
+from ar_jax.train.guards import Stopped
+from ar_jax.train.history import note
 from ar_jax.train.loop import fit
 from ar_jax.train.measure import measured, remembered
 from ar_jax.train.recipes import Recipe, generator_recipe
@@ -52,11 +55,11 @@ def main(arguments: list[str]) -> None:
         distributed.join(experiment.launch, notices=True)
         keep_compiled()
         try:
-            with multiply_in(experiment.precision):
+            with multiply_in(experiment.precision), claim(Path(experiment.out) / experiment.name):
                 train(experiment, config, overrides)
         except Stopped as stopped:
             distributed.say(f"train.py: {stopped}")
-            raise SystemExit(AGAIN) from stopped
+            raise SystemExit(stopped.code) from stopped
 
 
 def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
@@ -71,9 +74,17 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     run = Path(experiment.out) / experiment.name
     distributed.check_shared(run)
     mesh = make_mesh(experiment.mesh)
-    for kind, stage in (("tokenizer", experiment.tokenizer), ("generator", experiment.generator)):
-        if stage.steps and not stage.path:
-            batch_rows(mesh, stage.batch, f"{kind}.batch")  # both batches are known to fit before either is trained on
+    stages = {"tokenizer": experiment.tokenizer, "generator": experiment.generator}
+    done = {kind: newest(run / kind / "checkpoints") for kind in stages}
+    todo = {kind: stage.steps for kind, stage in stages.items() if stage.steps and not stage.path}
+    for kind in todo:
+        batch_rows(mesh, stages[kind].batch, f"{kind}.batch")  # both are known to fit before either is trained on
+    if done["generator"] and done["tokenizer"] < todo.get("tokenizer", 0) and not stages["generator"].other_tokenizer:
+        raise ValueError(
+            f"{run}: {done['generator']} updates of the generator are made for the tokenizer as it is, and tokenizer.steps="
+            f"{todo['tokenizer']} would change that from update {done['tokenizer']} on. Give --tokenizer.steps {done['tokenizer']}, "
+            "--name for a new run, or --generator.other-tokenizer True to train the generator on for the changed one"
+        )
     split = experiment.data.shards == "split"
     opened = Opened(batch_part(mesh) if split else (0, 1))
     source = opened(experiment.data)
@@ -85,6 +96,13 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     )
     tokenizer_settings = {"data": dataclasses.asdict(experiment.data)}
     tokenizer = prepare(experiment.tokenizer, "tokenizer", run / "tokenizer", info, tokenizer_settings)
+    size = getattr(tokenizer.module, "size", None)
+    if size and tuple(size) != (experiment.data.size,) * 2:
+        height, width = size
+        raise ValueError(
+            f"data.size is {experiment.data.size}, but the tokenizer's images have {height}x{width} pixels; give --data.size "
+            f"{height}" + " or --tokenizer.module.size" * (not experiment.tokenizer.path)
+        )
     stage, data, generator = experiment.generator, experiment.data, None
     if stage.steps or stage.path:  # both networks are known to fit before either is trained
         if stage.tokens:
@@ -100,15 +118,11 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
         generator = prepare(stage, "generator", run / "generator", info, settings)
     if jax.process_index() == 0:
         keep_config(config, run / "config.py")
-        facts = {
-            "config": config,
-            "overrides": overrides,
-            "versions": versions(),
-            "experiment": written,
-        }
-        write_json(run / "run.json", facts)
+        facts = {"config": config, "overrides": overrides, "versions": versions(), "experiment": written}
+        for line in note(run / "run.json", facts, done, any(done[name] < steps for name, steps in todo.items())):
+            print(f"{run}: {line}")
 
-    tokenizer_key, generator_key = jax.random.split(jax.random.key(experiment.seed))
+    tokenizer_key, generator_key = jax.random.split(key_of(experiment.seed))
     if experiment.tokenizer.steps and not experiment.tokenizer.path:
         recipe = tokenizer_recipe(experiment.tokenizer, tokenizer.module)
         stage_fit(recipe, experiment.tokenizer, experiment, experiment.data, opened, tokenizer, mesh, tokenizer_key)
@@ -117,6 +131,7 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     if generator and stage.tokens:
         check_cache(data, tokenizer, opened(plain(data)))
     if generator and not stage.path:
+        generator = trained_on(generator, tokenizer, stage, done["generator"])
         recipe = generator_recipe(stage, generator.module, tokenizer.module, tokenizer.params())
         stage_fit(recipe, stage, experiment, data, opened, generator, mesh, generator_key)
 
@@ -141,6 +156,7 @@ def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -
     if (folder / "model.json").exists():
         old = open_model(folder, kind)
         module, settings = remembered(module, settings, old)
+        settings = settings | {name: old.settings[name] for name in ("trained_on",) if name in old.settings}
         difference = codec.difference(codec.encode(old.module), codec.encode(module))
         if difference:
             raise ValueError(
@@ -151,6 +167,26 @@ def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -
         if params:  # patches of pixels have none
             save_params(folder / "params", jax.device_get(params))
     return describe(folder, kind, module, info, settings)
+
+
+def trained_on(generator: Model, tokenizer: Model, stage: GeneratorStage, done: int) -> Model:
+    """The generator, whose `model.json` now says for which tokenizer it is trained.
+
+    Args:
+      done: its updates so far.
+    Raises:
+      ValueError: these were made for another one.
+    """
+    was, now = generator.settings.get("trained_on"), fingerprint(tokenizer.params())
+    if was == now:
+        return generator
+    if was and done and not stage.other_tokenizer:
+        raise ValueError(
+            f"{generator.folder}: its {done} updates are made for a tokenizer with other parameters than {tokenizer.folder} "
+            "has now. Bring that one back, give --name for a new run, or --generator.other-tokenizer True to train on"
+        )
+    settings = generator.settings | {"trained_on": now}
+    return describe(generator.folder, generator.kind, generator.module, generator.info, settings)
 
 
 def stage_fit(

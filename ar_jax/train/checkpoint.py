@@ -194,6 +194,11 @@ def latest_step(folder: Path) -> int | None:
     return _newest_whole(folder, lambda path, damage: print(f"checkpoint {path} is broken ({damage}): not used"))
 
 
+def newest(folder: Path) -> int:
+    """The newest step in a folder of `Checkpoints`, whole or not; 0 without any."""
+    return max(_steps(folder), default=0)
+
+
 def find_step(folder: Path, which: str = "newest") -> int:
     """The step of a checkpoint.
 

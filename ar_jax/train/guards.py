@@ -11,14 +11,17 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
+from ar_jax.typing import Many
+
 AGAIN = os.EX_TEMPFAIL  # 75: exit code of a training that saved on notice; the same command goes on with it
+INTERRUPTED = 128 + signal.SIGINT  # 130: that of any command that is ended by Ctrl-C
 
 
 @dataclasses.dataclass(frozen=True)
 class Guards:
     """When to speak up, and when to give up."""
 
-    skipped: int = 10
+    skipped: Many = 10
     """Updates in a row without finite loss and gradients after which the training stops; 0 never stops it."""
     spike: float = 6.0
     """Report a loss that is above its running mean by so many running standard deviations; 0 never does."""
@@ -28,26 +31,47 @@ class Guards:
 
 
 class Stopped(Exception):
-    """The training was told to stop, and saved its state first."""
+    """The training was told to stop, and saved its state first.
+
+    Attributes:
+      code: with which the process ends.
+    """
+
+    def __init__(self, message: str, code: int = AGAIN):
+        super().__init__(message)
+        self.code = code
 
 
 class Notice:
-    """Whether this training was told to stop: by SIGTERM or, with `jax.distributed`, the cluster's preemption notice.
+    """Whether this training was told to stop: by Ctrl-C, SIGTERM or, with `jax.distributed`, the cluster's preemption notice.
 
-    A context; SIGTERM ends the process at once before it is entered and after it is left.
+    A context; before it is entered and after it is left, signals end the process at once, as a second Ctrl-C always does.
+
+    Attributes:
+      code: with which the process then ends.
     """
 
     def __enter__(self):
-        self._signalled = False
-        if not jax.distributed.is_initialized():  # its preemption service listens for the signal itself
-            self._before = signal.signal(signal.SIGTERM, self._listen)
+        self._signalled, self.code = False, AGAIN
+        heard = [signal.SIGINT]
+        if not jax.distributed.is_initialized():  # its preemption service listens for this one itself
+            heard.append(signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._listen) for number in heard}
         return self
 
     def __exit__(self, *_):
-        if not jax.distributed.is_initialized():
-            signal.signal(signal.SIGTERM, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
-    def _listen(self, *_):
+    def _listen(self, number, frame):
+        if number == signal.SIGINT:
+            if self.code == INTERRUPTED:
+                os.write(2, b"\nstopped at once; what came after the newest checkpoint is lost\n")
+                os._exit(INTERRUPTED)
+            self.code = INTERRUPTED
+            os.write(2, b"\nsaving after this update; Ctrl-C once more stops at once\n")
+            if jax.distributed.is_initialized():
+                os.kill(os.getpid(), signal.SIGTERM)  # all processes stop after one update
         self._signalled = True
 
     def received(self, step: int) -> bool:

@@ -30,8 +30,9 @@ class Log:
         self._bar = tqdm(total=steps, initial=first, desc=name, unit="step", disable=quiet, dynamic_ncols=True)
         if not quiet:
             folder.mkdir(parents=True, exist_ok=True)
+            _cut(folder / "metrics.jsonl", first)
             self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-            self._board = _summary_writer()(str(folder))
+            self._board = _summary_writer()(str(folder), purge_step=first + 1)
         self._since, self._seen, self._spent = time.perf_counter(), first, {"input": 0.0, "aside": 0.0}
         self._shown = {}
         device = jax.local_devices()[0]
@@ -93,6 +94,18 @@ class Log:
         if not self._quiet:
             self._file.close()
             self._board.close()
+
+
+def _cut(path: Path, last: int) -> None:
+    """Drops the lines of later updates, which are made again, and one that was not written to its end."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last]
+    if len(kept) < len(lines):
+        part = path.with_name(f".{path.name}.part")
+        part.write_text("".join(kept))
+        part.replace(path)
 
 
 def _summary_writer():
