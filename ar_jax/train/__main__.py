@@ -24,6 +24,7 @@ from ar_jax.data import Data, Info, NoSplit, Opened, Spread, batches, plain
 from ar_jax.evals.training import Evaluation
 from ar_jax.files import codec
 from ar_jax.files.models import Model, describe, open_model, versions, write_json
+from ar_jax.files.places import path_of
 from ar_jax.files.trust import taken, trust
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
@@ -31,7 +32,7 @@ from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.machine.precision import multiply_in, products
 from ar_jax.machine.sharding import batch_part, batch_rows, make_mesh
 from ar_jax.tokenize import check_cache
-from ar_jax.train.checkpoint import load_matching, save_params
+from ar_jax.train.checkpoint import is_there, load_matching, save_params
 from ar_jax.train.guards import AGAIN, Stopped
 from ar_jax.train.loop import fit
 from ar_jax.train.measure import measured, remembered
@@ -68,7 +69,7 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     written = codec.encode(experiment)
     if ":" in experiment.data.name:
         trust(experiment.data.name.partition(":")[0])
-    run = Path(experiment.out) / experiment.name
+    run = path_of(experiment.out) / experiment.name
     distributed.check_shared(run)
     mesh = make_mesh(experiment.mesh)
     for kind, stage in (("tokenizer", experiment.tokenizer), ("generator", experiment.generator)):
@@ -146,7 +147,7 @@ def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -
             raise ValueError(
                 f"{folder} already holds another {kind}: {difference}. Give --name for a new run, or remove the folder"
             )
-    if given and distributed.agreed(not (folder / "params").exists()):
+    if given and distributed.agreed(not is_there(folder / "params")):
         params = given.params()
         if params:  # patches of pixels have none
             save_params(folder / "params", jax.device_get(params))
