@@ -17,7 +17,7 @@ import tyro
 from ar_jax.data import Data
 from ar_jax.decode.sampling import Sampling
 from ar_jax.files import codec
-from ar_jax.files.places import on_disk
+from ar_jax.files.places import on_disk, reachable
 from ar_jax.machine.distributed import Launch
 from ar_jax.machine.precision import Precision
 from ar_jax.machine.seeds import Seed
@@ -159,6 +159,7 @@ def find_config(name: str) -> tuple[Path, str]:
     Raises:
       ValueError: there is no such file, here or among the published ones.
     """
+    on_disk(name, "the config")
     path, variant = (name, "") if Path(name).is_file() or ":" not in name else name.rsplit(":", 1)
     file = Path(path)
     if file.suffix == ".py" and file.is_file():
@@ -179,7 +180,8 @@ def find_config(name: str) -> tuple[Path, str]:
 def keep_config(name: str, file: Path) -> None:
     """Copies a config's file; of one with variants, the copy's `get_config()` is the variant of this name."""
     given, variant = find_config(name)
-    if file.exists() and file.samefile(given):  # a run folder's own copy goes on with the run
+    on_disk = isinstance(file, Path)
+    if on_disk and file.exists() and file.samefile(given):  # a run folder's own copy goes on with the run
         return
     text = given.read_text()
     if variant:
@@ -217,7 +219,7 @@ def parse(experiment: Experiment, arguments: list[str], prog: str, description: 
         )  # fmt: skip
     codec.check(parsed)
     given = any(word.partition("=")[0] == "--tokenizer.module.size" for word in arguments)
-    return on_disk(parsed if given else _sized(experiment, parsed))
+    return reachable(parsed if given else _sized(experiment, parsed))
 
 
 def _sized(before: Experiment, now: Experiment) -> Experiment:

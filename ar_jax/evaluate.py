@@ -31,7 +31,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,7 +49,7 @@ from ar_jax.evals.images import DataImages, Images, Statistics, open_images, ope
 from ar_jax.evals.networks import PROTOCOLS, Network, Protocol, open_network
 from ar_jax.files import codec
 from ar_jax.files.models import image_shape, open_model
-from ar_jax.files.places import on_disk
+from ar_jax.files.places import path_of, reachable, remove_tree, resolved
 from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
@@ -171,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     with distributed.command(f"{PROG} {command}"):
         if command not in COMMANDS:
             raise ValueError(f"there is no command {command!r}; there are {', '.join(COMMANDS)}")
-        COMMANDS[command](on_disk(taken(rest)))
+        COMMANDS[command](reachable(taken(rest)))
 
 
 def _options(kind: type, command: str, arguments: list[str]) -> Any:
@@ -234,7 +233,7 @@ class RunImages:
         if "label" in self._conditions:
             turn = np.asarray(self._conditions["label"])
             self.labels, self.names = turn[np.arange(count) % len(turn)], tuple(model.info.class_names)
-        self.where, digest = str(model.folder.resolve()), hashlib.sha256()
+        self.where, digest = str(resolved(model.folder)), hashlib.sha256()
         for name, table in sorted(self._conditions.items()):
             digest.update(name.encode() + np.asarray(table).tobytes())
         self.facts = {
@@ -267,7 +266,7 @@ class RunImages:
 
 def open_samples(options: Generation) -> Images:
     """The samples that are named; see the module."""
-    folder = Path(options.samples).expanduser()
+    folder = path_of(options.samples).expanduser()
     if any((place / "model.json").is_file() for place in (folder, folder / "generator")):
         return RunImages(options.samples, options.sampler, options.count)
     return open_images(options.samples)
@@ -310,7 +309,7 @@ def evaluate_generation(options: Generation, network: Network | None = None) -> 
     if judge:
         distributed.say(f"classifier: {judge.accuracy:.1%} right on {judge.facts['held_out_images']} held-out images")
     extractor = Extractor(network, options.judge.batch)
-    out = Path(options.out)
+    out = path_of(options.out)
     parts = out.with_name(f".{out.name}.parts")
     theirs = reference_features(options, reference, statistics, extractor, parts)
     labels = "cfd" in settings.metrics and images.labels is not None
@@ -355,7 +354,7 @@ def _speed(extractor: Extractor) -> dict[str, Any]:
 def _clear(parts: Path) -> None:
     distributed.barrier("all have read the parts")
     if jax.process_index() == 0:
-        shutil.rmtree(parts, ignore_errors=True)
+        remove_tree(parts, ignore_errors=True)
 
 
 def reference_features(
@@ -366,7 +365,7 @@ def reference_features(
     if images is not None:
         if options.cache:
             key = [images.where, images.facts, len(images), images.stamp, extractor.network.facts()]
-            place = Path(options.cache) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+            place = path_of(options.cache) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         labels = "cfd" in options.metrics and images.labels is not None
         found = extract(images, extractor, place, "reference", labels=labels)
     return of_statistics(statistics, found) if statistics else found
@@ -441,14 +440,14 @@ def evaluate_tokenizer(options: Tokenizer, network: Network | None = None) -> di
     extractor = Extractor(network, options.judge.batch)
     pairs = tuple(judging.Perturbation(a, d) for a, d in itertools.product(options.alphas, options.deltas))
     judged = judging.Judged(model, extractor, options.seed, pairs, options.lpips_weights if options.lpips else None)
-    out = Path(options.out)
+    out = path_of(options.out)
     parts = out.with_name(f".{out.name}.parts")
     facts = {
         "name": options.judge.protocol, **network.facts(), "images": len(images), "image_size": list(size),
         "perturbations": [dataclasses.asdict(each) for each in judged.perturbations], "seed": options.seed,
         "psnr": "uint8 against uint8, mean over images", "ssim": "Gaussian window of 11, sigma 1.5, range 1",
     }  # fmt: skip
-    source = {"from": str(model.folder.resolve()), "checkpoint": model.checkpoint}
+    source = {"from": str(resolved(model.folder)), "checkpoint": model.checkpoint}
     identity = {"tokenizer": source, "images": images.where, **images.facts, **facts}
     found = judging.evaluate(judged, images, len(images), parts, identity)
     tasks = judging.detail(judged) | judging.text(judged) if options.detail else {}
@@ -473,7 +472,7 @@ def _sweep(arguments):
 def sweep(options: Sweep, network: Network | None = None) -> list[dict[str, Any]]:
     """Runs `generation` for every point of the grid; --out is the folder of the results and of curves.png."""
     base = options.generation
-    folder = Path(base.out).with_suffix("")
+    folder = path_of(base.out).with_suffix("")
     network, points = network or base.judge.open(), []
     base = dataclasses.replace(base, cache=base.cache or str(folder / ".reference"))
     sampler = base.sampler
@@ -494,7 +493,7 @@ def sweep(options: Sweep, network: Network | None = None) -> list[dict[str, Any]
         if base.report:
             results.curves(folder / "curves.png", base.samples, points, network.suffix)
         if not options.generation.cache:
-            shutil.rmtree(folder / ".reference", ignore_errors=True)
+            remove_tree(folder / ".reference", ignore_errors=True)
         print(f"{len(points)} points in {folder}")
     distributed.barrier("swept")
     return [point["result"] for point in points]

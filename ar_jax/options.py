@@ -16,6 +16,7 @@ import tyro
 from ar_jax.config import CONFIGS, run_file
 from ar_jax.decode.sampling import Sampling, adjustable
 from ar_jax.files.models import Model, blamed, open_model
+from ar_jax.files.places import on_disk, path_of
 from ar_jax.files.trust import Untrusted
 from ar_jax.files.words import shown
 from ar_jax.machine.precision import Precision
@@ -127,7 +128,7 @@ def sampling_file(file: str, own: Sampling) -> Sampling:
     """
     if not file:
         return own
-    path = Path(file)
+    path = on_disk(file, "--sampling")
     if not path.is_file() and path.parent == Path("configs/sampling"):
         path = CONFIGS / "sampling" / path.name
     if path.suffix != ".py" or not path.is_file():
@@ -164,7 +165,7 @@ def options_of(arguments: list[str], prefix: str = "") -> tuple[Sampler, list[st
 
 
 def _is_model(name):
-    return not name.startswith("-") and any((Path(name) / part / "model.json").is_file() for part in ("", "generator"))
+    return not name.startswith("-") and any((path_of(name) / part / "model.json").is_file() for part in ("", "generator"))
 
 
 def _option(arguments, name):

@@ -31,6 +31,7 @@ from ar_jax.config import Experiment, Stage, load_config, parse
 from ar_jax.decode.sequential import Sequential
 from ar_jax.files import codec
 from ar_jax.files.models import untrained
+from ar_jax.files.places import on_disk
 from ar_jax.files.trust import taken
 from ar_jax.machine.chips import Chip, chip, unknown
 from ar_jax.machine.flops import model_flops, with_fields
@@ -253,7 +254,7 @@ def compile_for(experiment: Experiment, options: Options, mesh: jax.sharding.Mes
         rest["preview"] = held if isinstance(held, str) else sum(held.values()) + beside
     text = compiled.as_text()
     if options.hlo:
-        os.makedirs(options.hlo, exist_ok=True)
+        os.makedirs(on_disk(options.hlo, "--hlo"), exist_ok=True)
         with open(os.path.join(options.hlo, f"{experiment.name}_{mesh.devices.flat[0].device_kind}.hlo"), "w") as file:
             file.write(text)
     return Compiled(facts, Program(text), memory, **rest)

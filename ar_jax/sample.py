@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -38,7 +37,7 @@ from ar_jax.decode.sampling import read_sampling
 from ar_jax.files import codec
 from ar_jax.files.images import save_png, tile
 from ar_jax.files.models import image_shape, write_json
-from ar_jax.files.places import on_disk
+from ar_jax.files.places import made, path_of, reachable, remove_tree, resolved, seekable
 from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
@@ -81,7 +80,7 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         raise SystemExit(__doc__)
     with distributed.command("sample.py"):
-        own, arguments = options_of(on_disk(taken(arguments)))
+        own, arguments = options_of(reachable(taken(arguments)))
         default = Options(run=tyro.MISSING, sampling=own.sampling, fields=own.fields)
         options = tyro.cli(
             Options, args=arguments, default=default, prog="sample.py", description=__doc__,
@@ -99,11 +98,11 @@ def sample(options: Options) -> None:
     names, conditions = condition_table(drawer.model.info, options, options.labels)
     given = read_edit(options, drawer.decoder)
 
-    out, folder = Path(options.out), Path(options.out)
+    out = folder = path_of(options.out)
     if out.suffix in (".png", ".npz"):
         folder = out.with_name(f".{out.name}.parts")
     identity = {
-        "run": str(drawer.model.folder.resolve()), "tokenizer": str(drawer.tokenizer.folder.resolve()), "seed": options.seed,
+        "run": str(resolved(drawer.model.folder)), "tokenizer": str(resolved(drawer.tokenizer.folder)), "seed": options.seed,
         "sampling": codec.encode(drawer.sampling), "conditions": names, **options.numerics, "average": options.average, "resize": options.resize,
         "checkpoint": drawer.model.checkpoint,
     }  # fmt: skip
@@ -226,15 +225,9 @@ def _file(folder: Path, i: int) -> Path:
 
 
 def _save_shard(folder: Path, ids: np.ndarray, images: list[np.ndarray]) -> None:
-    """Writes numbered images as one .npz, under a temporary name first."""
-    path = folder / f"{ids[0]:06d}.npz"
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, ids=ids, images=np.stack(images))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes numbered images as one .npz, all of it or nothing."""
+    with made(folder / f"{ids[0]:06d}.npz") as part, open(part, "wb") as file:
+        np.savez(file, ids=ids, images=np.stack(images))
 
 
 def _kept(folder: Path) -> dict[int, tuple[Path, int]]:
@@ -252,7 +245,7 @@ def _kept(folder: Path) -> dict[int, tuple[Path, int]]:
 
 def _read_shard(file: Path, name: str) -> np.ndarray:
     try:
-        with np.load(file, allow_pickle=False) as shard:
+        with np.load(seekable(file), allow_pickle=False) as shard:
             return shard[name]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} cannot be read ({error}); remove it and run the same command again") from error
@@ -265,7 +258,7 @@ def _images(folder: Path, count: int) -> Iterator[np.ndarray]:
         raise ValueError(f"{folder} lacks {len(missing)} images, such as {missing[0]}; run the same command again")
     for file, row in (kept[i] for i in range(count)):
         if file.suffix == ".png":
-            yield np.asarray(Image.open(file))
+            yield np.asarray(Image.open(seekable(file)))
             continue
         if shard[0] != file:
             shard = file, _read_shard(file, "images")
@@ -316,7 +309,7 @@ def _as_now(note: dict) -> dict:
 
 
 def _assemble(folder: Path, out: Path, options: Options, conditions: int) -> None:
-    """Makes the grid or the .npz, under a temporary name, then removes what it was made of."""
+    """Makes the grid or the .npz, all of it or nothing, then removes what it was made of."""
     if out == folder:
         return
     images = _images(folder, options.count)
@@ -326,16 +319,15 @@ def _assemble(folder: Path, out: Path, options: Options, conditions: int) -> Non
     else:
         first = next(images)
         header = {"descr": "|u1", "fortran_order": False, "shape": (options.count, *first.shape)}
-        temporary = out.with_name(f".{out.name}.tmp")
-        try:  # a shard at a time: 50,000 images need not fit in memory
-            with zipfile.ZipFile(temporary, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
-                np.lib.format.write_array_header_1_0(array, header)
-                for image in itertools.chain([first], images):
-                    array.write(image.tobytes())
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
-    shutil.rmtree(folder)
+        with (  # a shard at a time: 50,000 images need not fit in memory
+            made(out) as part,
+            zipfile.ZipFile(part, "w") as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as array,
+        ):
+            np.lib.format.write_array_header_1_0(array, header)
+            for image in itertools.chain([first], images):
+                array.write(image.tobytes())
+    remove_tree(folder)
 
 
 if __name__ == "__main__":

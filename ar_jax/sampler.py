@@ -17,6 +17,7 @@ from ar_jax.decode.sampling import Sampling
 from ar_jax.files import codec
 from ar_jax.files.images import to_float, to_uint8
 from ar_jax.files.models import Model, blamed, fingerprint
+from ar_jax.files.places import path_of, seekable
 from ar_jax.machine.flops import with_fields
 from ar_jax.machine.precision import multiply_in
 from ar_jax.machine.seeds import key_of
@@ -237,7 +238,7 @@ def condition_table(info: Info, options: Sampler, labels: tuple[str, ...] = ()) 
         if labels:
             raise ValueError("--labels given, but this model takes captions; give --captions")
         if options.features:
-            with np.load(options.features, allow_pickle=False) as file:
+            with np.load(seekable(path_of(options.features)), allow_pickle=False) as file:
                 text, mask = file["features"].astype(np.float32), file["mask"].astype(bool)
             names = [f"features {i}" for i in range(len(text))]
         elif not options.captions:

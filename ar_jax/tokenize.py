@@ -22,7 +22,6 @@ import itertools
 import sys
 from collections.abc import Iterator
 from concurrent import futures
-from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -38,16 +37,16 @@ from ar_jax.data import (
     arrays,
     centre_crop,
     flip,
-    open_records,
     open_source,
     ten_crop,
     write_shards,
 )
 from ar_jax.data.packed import tokens
+from ar_jax.data.records import read_json
 from ar_jax.files import codec
 from ar_jax.files.images import to_float
 from ar_jax.files.models import Model, fingerprint, open_model
-from ar_jax.files.places import on_disk
+from ar_jax.files.places import path_of, reachable, resolved
 from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
@@ -93,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments:
         raise SystemExit(__doc__)
     with distributed.command(prog):
-        arguments = on_disk(taken(arguments)) or ["--help"]
+        arguments = reachable(taken(arguments)) or ["--help"]
         if arguments[0].startswith("-"):  # --help, or an option in the place of TOKENIZER
             _parse(Data(), f"{prog} TOKENIZER", arguments)
             raise ValueError("give TOKENIZER first, a run folder of train.py or a converted tokenizer")
@@ -146,7 +145,7 @@ def tokenize(tokenizer: Model, options: Options) -> None:
         f"{spec.n} tokens of {_kind(tokenizer.module)}, by {tokenizer.folder} on {jax.device_count()} "
         f"{jax.devices()[0].device_kind}"
     )
-    distributed.check_shared(Path(options.out).parent)
+    distributed.check_shared(path_of(options.out).parent)
     if process == 0:  # claims the folder, so that the others find it begun
         write_shards(options.out, cache, info, options.shards, only=(), form=arrays.FORM)
     distributed.barrier("begun")
@@ -156,7 +155,7 @@ def tokenize(tokenizer: Model, options: Options) -> None:
         names = sorted(cache.left_out)
         print(f"left out {len(names)} that cannot be read:", *names, sep="\n  ")
     if complete:
-        print(f"{options.out} is complete: {len(open_records(options.out))} records")
+        print(f"{options.out} is complete: {read_json(path_of(options.out) / 'info.json')['count']} records")
 
 
 def _kind(module):
@@ -297,7 +296,7 @@ def identity(tokenizer: Model, params: Params) -> dict[str, Any]:
     """What makes tokens mean what they mean: the network (but not its precision), and a hash of its parameters."""
     module = codec.encode(tokenizer.module)
     module.pop("dtype", None)
-    return {"folder": str(tokenizer.folder.resolve()), "module": module, "parameters": fingerprint(params)}
+    return {"folder": str(resolved(tokenizer.folder)), "module": module, "parameters": fingerprint(params)}
 
 
 def check_cache(data: Data, tokenizer: Model, cache: Source | None = None) -> None:

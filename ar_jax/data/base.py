@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from ar_jax.files.places import path_of
 from ar_jax.typing import Within
 
 
@@ -137,7 +138,7 @@ def folder_of(data: Data) -> Path:
     """`data.path` as a folder that exists."""
     if not data.path:
         raise ValueError(f"data.path is empty; data.name={data.name} needs the folder to read")
-    folder = Path(data.path).expanduser()
+    folder = path_of(data.path).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"data.path is {data.path!r}, which is not a folder; data.name={data.name} needs one")
     return folder

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ar_jax.data.base import Data, Info, held_out
+from ar_jax.files.places import local, path_of
 
 FONT_FOLDERS = (
     "/usr/share/fonts",
@@ -93,9 +94,9 @@ def draw(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray:
 
 def _find_font(path: str) -> Path:
     if path:
-        if not Path(path).expanduser().is_file():
+        if not path_of(path).expanduser().is_file():
             raise FileNotFoundError(f"data.path is {path!r}, which is not a file; data.name=emoji needs a colour font")
-        return Path(path).expanduser()
+        return local(path_of(path).expanduser())
     for folder in FONT_FOLDERS:
         for name in FONT_NAMES:
             for found in sorted(Path(folder).expanduser().rglob(name)):

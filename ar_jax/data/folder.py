@@ -13,6 +13,7 @@ import numpy as np
 from ar_jax.data.base import Data, Info, folder_of, split_folders
 from ar_jax.data.images import read_image
 from ar_jax.data.lists import Paths, Strings
+from ar_jax.files.places import local, walk
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 CAPTION_FILES = ("captions.jsonl", "captions.csv")
@@ -130,7 +131,8 @@ def _first_images(folder: Path) -> dict[str, str]:
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """A folder and those below it, each with the names of its folders and of its images, sorted."""
-    for base, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
+    on_disk = isinstance(folder, Path)
+    for base, folders, names in os.walk(folder, followlinks=True, onerror=_refuse) if on_disk else walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for name in folders:
             _check_link(os.path.join(base, name), folder)
@@ -209,7 +211,7 @@ def _read_captions(folder: Path) -> Iterator[tuple[str, str, Any]]:
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(path, encoding="utf-8-sig", newline="") as lines:
+    with open(local(path), encoding="utf-8-sig", newline="") as lines:
         if path.suffix == ".csv":
             reader = csv.DictReader(lines)
             yield from ((reader.line_num, row) for row in reader)

@@ -1,15 +1,18 @@
 """Image files to RGB, and crops. Crops take a PIL image or uint8 [h w 3] and return uint8 [size size 3]."""
 
 import functools
+import io
 import math
 import os
 import stat
+from pathlib import Path
 from typing import IO
 
 import numpy as np
 from PIL import Image
 
 from ar_jax.data.base import Unreadable
+from ar_jax.files.places import content, path_of
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 LONGEST = 128  # times the short side; crops begin by scaling the short side up
@@ -27,9 +30,12 @@ def read_image(file: str | os.PathLike | IO[bytes], name: str = "") -> Image.Ima
         times its short side, or samples without an agreed range.
     """
     try:
-        if isinstance(file, (str, os.PathLike)) and not stat.S_ISREG(os.stat(file).st_mode):
+        opened = path_of(file) if isinstance(file, (str, os.PathLike)) else file
+        if isinstance(opened, Path) and not stat.S_ISREG(os.stat(opened).st_mode):
             raise ValueError("it is no plain file")  # a pipe would be waited for
-        with Image.open(file, formats=_formats()) as image:
+        if isinstance(opened, os.PathLike) and not isinstance(opened, Path):
+            opened = io.BytesIO(content(opened))
+        with Image.open(opened, formats=_formats()) as image:
             if max(image.size) > LONGEST * min(image.size):
                 raise ValueError(f"{image.width}x{image.height}: one side is more than {LONGEST} times the other")
             # Pillow only warns up to twice its limit, and a warning would pass unseen in a thread.

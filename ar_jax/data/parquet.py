@@ -11,6 +11,7 @@ import numpy as np
 from ar_jax.data.base import Data, Info, Unreadable
 from ar_jax.data.columns import Columns, columns, text_of
 from ar_jax.data.shards import shard_files
+from ar_jax.files.places import seekable
 
 
 class Parquet:
@@ -73,7 +74,7 @@ class Parquet:
         from pyarrow import parquet
 
         path, meta, number = self.groups[group]
-        with parquet.ParquetFile(path, metadata=meta) as file:
+        with parquet.ParquetFile(seekable(path, cache_type="none"), metadata=meta) as file:
             return file.read_row_group(number, columns=names, use_threads=False)
 
 
@@ -87,7 +88,7 @@ def parquet(data: Data, part: tuple[int, int] = (0, 1)) -> Parquet:
     opened = {}
     for file in every:
         try:
-            with reader.ParquetFile(file) as content:
+            with reader.ParquetFile(seekable(file, cache_type="none")) as content:
                 opened[file] = content.metadata, content.schema_arrow
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
@@ -115,7 +116,7 @@ def _largest(file, meta, label):
     for i in range(meta.num_row_groups):
         statistics = meta.row_group(i).column(place).statistics
         if statistics is None or not statistics.has_min_max:
-            found = compute.max(parquet.read_table(file, columns=[label])[label]).as_py()
+            found = compute.max(parquet.read_table(seekable(file, cache_type="none"), columns=[label])[label]).as_py()
             return -1 if found is None else found
         most.append(statistics.max)
     return max(most, default=-1)

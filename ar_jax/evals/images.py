@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ar_jax.data import Data, centre_crop, open_source, plain, read_image
+from ar_jax.files.places import below, path_of, seekable, stamp
 from ar_jax.machine.distributed import cores
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -35,7 +36,7 @@ class Images(Protocol):
     size: tuple[int, int]
     labels: np.ndarray | None
     names: Sequence[str]
-    stamp: int
+    stamp: int | str
 
     def __len__(self) -> int: ...
 
@@ -69,7 +70,7 @@ def open_images(path: str, crop: int = 0) -> Images:
     Raises:
       ValueError, FileNotFoundError: no images there, or of other types or sizes.
     """
-    place = Path(path).expanduser()
+    place = path_of(path).expanduser()
     if place.suffix == ".npz":
         if crop:
             raise ValueError(f"{path}: crop is for folders of images; an .npz is taken as it is")
@@ -85,7 +86,7 @@ class Packed:
     """The uint8 array `arr_0` of a .npz, compressed or not; it is streamed, going forward is cheap."""
 
     def __init__(self, path: Path):
-        self.where, self.names, self.stamp = str(path), (), path.stat().st_mtime_ns if path.exists() else 0
+        self.where, self.names, self.stamp = str(path), (), stamp(path) if path.exists() else 0
         heads = npz_arrays(path)
         if "arr_0" not in heads:
             raise ValueError(f"{path} holds {sorted(heads)} but no arr_0, where the field's sample files keep images")
@@ -97,7 +98,7 @@ class Packed:
         self._path, self._shape, self.size = path, shape, shape[1:3]
         self.labels = None
         if "arr_1" in heads and heads["arr_1"][0] == shape[:1] and np.issubdtype(heads["arr_1"][1], np.integer):
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(seekable(path), allow_pickle=False) as file:
                 self.labels = file["arr_1"].astype(np.int64)
         self.facts = {"format": "npz"}
         self._lock, self._file = threading.Lock(), None
@@ -106,7 +107,7 @@ class Packed:
     def _broken(path, dtype):
         if not np.issubdtype(dtype, np.floating):
             return ""
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(seekable(path), allow_pickle=False) as file:
             return "" if np.isfinite(file["arr_0"]).all() else " and holds NaN or infinity"
 
     def __len__(self) -> int:
@@ -117,7 +118,7 @@ class Packed:
         size = height * width * channels
         with self._lock:
             if self._file is None:
-                self._file = zipfile.ZipFile(self._path).open("arr_0.npy")  # noqa: SIM115
+                self._file = zipfile.ZipFile(seekable(self._path)).open("arr_0.npy")  # noqa: SIM115
                 _head(self._file)
                 self._first = self._file.tell()
             self._file.seek(self._first + rows.start * size)
@@ -133,7 +134,7 @@ def npz_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, bool]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(seekable(path)) as archive:
             found = {}
             for name in archive.namelist():
                 with archive.open(name) as file:
@@ -153,8 +154,8 @@ class Folder:
     """Image files, in the order of their paths."""
 
     def __init__(self, path: Path, crop: int):
-        self.where, self._crop, self.stamp = str(path), crop, path.stat().st_mtime_ns
-        self._files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        self.where, self._crop, self.stamp = str(path), crop, stamp(path)
+        self._files = sorted(file for file in below(path) if file.suffix.lower() in SUFFIXES)
         if not self._files:
             raise ValueError(f"{path} holds no images ({', '.join(SUFFIXES)})")
         self.names, self.labels = (), None
@@ -225,7 +226,7 @@ def open_reference(path: str, crop: int = 0) -> tuple[Images | None, Statistics 
     Raises:
       ValueError, FileNotFoundError: neither is there.
     """
-    place, statistics = Path(path).expanduser(), None
+    place, statistics = path_of(path).expanduser(), None
     if place.suffix != ".npz":
         return open_images(path, crop), None
     names = npz_arrays(place)
@@ -241,7 +242,7 @@ def open_reference(path: str, crop: int = 0) -> tuple[Images | None, Statistics 
 
 
 def _statistics(place, names):
-    with np.load(place, allow_pickle=False) as file:
+    with np.load(seekable(place), allow_pickle=False) as file:
         wanted = [name if name in names else None for name in ("mu", "sigma", "mu_s", "sigma_s")]
         arrays = [None if name is None else np.asarray(file[name], np.float64) for name in wanted]
     digest = hashlib.sha256()

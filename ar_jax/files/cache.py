@@ -18,8 +18,10 @@ _until_exit: list[tempfile.TemporaryDirectory] = []
 
 def place(kind: str) -> Path:
     """The folder of what is kept of a kind; one of this process alone where nothing can be written."""
+    from ar_jax.files.places import on_disk
+
     named = os.environ.get(VARIABLE)
-    folder = (Path(named).expanduser() if named else Path.home() / ".cache" / "ar_jax") / kind
+    folder = (on_disk(named, VARIABLE).expanduser() if named else Path.home() / ".cache" / "ar_jax") / kind
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):

@@ -21,12 +21,14 @@ NAME = ".claim"
 def claim(folder: Path) -> Iterator[None]:
     """A context in which no other command works in a folder; of several processes, the first claims it for all.
 
+    Nothing is claimed in a bucket.
+
     The system drops a claim with the process that holds it, however that ends.
 
     Raises:
       ValueError: somebody works in it: who, since when.
     """
-    if jax.process_index():
+    if jax.process_index() or not isinstance(folder, Path):  # buckets know no locks
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)

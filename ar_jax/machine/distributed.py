@@ -270,8 +270,8 @@ def check_shared(folder: Path, patience: float = 30.0) -> None:
     barrier(f"mark {number}")
     if not seen([mark], patience):
         raise ValueError(
-            f"{folder} is not the same folder here as on process 0; all hosts need one that they share (NFS, "
-            f"Filestore, a mounted bucket)"
+            f"{folder} is not the same folder here as on process 0; all hosts need one that they share (a "
+            f"bucket, NFS, Filestore)"
         )
     barrier(f"seen {number}")
     if jax.process_index() == 0:

@@ -24,6 +24,7 @@ from ar_jax.data import Data, Info, NoSplit, Opened, Spread, batches, plain
 from ar_jax.evals.training import Evaluation
 from ar_jax.files import codec
 from ar_jax.files.models import Model, describe, fingerprint, open_model, versions
+from ar_jax.files.places import path_of
 from ar_jax.files.trust import taken, trust
 from ar_jax.machine import distributed
 from ar_jax.machine.claim import claim
@@ -33,7 +34,7 @@ from ar_jax.machine.precision import multiply_in, products
 from ar_jax.machine.seeds import key_of
 from ar_jax.machine.sharding import batch_part, batch_rows, make_mesh
 from ar_jax.tokenize import check_cache
-from ar_jax.train.checkpoint import load_matching, newest, save_params
+from ar_jax.train.checkpoint import is_there, load_matching, newest, save_params
 from ar_jax.train.guards import Stopped
 from ar_jax.train.history import note
 from ar_jax.train.loop import fit
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> None:
         distributed.join(experiment.launch, notices=True)
         keep_compiled()
         try:
-            with multiply_in(experiment.precision), claim(Path(experiment.out) / experiment.name):
+            with multiply_in(experiment.precision), claim(path_of(experiment.out) / experiment.name):
                 train(experiment, config, overrides)
         except Stopped as stopped:
             distributed.say(f"train.py: {stopped}")
@@ -71,7 +72,7 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     written = codec.encode(experiment)
     if ":" in experiment.data.name:
         trust(experiment.data.name.partition(":")[0])
-    run = Path(experiment.out) / experiment.name
+    run = path_of(experiment.out) / experiment.name
     distributed.check_shared(run)
     mesh = make_mesh(experiment.mesh)
     stages = {"tokenizer": experiment.tokenizer, "generator": experiment.generator}
@@ -162,7 +163,7 @@ def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -
             raise ValueError(
                 f"{folder} already holds another {kind}: {difference}. Give --name for a new run, or remove the folder"
             )
-    if given and distributed.agreed(not (folder / "params").exists()):
+    if given and distributed.agreed(not is_there(folder / "params")):
         params = given.params()
         if params:  # patches of pixels have none
             save_params(folder / "params", jax.device_get(params))

@@ -4,13 +4,16 @@ import dataclasses
 import faulthandler
 import math
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
 
+from ar_jax.files.places import made, sizes
 from ar_jax.typing import Many
 
 AGAIN = os.EX_TEMPFAIL  # 75: exit code of a training that saved on notice; the same command goes on with it
@@ -162,7 +165,8 @@ class Profile:
         """To be called after every update with something it computes."""
         self._seen += 1
         if self._updates and self._seen == self.FIRST - 1:
-            jax.profiler.start_trace(str(self._folder))
+            self._traced = self._folder if isinstance(self._folder, Path) else Path(tempfile.mkdtemp(prefix="ar_jax-"))
+            jax.profiler.start_trace(str(self._traced))
             self._tracing = True
         elif self._tracing and self._seen == self.FIRST - 1 + self._updates:
             jax.block_until_ready(metrics)
@@ -172,6 +176,11 @@ class Profile:
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()
+            if self._traced != self._folder:  # in a bucket
+                for name in sizes(self._traced):
+                    with made(self._folder / name) as part:
+                        shutil.copyfile(self._traced / name, part)
+                shutil.rmtree(self._traced)
             print(f"profile of {self._updates} updates in {self._folder}")
 
     def __enter__(self):

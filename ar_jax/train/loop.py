@@ -145,6 +145,7 @@ def fit(
                 settle(0)
                 with log.spending("aside"), jax.transfer_guard("allow"):  # orbax copies arrays in its own ways
                     checkpoints.save(state, {"data": batches.get_state()}, figures)
+                    log.saved()
             if stop:
                 raise Stopped(f"{name}: told to stop, saved update {step}; the same command goes on from there", notice.code)
             if last:
