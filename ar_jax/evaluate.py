@@ -45,7 +45,7 @@ from ar_jax.evals import tokenizer as judging
 from ar_jax.evals.classifier import train_classifier
 from ar_jax.evals.extract import Extractor
 from ar_jax.evals.generation import Features, Settings, agreement, extract, figures, of_statistics
-from ar_jax.evals.images import DataImages, Images, Statistics, open_images, open_reference
+from ar_jax.evals.images import DataImages, Images, Statistics, labels_in, open_images, open_reference
 from ar_jax.evals.networks import PROTOCOLS, Network, Protocol, open_network
 from ar_jax.files import codec
 from ar_jax.files.models import image_shape, open_model
@@ -311,8 +311,13 @@ def evaluate_generation(options: Generation, network: Network | None = None) -> 
     extractor = Extractor(network, options.judge.batch)
     out = path_of(options.out)
     parts = out.with_name(f".{out.name}.parts")
-    theirs = reference_features(options, reference, statistics, extractor, parts)
+    asked = labels_in(images, judge.names, f"data.path={options.data.path}")[:count] if judge else None
     labels = "cfd" in settings.metrics and images.labels is not None
+    if labels and reference and reference.labels is not None:
+        labels_in(reference, images.names, images.where)  # said before features are computed
+    theirs = reference_features(options, reference, statistics, extractor, parts)
+    if labels and theirs.labels is not None:
+        theirs = dataclasses.replace(theirs, labels=labels_in(reference, images.names, images.where))
     ours = extract(images, extractor, parts / "samples", "samples", judge and judge.predict, count, labels)
     found, remarks = figures(ours, theirs, protocol, settings, network.suffix)
     if "jpeg" in str(images.facts) or "jpg" in str(images.facts):
@@ -322,7 +327,7 @@ def evaluate_generation(options: Generation, network: Network | None = None) -> 
         remarks.append("samples are sorted by class: consecutive splits make the Inception Score too small")
     rest: dict[str, Any] = {"remarks": remarks}
     if judge:
-        total, rest["classes"] = agreement(images.labels[:count], ours.predicted, images.names)
+        total, rest["classes"] = agreement(asked, ours.predicted, judge.names)
         found["label_agreement"], rest["classifier"] = total, judge.facts
     facts = {
         "name": options.judge.protocol, **network.facts(),

@@ -32,6 +32,7 @@ import tyro
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from ar_jax.data.base import needed
 from ar_jax.data.images import read_image
 from ar_jax.decode.sampling import read_sampling
 from ar_jax.files import codec
@@ -173,8 +174,7 @@ def read_edit(options: Options, tokenizer: nn.Module) -> Given | None:
     """The image to edit and what is kept of it.
 
     Raises:
-      ValueError: options that do not fit together or the model, or a mask that does not fit the image.
-      Unreadable: no such image.
+      ValueError: options that do not fit together or the model, no such image, or a mask that does not fit it.
     """
     if not options.edit:
         if options.mask or options.at or options.keep_scales:
@@ -188,10 +188,10 @@ def read_edit(options: Options, tokenizer: nn.Module) -> Given | None:
         )
     if not (options.mask or options.at or options.keep_scales):
         raise ValueError("--edit needs to know what to draw: give --mask FILE, --at ROW COLUMN, or --keep-scales N")
-    image = read_image(options.edit)
+    with needed():
+        image, mask = read_image(options.edit), read_image(options.mask).convert("L") if options.mask else None
     free = np.zeros((image.height, image.width), bool)
-    if options.mask:
-        mask = read_image(options.mask).convert("L")
+    if mask is not None:
         if mask.size != image.size:
             raise ValueError(
                 f"--mask {options.mask} has {mask.width}x{mask.height} pixels, but {options.edit} has "

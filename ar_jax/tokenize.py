@@ -133,6 +133,8 @@ def tokenize(tokenizer: Model, options: Options) -> None:
         "products": products(options.precision),
         "data": {name: getattr(data, name) for name in ("name", "path", "split", "size", "text", "text_rows")},
     }  # fmt: skip
+    if hasattr(source, "upright"):
+        info["data"]["upright"] = source.upright
     process, count = jax.process_index(), jax.process_count()
     if min(options.shards, len(source)) < count:
         raise ValueError(

@@ -4,7 +4,7 @@ source = open_source(data)                          # random access to records
 for batch in batches(source, data, batch=256, seed=0): ...
 """
 
-from ar_jax.data.base import Data, Info, NoSplit, Source, Unreadable, label_ids, read_info
+from ar_jax.data.base import Data, Info, NoSplit, Source, Unreadable, in_order, label_ids, read_info, renumbered
 from ar_jax.data.images import centre_crop, flip, random_crop, read_image, ten_crop
 from ar_jax.data.packed import open_records
 from ar_jax.data.pipeline import batches
@@ -23,6 +23,7 @@ __all__ = [
     "batches",
     "centre_crop",
     "flip",
+    "in_order",
     "label_ids",
     "open_records",
     "open_source",
@@ -30,6 +31,7 @@ __all__ = [
     "random_crop",
     "read_image",
     "read_info",
+    "renumbered",
     "ten_crop",
     "write_shards",
 ]

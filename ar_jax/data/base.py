@@ -1,8 +1,9 @@
 """What is asked of a data set (`Data`), what it says of itself (`Info`) and how it is read (`Source`)."""
 
+import contextlib
 import dataclasses
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -32,6 +33,8 @@ class Data:
     """Smallest window of the random crop, as a part of the image's short side."""
     flip: bool = False
     """Mirror half of the training images."""
+    upright: bool = True
+    """Photos are turned as their EXIF orientation says, as viewers show them; the published pipelines read them as stored."""
     unreadable: Literal["refuse", "skip"] = "refuse"
     """An image that cannot be read stops the run, or the next readable one stands in for it."""
     unreadable_limit: Annotated[int, Within(0, 2**24)] = 100
@@ -104,9 +107,21 @@ class Unreadable(ValueError):
     """One record, named, that cannot be read; `data.unreadable` says what is done about it."""
 
     def __init__(self, name: str, reason: object):
-        super().__init__(f"cannot read {name} ({reason}); mend or remove it, or set unreadable to skip")
+        super().__init__(f"cannot read {name} ({reason}); mend or remove it, or give --data.unreadable skip")
         self.name = name
         self.reason = reason
+
+
+@contextlib.contextmanager
+def needed() -> Iterator[None]:
+    """Where no other image can stand in for one that cannot be read, none is offered."""
+    try:
+        yield
+    except Unreadable as error:
+        raise ValueError(f"cannot read {error.name} ({error.reason}); mend or remove it") from error
+
+
+MOST_CLASSES = 2**17  # of a data set: each is a row of a table in the model, its average and its optimiser
 
 
 class NoSplit(ValueError):
@@ -160,6 +175,55 @@ def split_folders(folder: Path, split: str) -> list[Path]:
             "make them, or set data.split to all"
         )
     return [folder]
+
+
+def seen_classes(labels: Iterable[int]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Classes of labels that are numbers from 0 (negative ones are none): those seen, sorted, and their names.
+
+    Labels 3, 7 and 900 are three classes, called so; where all from 0 to the largest are seen, they need no names.
+    """
+    seen = np.unique(np.fromiter(labels, np.int64))
+    seen = seen[seen >= 0]
+    return seen, () if len(seen) == seen.max(initial=-1) + 1 else tuple(map(str, seen.tolist()))
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of classes as classes are numbered: whole numbers by their value, then all others as text."""
+    return sorted(names, key=lambda name: (0, *_number(name), name) if _number(name) else (1, name))
+
+
+def _number(name: str) -> tuple[int, str] | None:
+    """What sorts as the number that a name is; `int` would refuse thousands of digits."""
+    digits = name.lstrip("0")
+    return (len(digits), digits) if name.isascii() and name.isdecimal() else None
+
+
+def renumbered(labels: np.ndarray, names: Sequence[str], into: Sequence[str]) -> np.ndarray:
+    """Labels among classes called `names` as labels among classes called `into`: those of the same name.
+
+    Classes without names (an empty list) are called by their numbers. If one side has no names and the other's are words,
+    nothing but the numbers can be compared, and labels stay.
+
+    Args:
+      labels: int [n].
+    Returns:
+      int [n]; -1 for classes that the others do not have.
+    """
+    labels, words = np.asarray(labels), [name for name in (*names, *into) if not _number(name)]
+    if list(names) == list(into) or (words and not (names and into)):
+        return labels
+    of = [_number(name) or name for name in names]
+    place = {_number(name) or name: i for i, name in enumerate(into)}
+    found = np.full(labels.shape, -1, labels.dtype)
+    for label in np.unique(labels[labels >= 0]).tolist():
+        name = (of[label] if label < len(of) else None) if names else _number(str(label))
+        found[labels == label] = place.get(name, -1) if into else int("0" + name[1]) if name else -1
+    return found
+
+
+def label_name(info: Info, label: int) -> str:
+    """What a class is called."""
+    return info.class_names[label] if label < len(info.class_names) else str(label)
 
 
 def label_ids(info: Info, names: list[str]) -> list[int]:

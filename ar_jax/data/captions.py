@@ -52,7 +52,8 @@ def with_text(source: Source, data: Data) -> Source:
     if not source.info.captions:
         raise ValueError(
             f"data.text is {data.text!r}, but data.name={data.name} data.path={data.path!r} has "
-            "no captions; leave data.text empty, or add a captions.jsonl or captions.csv"
+            "no captions; leave data.text empty, or add captions (of a folder of images: captions.jsonl, captions.csv, Hugging "
+            "Face's metadata.jsonl or .csv, or a .txt beside every image)"
         )
     if data.text == "minilm" or path_of(data.text).expanduser().is_dir():
         encoder, rows, width = _encode(source.captions(), data)

@@ -5,6 +5,7 @@ import io
 import json
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ar_jax.data.base import Info, Unreadable
@@ -28,16 +29,17 @@ class Columns:
     def used(self) -> list[str]:
         return [name for name in (self.image, self.label, self.caption) if name]
 
-    def info(self, largest: int) -> Info:
-        """Of the data set, `largest` being its largest label (if there are labels)."""
-        classes = (len(self.class_names) or largest + 1) if self.label else 0
-        return Info(classes, self.class_names, captions=bool(self.caption))
+    def info(self, seen: np.ndarray, names: tuple[str, ...]) -> Info:
+        """Of the data set; labels without names are those of `seen_classes`."""
+        classes = (len(self.class_names) or len(seen)) if self.label else 0
+        return Info(classes, self.class_names or names, captions=bool(self.caption))
 
-    def record(self, row: dict[str, Any], name: str) -> dict[str, Any]:
-        """What a source gives for a row of Python values; `name` is for messages."""
-        record = {"image": _image(row[self.image], name)}
+    def record(self, row: dict[str, Any], name: str, upright: bool, seen: np.ndarray) -> dict[str, Any]:
+        """What a source gives for a row of Python values; see `read_image` and `info`."""
+        record = {"image": _image(row[self.image], name, upright)}
         if self.label:
-            record["label"] = -1 if row[self.label] is None else int(row[self.label])
+            label = -1 if row[self.label] is None else int(row[self.label])
+            record["label"] = label if label < 0 or self.class_names else int(np.searchsorted(seen, label))
         if self.caption:
             record["caption"] = text_of(row[self.caption])
         return record
@@ -103,8 +105,8 @@ def _features(metadata):
     return found if isinstance(found, dict) else {}
 
 
-def _image(value, name) -> Image.Image:
+def _image(value, name, upright) -> Image.Image:
     content = value.get("bytes") if isinstance(value, dict) else value
     if content is None:
         raise Unreadable(name, "it has no bytes, only a path or nothing; save the data set with its images embedded")
-    return read_image(io.BytesIO(content), name=name)
+    return read_image(io.BytesIO(content), name, upright)

@@ -1,8 +1,9 @@
 """Data sets of the package `datasets` (Hugging Face), memory-mapped and read at random."""
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
-from ar_jax.data.base import Data, NoSplit, folder_of
+from ar_jax.data.base import Data, NoSplit, folder_of, seen_classes
 from ar_jax.data.columns import columns, text_of
 from ar_jax.files.places import local
 
@@ -15,15 +16,24 @@ class HuggingFace:
 
     Args:
       name: for messages.
-      every: all splits, where labels have no names and their number is one more than the largest.
+      every: all splits, where labels have no names and classes are those seen.
+      upright: of `read_image`.
     """
 
-    def __init__(self, dataset: "datasets.Dataset", name: str = "the data set", every: "list[datasets.Dataset]" = ()):
+    def __init__(
+        self,
+        dataset: "datasets.Dataset",
+        name: str = "the data set",
+        every: "list[datasets.Dataset]" = (),
+        upright: bool = True,
+    ):
+        self.upright = upright
         self.name, self.columns = name, columns(dataset.features.arrow_schema, name)
         self.rows = dataset.select_columns(self.columns.used).with_format("arrow")
         unnamed = self.columns.label and not self.columns.class_names
-        largest = max(_largest(split, self.columns.label) for split in every or [dataset]) if unnamed else -1
-        self.info = self.columns.info(largest)
+        labels = [_labels(split, self.columns.label) for split in every or [dataset]] if unnamed else []
+        self.seen, names = seen_classes(itertools.chain(*labels))
+        self.info = self.columns.info(self.seen, names)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -31,7 +41,9 @@ class HuggingFace:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self.columns.record(self.rows[index].to_pylist()[0], f"record {index} of {self.name}")
+        return self.columns.record(
+            self.rows[index].to_pylist()[0], f"record {index} of {self.name}", self.upright, self.seen
+        )
 
     def captions(self) -> list[str]:
         column = self.rows.select_columns([self.columns.caption])
@@ -63,17 +75,18 @@ def huggingface(data: Data) -> HuggingFace:
     if isinstance(found, datasets.Dataset):
         if data.split == "test":
             raise NoSplit(f"data.split is test, but data.path={folder} is a single Dataset; save a DatasetDict")
-        return HuggingFace(found, str(folder))
+        return HuggingFace(found, str(folder), upright=data.upright)
     test = [split for split in ("validation", "val", "test") if split in found][:1]
     wanted = {"train": ["train"], "test": test, "all": ["train", *test]}[data.split]
     if not wanted or not set(wanted) <= set(found):
         raise NoSplit(f"data.split is {data.split}, but data.path={folder} has the splits {', '.join(found)}")
     chosen = datasets.concatenate_datasets([found[split] for split in wanted])
-    return HuggingFace(chosen, str(folder), [found[split] for split in ("train", *test) if split in found])
+    every = [found[split] for split in ("train", *test) if split in found]
+    return HuggingFace(chosen, str(folder), every, data.upright)
 
 
-def _largest(dataset, label):
+def _labels(dataset, label):
+    """The different ones of a column."""
     import pyarrow.compute
 
-    most = pyarrow.compute.max(dataset.data.column(label)).as_py() if len(dataset) else None
-    return -1 if most is None else most
+    return pyarrow.compute.unique(dataset.data.column(label)).drop_null().to_pylist() if len(dataset) else []

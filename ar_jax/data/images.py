@@ -1,10 +1,12 @@
 """Image files to RGB, and crops. Crops take a PIL image or uint8 [h w 3] and return uint8 [size size 3]."""
 
+import contextlib
 import functools
 import io
 import math
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -15,16 +17,31 @@ from ar_jax.data.base import Unreadable
 from ar_jax.files.places import content, path_of
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-LONGEST = 128  # times the short side; crops begin by scaling the short side up
+LONGEST = 128  # times the short side
+THIN = 8  # times the short side; crops of what is longer begin with a square of the source, or much more than they give is scaled
+PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
+ORIENTATION = 0x0112  # of EXIF: 1 to 8
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def read_image(file: str | os.PathLike | IO[bytes], name: str = "") -> Image.Image:
+def read_image(file: str | os.PathLike | IO[bytes], name: str = "", upright: bool = True) -> Image.Image:
     """The first frame of an image file as RGB.
 
     What the file holds decides, not its name, and nothing but `FORMATS` is decoded: Pillow would hand PostScript to
-    Ghostscript, which runs it. Transparency shows white. EXIF orientation is ignored, as in the pipelines of the
-    published models.
+    Ghostscript, which runs it. Transparency shows white.
 
+    Args:
+      name: for messages.
+      upright: turn the image as its EXIF orientation says, as viewers show it. The pipelines of the published models
+        did not.
     Raises:
       Unreadable: missing, no plain file, damaged, of another format, larger than Pillow's limit, longer than `LONGEST`
         times its short side, or samples without an agreed range.
@@ -35,16 +52,45 @@ def read_image(file: str | os.PathLike | IO[bytes], name: str = "") -> Image.Ima
             raise ValueError("it is no plain file")  # a pipe would be waited for
         if isinstance(opened, os.PathLike) and not isinstance(opened, Path):
             opened = io.BytesIO(content(opened))
-        with Image.open(opened, formats=_formats()) as image:
-            if max(image.size) > LONGEST * min(image.size):
-                raise ValueError(f"{image.width}x{image.height}: one side is more than {LONGEST} times the other")
-            # Pillow only warns up to twice its limit, and a warning would pass unseen in a thread.
-            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} is more than {Image.MAX_IMAGE_PIXELS} pixels")
-            image.load()
-            return to_rgb(image)
+        try:
+            return _decoded(opened, upright)
+        except ValueError:
+            if (bare := _without_texts(opened)) is None:
+                raise
+            return _decoded(bare, upright)
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
         raise Unreadable(name or str(file), error) from error
+
+
+def _without_texts(file: str | os.PathLike | IO[bytes]) -> IO[bytes] | None:
+    """A PNG without its texts: Pillow refuses those of more than a megabyte, and nobody asks for them here."""
+    with open(file, "rb") if isinstance(file, (str, os.PathLike)) else contextlib.nullcontext(file) as content:
+        content.seek(0)
+        if content.read(len(PNG)) != PNG:
+            return None
+        kept = io.BytesIO()
+        kept.write(PNG)
+        while len(head := content.read(8)) == 8:
+            size = int.from_bytes(head[:4], "big") + 4  # with its checksum
+            if head[4:] in (b"tEXt", b"zTXt", b"iTXt"):
+                content.seek(size, os.SEEK_CUR)
+            else:
+                kept.write(head + content.read(size))
+    kept.seek(0)
+    return kept
+
+
+def _decoded(file: str | os.PathLike | IO[bytes], upright: bool) -> Image.Image:
+    with Image.open(file, formats=_formats()) as image:
+        if max(image.size) > LONGEST * min(image.size):
+            raise ValueError(f"{image.width}x{image.height}: one side is more than {LONGEST} times the other")
+        # Pillow only warns up to twice its limit, and a warning would pass unseen in a thread.
+        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} is more than {Image.MAX_IMAGE_PIXELS} pixels")
+        image.load()
+        turn = TURNS.get(_orientation(image)) if upright else None
+        image = to_rgb(image)
+        return image if turn is None else image.transpose(turn)
 
 
 @functools.cache
@@ -52,6 +98,14 @@ def _formats():
     """Those of `FORMATS` that this Pillow can read."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _orientation(image: Image.Image) -> int:
+    """How a viewer would turn a loaded image; 1, as it is, if what it says of itself cannot be read."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # Pillow's readers of EXIF and XMP raise what those of images do
+        return 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -70,8 +124,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def centre_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
-    """ADM's centre crop: the short side becomes `size`, the middle of the long side stays."""
-    image = _shrink(image, size)
+    """ADM's centre crop: the short side becomes `size`, the middle of the long side stays.
+
+    Memory is bounded by that of the image and of the crop (see `THIN`), here and in `random_crop`.
+    """
+    image = _shrink(_cut(image, lambda most: most // 2), size)
     top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
     return image[top : top + size, left : left + size]
 
@@ -81,7 +138,7 @@ def random_crop(
 ) -> np.ndarray:
     """ADM's random crop: a window anywhere, its side between the two fractions of the short side."""
     side = int(rng.integers(math.ceil(size / max_fraction), math.ceil(size / min_fraction) + 1))
-    image = _shrink(image, side)
+    image = _shrink(_cut(image, lambda most: rng.integers(most + 1)), side)
     top, left = (int(rng.integers(length - size + 1)) for length in image.shape[:2])
     return image[top : top + size, left : left + size]
 
@@ -105,10 +162,24 @@ def ten_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([crops, flip(crops)])
 
 
-def _shrink(image: Image.Image | np.ndarray, side: int) -> np.ndarray:
-    """Short side to `side`: halved by a box filter while possible, bicubic the rest of the way (or up)."""
+def _cut(image: Image.Image | np.ndarray, place: Callable[[int], int]) -> Image.Image:
+    """The image; of a thin one a square as large as its short side.
+
+    Args:
+      place: from the last pixel at which the square can begin to that at which it does.
+    """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
+    side = min(image.size)
+    if max(image.size) <= THIN * side:
+        return image
+    begin = int(place(max(image.size) - side))
+    left, top = (begin, 0) if image.width > side else (0, begin)
+    return image.crop((left, top, left + side, top + side))
+
+
+def _shrink(image: Image.Image, side: int) -> np.ndarray:
+    """Short side to `side`: halved by a box filter while possible, bicubic the rest of the way (or up)."""
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = side / min(image.size)

@@ -33,6 +33,7 @@ def pack(
     *,
     shards: int = 16,
     size: int = 0,
+    upright: bool = True,
     unreadable: Literal["refuse", "skip"] = "refuse",
 ) -> None:
     """Packs a folder of images, with their classes or captions, into ArrayRecord shards.
@@ -52,6 +53,8 @@ def pack(
       shards: Number of files of each split. A few hundred megabytes each is comfortable.
       size: 0 keeps the files as they are. Otherwise images are centre-cropped to this many pixels and stored
         as PNG; choose it larger than the size you train at if you want random crops.
+      upright: With --size, turn photos as their EXIF orientation says. Files that are kept as they are keep it, and
+        `--data.upright` of training decides.
       unreadable: Stop at the first file that cannot be decoded, or leave such files out and list them.
     """
     if size < 0:
@@ -59,7 +62,7 @@ def pack(
     folder, out = path_of(folder).expanduser(), on_disk(out, "OUT").expanduser()
     pair = folder.is_dir() and len(split_folders(folder, "all")) == 2
     for split in ("train", "test") if pair else ("all",):
-        source = image_folder(Data(name="image_folder", path=str(folder), split=split))
+        source = image_folder(Data(name="image_folder", path=str(folder), split=split, upright=upright))
         to = out / split if pair else out
         print(f"packing {len(source)} images of {folder} ({split}, {source.info.classes} classes) into {to}")
         records = Encoded(source, size, unreadable)
@@ -91,12 +94,14 @@ class Encoded:
             return {"image": self._encode(self.source.files[index])} | self.source.about(index)
         except Unreadable as error:
             if self.unreadable == "refuse":
-                raise
+                raise ValueError(
+                    f"cannot read {error.name} ({error.reason}); mend or remove it, or give --unreadable skip"
+                ) from error
             self.left_out.append(f"{error.name} ({error.reason})")
             return None
 
     def _encode(self, file: str) -> bytes:
-        image = read_image(file)
+        image = read_image(file, upright=self.source.upright)
         if not self.size:
             return content(path_of(file))
         encoded = io.BytesIO()
@@ -111,7 +116,8 @@ def _describe(source: ImageFiles, folder: Path, size: int) -> dict[str, Any]:
         text = ", " * (i > 0) + repr((os.path.relpath(file, folder), source.about(i)))
         digest.update(text.encode("utf-8", "surrogateescape"))
     digest.update(b"]")
-    return dataclasses.asdict(source.info) | {"size": size, "files": digest.hexdigest()}
+    turned = {"upright": source.upright} if size else {}
+    return dataclasses.asdict(source.info) | {"size": size, "files": digest.hexdigest(), **turned}
 
 
 if __name__ == "__main__":

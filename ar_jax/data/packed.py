@@ -29,8 +29,8 @@ def open_records(folder: str | os.PathLike) -> Records | Arrays:
 class Packed:
     """The records of one or more folders of shards, one folder after the other."""
 
-    def __init__(self, parts: list[Records | Arrays], info: Info):
-        self.parts, self.info = parts, info
+    def __init__(self, parts: list[Records | Arrays], info: Info, upright: bool):
+        self.parts, self.info, self.upright = parts, info, upright
         self._ends = np.cumsum([len(part) for part in parts])
 
     def __len__(self) -> int:
@@ -39,7 +39,8 @@ class Packed:
     def __getitem__(self, index: int) -> dict[str, Any]:
         part, i, record = self.read(index)
         if "image" in record:
-            record["image"] = read_image(io.BytesIO(record["image"]), name=f"record {i} of {part.folder}")
+            name = f"record {i} of {part.folder}"
+            record["image"] = read_image(io.BytesIO(record["image"]), name, self.upright)
         return record
 
     def captions(self) -> list[str]:
@@ -56,8 +57,8 @@ class Packed:
 class Gathered(Packed):
     """The same of arrays, from which whole batches can be read at once."""
 
-    def __init__(self, parts: list[Arrays], info: Info):
-        super().__init__(parts, info)
+    def __init__(self, parts: list[Arrays], info: Info, upright: bool):
+        super().__init__(parts, info, upright)
         self.versions = parts[0].versions
 
     def gather(self, index: np.ndarray, version: np.ndarray) -> dict[str, np.ndarray]:
@@ -93,7 +94,7 @@ def _open(data: Data, keys: tuple[str, ...], other: str) -> Packed:
     if not parts:
         raise ValueError(f"data.path={root} holds no records; write it anew")
     alike = {(part.versions, part.fields) if isinstance(part, Arrays) else None for part in parts}
-    source = (Packed if None in alike or len(alike) > 1 else Gathered)(parts, infos[0])
+    source = (Packed if None in alike or len(alike) > 1 else Gathered)(parts, infos[0], data.upright)
     found = source.read(0)[2]
     if not found.keys() & set(keys):
         raise ValueError(f"data.path={root} holds {' and '.join(found)}, no {keys[0]}; is data.name={other} meant?")

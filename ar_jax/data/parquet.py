@@ -1,5 +1,6 @@
 """Parquet files, read a row group at a time: shuffled by row group and buffer, in an order that is as fixed as any other."""
 
+import itertools
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ar_jax.data.base import Data, Info, Unreadable
+from ar_jax.data.base import Data, Info, Unreadable, seen_classes
 from ar_jax.data.columns import Columns, columns, text_of
 from ar_jax.data.shards import shard_files
 from ar_jax.files.places import seekable
@@ -21,12 +22,12 @@ class Parquet:
     kept: `kept` of them, as many as the rows that are shuffled together come from.
     """
 
-    def __init__(self, files: list[tuple[Path, Any]], found: Columns, info: Info, mixed: int):
-        self.columns, self.info = found, info
+    def __init__(self, files: list[tuple[Path, Any]], found: Columns, info: Info, seen: np.ndarray, data: Data):
+        self.columns, self.info, self.seen, self.upright = found, info, seen, data.upright
         self.groups = [(path, meta, i) for path, meta in files for i in range(meta.num_row_groups)]
         self.runs = np.array([meta.row_group(i).num_rows for _, meta, i in self.groups])
         self.ends = np.cumsum(self.runs)
-        self.kept = 3 + int(2 * mixed / max(self.runs.mean(), 1))
+        self.kept = 3 + int(2 * data.mixed / max(self.runs.mean(), 1))
         self._rows: OrderedDict[int, Future] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -44,7 +45,7 @@ class Parquet:
             table = self._group(group)
         except (OSError, ValueError) as error:  # Arrow's are of these
             raise Unreadable(name, error) from error
-        return self.columns.record(table.slice(row, 1).to_pylist()[0], name)
+        return self.columns.record(table.slice(row, 1).to_pylist()[0], name, self.upright, self.seen)
 
     def captions(self) -> list[str]:
         return [
@@ -98,25 +99,19 @@ def parquet(data: Data, part: tuple[int, int] = (0, 1)) -> Parquet:
             raise ValueError(
                 f"{file} has other columns than {files[0]}; all must have the same image, label and caption"
             )
-    largest = max((_largest(file, meta, found.label) for file, (meta, _) in opened.items()), default=-1)
+    labels, names = np.zeros(0, int), ()
+    if found.label and not found.class_names:
+        labels, names = seen_classes(itertools.chain(*(_labels(file, found.label) for file in opened)))
+        if part[1] > 1:  # in other parts may be others
+            labels, names = np.arange(labels.max(initial=-1) + 1), ()
     chosen = [(file, opened[file][0]) for file in files if opened[file][0].num_rows]
     if not chosen:
         raise ValueError(f"data.path={data.path}: the Parquet files of data.split={data.split} have no rows")
-    return Parquet(chosen, found, found.info(largest), data.mixed)
+    return Parquet(chosen, found, found.info(labels, names), labels, data)
 
 
-def _largest(file, meta, label):
-    """The largest label of a file, if it can be told from what stands at the end of the file; else it is read."""
+def _labels(file, label):
+    """The different labels of a file."""
     from pyarrow import compute, parquet
 
-    if not label:
-        return -1
-    place = [meta.schema.column(i).path for i in range(meta.num_columns)].index(label)
-    most = []
-    for i in range(meta.num_row_groups):
-        statistics = meta.row_group(i).column(place).statistics
-        if statistics is None or not statistics.has_min_max:
-            found = compute.max(parquet.read_table(seekable(file, cache_type="none"), columns=[label])[label]).as_py()
-            return -1 if found is None else found
-        most.append(statistics.max)
-    return max(most, default=-1)
+    return compute.unique(parquet.read_table(seekable(file, cache_type="none"), columns=[label])[label]).drop_null().to_pylist()

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from ar_jax.data.base import Data, NoSplit, folder_of, split_folders
+from ar_jax.data.folder import hidden
 from ar_jax.files import cache
 from ar_jax.files.places import below, path_of
 from ar_jax.machine import distributed
@@ -80,7 +81,7 @@ def _found(folders, suffix):
         file
         for folder in folders
         for file in sorted(below(folder))
-        if file.name.endswith(suffix) and not any(name.startswith(".") for name in file.relative_to(folder).parts)
+        if file.name.endswith(suffix) and not any(map(hidden, file.relative_to(folder).parts))
     ]
 
 

@@ -8,7 +8,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ar_jax.data.base import Data, Info, Source, Unreadable
+import numpy as np
+
+from ar_jax.data.base import MOST_CLASSES, Data, Info, Source, Unreadable, label_name, renumbered
 from ar_jax.data.captions import with_text
 from ar_jax.data.digits import idx, mnist5k
 from ar_jax.data.emoji import emoji
@@ -53,10 +55,16 @@ class Opened:
     Args:
       part: with `data.shards` split, the part of the shards to open, of so many; processes with different parts open the same
         data in the same order.
+
+    Splits of one data set number their classes alike: as `like` says, if it is called, else as the first one opened.
     """
 
     def __init__(self, part: tuple[int, int] = (0, 1)):
-        self._part, self._sources = part, {}
+        self._part, self._sources, self._numbering = part, {}, {}
+
+    def like(self, data: Data, info: Info, whose: str) -> None:
+        """From now on classes of these data are numbered as in `info`, which `whose` has."""
+        self._numbering[data.name, data.path] = info, whose
 
     def __call__(self, data: Data) -> Source:
         if data not in self._sources:
@@ -75,6 +83,36 @@ class Opened:
         return source
 
     def _bare(self, data: Data) -> Source:
+        return self._numbered(self._dealt(data), data)
+
+    def _numbered(self, source: Source, data: Data) -> Source:
+        """The source with labels as those that its data were opened with before have them."""
+        if (count := source.info.classes) > MOST_CLASSES:
+            raise ValueError(
+                f"data.path={data.path} has {count} classes, such as {label_name(source.info, count - 1)}, of {MOST_CLASSES} "
+                "at most; are its labels dates or identities? Leave them out, or group them"
+            )
+        info, whose = self._numbering.setdefault((data.name, data.path), (source.info, ""))
+        numbers = renumbered(np.arange(source.info.classes), source.info.class_names, info.class_names)
+        if not info.classes or (numbers == np.arange(source.info.classes)).all():
+            return source
+        where = f"data.path={data.path} ({data.split})"
+        if (numbers < 0).any():
+            new = [label_name(source.info, i) for i in np.flatnonzero(numbers < 0).tolist()]
+            raise ValueError(
+                f"{where} has classes such as {', '.join(new[:3])} that {whose or 'its other split'} does not have; their "
+                "numbers would mean other classes. Name new data in a new run (--name), or take these images out"
+            )
+        mine, theirs = (
+            ", ".join(label_name(one, i) for i in range(min(one.classes, 6))) for one in (source.info, info)
+        )
+        if whose:
+            distributed.say(
+                f"{where}: its classes ({mine}, ...) are numbered as in {whose} ({theirs}, ...); a new run numbers them anew"
+            )
+        return (RenumberedArrays if hasattr(source, "gather") else Renumbered)(source, numbers, info)
+
+    def _dealt(self, data: Data) -> Source:
         function = _function(data.name)
         if data.shards == "all":
             return function(data)
@@ -107,6 +145,36 @@ def _function(name: str) -> Callable[..., Source]:
         f"data.name is {name!r}; it must be one of {', '.join(SOURCES)}, or my_module:function"
         + (f"; is {near[0]} meant?" if near else "")
     )
+
+
+class Renumbered:
+    """A source whose labels are other numbers, int [classes], and what it has beside records as it is."""
+
+    def __init__(self, source: Source, numbers: np.ndarray, info: Info):
+        self.source, self.numbers = source, numbers
+        self.info = dataclasses.replace(source.info, classes=info.classes, class_names=info.class_names)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.source[index]
+        return record | {"label": int(self._new(record["label"]))}
+
+    def _new(self, labels):
+        known = (labels >= 0) & (labels < len(self.numbers))  # others are refused by whoever uses them
+        return np.where(known, self.numbers[np.where(known, labels, 0)], labels)
+
+
+class RenumberedArrays(Renumbered):
+    """The same of a source that is read a batch at a time."""
+
+    def gather(self, index: np.ndarray, version: np.ndarray) -> dict[str, np.ndarray]:
+        batch = self.source.gather(index, version)
+        return batch | {"label": self._new(batch["label"])}
 
 
 @dataclasses.dataclass(frozen=True)

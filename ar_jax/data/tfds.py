@@ -13,7 +13,8 @@ from ar_jax.files.places import local
 class Tfds:
     """Records with the features `image` and, if there, `label` and `caption` (or `text`)."""
 
-    def __init__(self, source: Any, caption: str, info: Info, name: str):
+    def __init__(self, source: Any, caption: str, info: Info, name: str, upright: bool):
+        self.upright = upright
         self.source, self.caption, self.info, self.name = source, caption, info, name
 
     def __len__(self) -> int:
@@ -21,7 +22,8 @@ class Tfds:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         found = self.source[index]
-        record = {"image": read_image(io.BytesIO(found["image"]), name=f"record {index} of {self.name}")}
+        name = f"record {index} of {self.name}"
+        record = {"image": read_image(io.BytesIO(found["image"]), name, self.upright)}
         if self.info.classes:
             record["label"] = int(found["label"])
         if self.caption:
@@ -67,7 +69,7 @@ def tfds(data: Data) -> Tfds:
     names = getattr(label, "names", None) or ()  # ClassLabel has both, a plain number neither
     caption = next((key for key in ("caption", "text") if key in features), "")
     info = Info(getattr(label, "num_classes", None) or 0, tuple(names), captions=bool(caption))
-    return Tfds(source, caption, info, str(folder))
+    return Tfds(source, caption, info, str(folder), data.upright)
 
 
 def _text(value: Any) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ar_jax.data.base import Data, Info, Unreadable
+from ar_jax.data.base import Data, Info, Unreadable, seen_classes
 from ar_jax.data.folder import SUFFIXES
 from ar_jax.data.images import read_image
 from ar_jax.data.shards import RANGE, shard_files
@@ -35,7 +35,8 @@ NONE, TEXT, JSON = range(3)
 class WebDataset:
     """Samples of tars, one tar after the other, with the label in `.cls` and the caption in `.txt` or `.json`."""
 
-    def __init__(self, files: list[Path], indices: list[Path], info: Info, parts: dict[str, np.ndarray]):
+    def __init__(self, files: list[Path], indices: list[Path], info: Info, parts: dict[str, np.ndarray], upright: bool):
+        self.upright = upright
         self.files, self.indices, self.info = files, indices, info
         self.ends, self.image, self.label, self.text, self.kind = (
             parts[name] for name in ("ends", "image", "label", "text", "kind")
@@ -48,7 +49,8 @@ class WebDataset:
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:
-            record = {"image": read_image(io.BytesIO(self._bytes(index, self.image, LARGEST)))}
+            content = io.BytesIO(self._bytes(index, self.image, LARGEST))
+            record = {"image": read_image(content, upright=self.upright)}
             if self.info.classes:
                 record["label"] = int(self.label[index])
             if self.info.captions:
@@ -88,7 +90,8 @@ class WebDataset:
 def webdataset(data: Data, part: tuple[int, int] = (0, 1)) -> WebDataset:
     """The tars of `data.path` (see `shard_files`), not compressed.
 
-    classnames.txt beside them names the classes; without it there are as many as the largest label says.
+    classnames.txt beside them names the classes; without it they are those seen (see `seen_classes`), or, if every host opens
+    its own part, as many as the largest label says.
     """
     files, every = shard_files(data, ".tar", part)
     names = _class_names(data.path)
@@ -102,17 +105,20 @@ def webdataset(data: Data, part: tuple[int, int] = (0, 1)) -> WebDataset:
     for name, has in (("label (.cls)", parts["label"] >= 0), ("caption (.txt, .json)", parts["kind"] != NONE)):
         if has.any() and not has.all():
             raise ValueError(f"{where}: {int((~has).sum())} of {len(has)} samples have no {name}; all must, or none")
-    largest = max(int(kept["label"].max(initial=-1)) for kept in found.values())
+    seen, called = seen_classes(np.concatenate([np.unique(kept["label"]) for kept in found.values()]))
+    largest = int(seen.max(initial=-1))
     if names and largest >= len(names):
         raise ValueError(f"{where}: {NAMES} has {len(names)} names, but there is a label {largest}")
     labelled = parts["label"][0] >= 0
+    if called and not names and part[1] == 1:  # in other parts may be others
+        names, parts["label"] = called, np.searchsorted(seen, parts["label"]).astype(np.int32)
     info = Info(
         classes=(len(names) or largest + 1) if labelled else 0,
         class_names=names if labelled else (),
         captions=bool(parts["kind"][0] != NONE),
     )
     parts["ends"] = np.cumsum([len(found[file]["image"]) for file in files])
-    return WebDataset(files, [indices[file] for file in files], info, parts)
+    return WebDataset(files, [indices[file] for file in files], info, parts, data.upright)
 
 
 def caption_of(content: bytes) -> str | None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from ar_jax.data import Data
-from ar_jax.evals.images import DataImages
+from ar_jax.evals.images import DataImages, labels_in
 from ar_jax.evals.networks import pil_bicubic
 from ar_jax.typing import Array, UInt8
 
@@ -40,11 +40,13 @@ class Classifier(NamedTuple):
       predict: uint8 images [n h w 3] -> labels int [n].
       accuracy: on held-out real images, which it was not trained on.
       facts: JSON-able: sizes, counts, accuracy.
+      names: of the classes that it numbers; may be empty.
     """
 
     predict: Callable[[np.ndarray], np.ndarray]
     accuracy: float
     facts: dict[str, float | int | str]
+    names: Sequence[str] = ()
 
 
 def train_classifier(data: Data, most: int = 20000, epochs: int = 8, batch: int = 100, seed: int = 0) -> Classifier:
@@ -99,12 +101,14 @@ def train_classifier(data: Data, most: int = 20000, epochs: int = 8, batch: int 
             found.append(np.asarray(classify(params, padded))[: len(part)])
         return np.concatenate(found)
 
-    accuracy = float((predict(held.read(range(len(held))))[test] == held.labels[test]).mean())
+    accuracy = float(
+        (predict(held.read(range(len(held))))[test] == labels_in(held, real.names, real.where)[test]).mean()
+    )
     facts = {
         "classifier": f"three stages of convolutions, AdamW, {epochs} epochs", "images": len(train), "seed": seed,
         "data": data.name, "held_out_images": len(test), "held_out_accuracy": accuracy,
     }  # fmt: skip
-    return Classifier(predict, accuracy, facts)
+    return Classifier(predict, accuracy, facts, real.names)
 
 
 def _small(images):

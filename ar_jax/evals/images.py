@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import os
 import threading
 import zipfile
 from collections.abc import Sequence
@@ -12,11 +13,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ar_jax.data import Data, centre_crop, open_source, plain, read_image
-from ar_jax.files.places import below, path_of, seekable, stamp
+from ar_jax.data import Data, centre_crop, in_order, open_source, plain, read_image, renumbered
+from ar_jax.data.base import needed
+from ar_jax.data.folder import SUFFIXES, Numbered, Passed, find_images
+from ar_jax.data.lists import Paths
+from ar_jax.files.places import path_of, seekable, stamp
+from ar_jax.machine import distributed
 from ar_jax.machine.distributed import cores
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Images(Protocol):
@@ -80,6 +83,22 @@ def open_images(path: str, crop: int = 0) -> Images:
     if not place.is_dir():
         raise ValueError(f"{path} is neither a .npz nor a folder of images")
     return Folder(place, crop)
+
+
+def labels_in(images: Images, names: Sequence[str], whose: str) -> np.ndarray:
+    """The labels of images as numbers of the classes that others, `whose`, call `names`; see `renumbered`.
+
+    Raises:
+      ValueError: these have no such class.
+    """
+    found = renumbered(images.labels, images.names, names)
+    if len(new := np.unique(images.labels[(found < 0) & (images.labels >= 0)])):
+        called = [images.names[i] if i < len(images.names) else str(i) for i in new.tolist()]
+        raise ValueError(
+            f"{images.where} has classes such as {', '.join(called[:3])} that {whose} does not have; classes are compared by "
+            f"their names, and it has {', '.join(names[:3]) or 'numbers only'}"
+        )
+    return found
 
 
 class Packed:
@@ -151,21 +170,29 @@ def _head(file):
 
 
 class Folder:
-    """Image files, in the order of their paths."""
+    """Image files as training finds them (see `find_images`); sub-folders are classes if all images lie in some."""
 
     def __init__(self, path: Path, crop: int):
         self.where, self._crop, self.stamp = str(path), crop, stamp(path)
-        self._files = sorted(file for file in below(path) if file.suffix.lower() in SUFFIXES)
+        passed, self._files, numbers = Passed(), Paths(), Numbered()
+        for file, name in find_images(path, passed):
+            self._files.append(file)
+            numbers.append(name)
         if not self._files:
-            raise ValueError(f"{path} holds no images ({', '.join(SUFFIXES)})")
+            raise ValueError(
+                f"{path} holds no images ({', '.join(SUFFIXES)})" + (f"; passed over: {passed}" if passed else "")
+            )
+        passed.say(path)
         self.names, self.labels = (), None
-        parents = [file.relative_to(path).parts[:-1] for file in self._files]
-        if all(parents):
-            self.names = tuple(sorted({parts[0] for parts in parents}))
-            self.labels = np.array([self.names.index(parts[0]) for parts in parents])
-        kinds = sorted({file.suffix.lower().lstrip(".") for file in self._files})
+        if "" not in numbers.values:
+            self.names = tuple(in_order(numbers.values))
+            self.labels = numbers.labels({name: i for i, name in enumerate(self.names)}).astype(np.int64)
+        elif len(numbers.values) > 1:
+            distributed.say(f"{path}: some images lie in sub-folders and some beside them, so these are no classes")
+        kinds = sorted({os.path.splitext(file)[1].lower().lstrip(".") for file in self._files})
         self.facts = {"format": ", ".join(kinds), "crop": crop}
-        self.size = (crop, crop) if crop else np.asarray(read_image(self._files[0])).shape[:2]
+        with needed():
+            self.size = (crop, crop) if crop else read_image(self._files[0]).size[::-1]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -175,13 +202,14 @@ class Folder:
             return np.stack(list(pool.map(self._one, rows)))
 
     def _one(self, row):
-        image = read_image(self._files[row])
+        with needed():
+            image = read_image(self._files[row])
         if self._crop:
             return centre_crop(image, self._crop)
         image = np.asarray(image)
         if image.shape[:2] != self.size:
             raise ValueError(
-                f"{self._files[row]} has {image.shape[1]}x{image.shape[0]} pixels, but {self._files[0].name} has "
+                f"{self._files[row]} has {image.shape[1]}x{image.shape[0]} pixels, but {os.path.basename(self._files[0])} has "
                 f"{self.size[1]}x{self.size[0]}; all images must have one size (a reference can be cropped: --crop)"
             )
         return image
@@ -197,7 +225,13 @@ class DataImages:
         self._size, self._count = data.size, min(count or len(self._source), len(self._source))
         self.classes = self._source.info.classes
         self.where, self.size = f"{data.name} {data.path}({data.split})", (data.size, data.size)
-        self.facts = {"format": "data", "name": data.name, "split": data.split, "crop": data.size}
+        self.facts = {
+            "format": "data",
+            "name": data.name,
+            "split": data.split,
+            "crop": data.size,
+            "upright": data.upright,
+        }
         self.names = self._source.info.class_names
 
     @functools.cached_property
@@ -205,17 +239,18 @@ class DataImages:
         if not self._source.info.classes:
             return None
         with futures.ThreadPoolExecutor(cores()) as pool:
-            return np.array(list(pool.map(lambda i: self._source[self._at(i)]["label"], range(len(self)))))
+            return np.array(list(pool.map(lambda i: self._record(i)["label"], range(len(self)))))
 
-    def _at(self, row):
-        return row * len(self._source) // self._count  # spread evenly
+    def _record(self, row):
+        with needed():
+            return self._source[row * len(self._source) // self._count]  # spread evenly
 
     def __len__(self) -> int:
         return self._count
 
     def read(self, rows: range) -> np.ndarray:
         with futures.ThreadPoolExecutor(cores()) as pool:
-            return np.stack(list(pool.map(lambda i: centre_crop(self._source[self._at(i)]["image"], self._size), rows)))
+            return np.stack(list(pool.map(lambda i: centre_crop(self._record(i)["image"], self._size), rows)))
 
 
 def open_reference(path: str, crop: int = 0) -> tuple[Images | None, Statistics | None]:

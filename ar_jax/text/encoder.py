@@ -73,7 +73,7 @@ def _open_folder(name):
 
     def encode(captions, rows):
         if not 2 <= rows <= network.longest:
-            raise ValueError(f"rows must lie in 2..{network.longest} for {folder.name}, got {rows}")
+            raise ValueError(f"data.text_rows must lie in 2..{network.longest} for {folder.name}, got {rows}")
         return in_batches(tokenizer, functools.partial(network.forward, weights), captions, rows, network.width)
 
     identity = f"{folder.name} {json.dumps(config, sort_keys=True)} {_fingerprint(folder)} {jax.default_backend()}"

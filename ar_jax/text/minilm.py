@@ -32,7 +32,7 @@ def encode(captions: list[str], rows: int) -> tuple[Float[np.ndarray, "N {rows} 
     tokenizer, weights, sizes = _load()
     heads, eps = sizes["num_attention_heads"], sizes["layer_norm_eps"]
     if not 2 <= rows <= sizes["max_position_embeddings"]:
-        raise ValueError(f"rows must lie in 2..{sizes['max_position_embeddings']}, got {rows}")
+        raise ValueError(f"data.text_rows must lie in 2..{sizes['max_position_embeddings']}, got {rows}")
     forward = functools.partial(_forward, weights, heads=heads, eps=eps)
     return in_batches(tokenizer, forward, captions, rows, sizes["hidden_size"])
 

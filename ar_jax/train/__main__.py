@@ -88,6 +88,12 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
         )
     split = experiment.data.shards == "split"
     opened = Opened(batch_part(mesh) if split else (0, 1))
+    made = run / "generator"
+    if (made / "model.json").exists():  # which classes its numbers mean does not change
+        data = experiment.data
+        if experiment.generator.tokens:
+            data = dataclasses.replace(data, name="tokens", path=experiment.generator.tokens)
+        opened.like(data, open_model(made, "generator").info, str(made))
     source = opened(experiment.data)
     info = source.info
     distributed.say(

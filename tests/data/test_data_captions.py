@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from concurrent import futures
 
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from ar_jax.data import Data, batches, captions, open_source
+from ar_jax.data import Data, Info, batches, captions, open_source
 from ar_jax.data.captions import left_pad
 from ar_jax.files import cache
 from ar_jax.text import minilm
@@ -168,3 +169,83 @@ def test_processes_that_share_a_cache_share_the_work(monkeypatch, tmp_path):
     process(0, then=lambda: len(made) == 1 and process(1))  # the second one works while the first writes its first file
     assert made == [(0, 0), (1, 2), (1, 3), (1, 0), (1, 1)]
     assert [path.read_text() for path in paths] == list("0123")
+
+
+def images(place, *names):
+    for name in names:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(place / name)
+    return Data(name="image_folder", path=str(place))
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        (
+            "metadata.jsonl",
+            '{"file_name": "b.png", "text": "a bee"}\n{"file_name": "sub/a.png", "text": ["an ape", "ape"]}\n',
+        ),
+        ("metadata.csv", "file_name,prompt,width\nb.png,a bee,8\nsub/a.png,an ape,8\n"),
+    ],
+)
+def test_captions_of_hugging_faces_image_folders_are_read(tmp_path, file, text):
+    data = images(tmp_path / "train", "b.png", "sub/a.png", "c.png")
+    (tmp_path / "train" / file).write_text(text)
+    source = open_source(data)
+    assert (source.info, list(source.captions())) == (Info(captions=True), ["a bee", "an ape"])
+    images(tmp_path / "val", "b.png", "sub/a.png")
+    (tmp_path / "val" / file).write_text(text)
+    assert len(open_source(dataclasses.replace(data, path=str(tmp_path), split="test"))) == 2
+
+
+def test_metadata_without_captions_leaves_classes_or_gives_labels(tmp_path, capsys):
+    data = images(tmp_path, "cat/a.png", "dog/b.png")
+    (tmp_path / "metadata.csv").write_text("file_name,licence\ncat/a.png,CC0\n")
+    assert open_source(data).info == Info(classes=2, class_names=("cat", "dog"))
+    assert "1 caption file that are not read (metadata.csv); read are captions.jsonl" in capsys.readouterr().out
+    (tmp_path / "metadata.csv").write_text("file_name,label\ncat/a.png,x\ndog/b.png,y\n")
+    source = open_source(data)
+    assert (source.info, [source[i]["label"] for i in range(2)]) == (Info(classes=2, class_names=("x", "y")), [0, 1])
+
+
+def test_a_text_beside_every_image_is_its_caption(tmp_path, capsys):
+    data = images(tmp_path, "cat/a.png", "dog/b.jpg")
+    (tmp_path / "cat" / "a.txt").write_text("\ufeffEin Ä \n", encoding="utf-8")
+    assert open_source(data).info == Info(classes=2, class_names=("cat", "dog"))
+    assert "1 of 2 images have a .txt beside them; captions are read if all have one" in capsys.readouterr().out
+    (tmp_path / "dog" / "b.txt").write_text("a dog")
+    source = open_source(data)
+    assert source.info == Info(classes=2, class_names=("cat", "dog"), captions=True)
+    assert list(source.captions()) == [source[i]["caption"] for i in range(2)] == ["Ein Ä", "a dog"]
+    assert not capsys.readouterr().out
+    (tmp_path / "dog" / "b.txt").write_bytes("ein Ä".encode("cp1252"))
+    with pytest.raises(
+        ValueError, match=r"b\.txt line 1 is not UTF-8 \(byte 5 of it is 0xc4; it looks like Windows-1252"
+    ):
+        source.captions()[1]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("captions.csv", "file,caption\na.png,ok\na.png,für\n".encode("cp1252"), r"line 3 is not UTF-8 .*0xfc.*Windows-1252"),
+        ("captions.csv", "file,caption\na.png,für\n".encode("utf-16"), r"line 1 is not UTF-8 but looks like UTF-16"),
+        ("captions.jsonl", '{"file": "a.png", "caption": "x"}'.encode("utf-16-le"), "line 1 .*UTF-16"),
+        ("captions.jsonl", b'\n{"file": "a.png", "caption": "\xe9"}', r"line 2 is not UTF-8"),
+        ("captions.csv", b'file,caption\na.png,ok\na.png,"' + b"x" * 140_000, r"line 3 cannot be read as CSV: field larger"),
+        ("metadata.csv", b'file_name,text\na.png,"' + b"x" * 140_000, r"line 2 cannot be read as CSV: field larger"),
+    ],
+)  # fmt: skip
+def test_caption_files_that_cannot_be_read_are_named_with_line_and_encoding(tmp_path, file, content, message):
+    data = images(tmp_path, "a.png")
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{file} {message}"):
+        open_source(data)
+
+
+def test_of_two_caption_files_the_one_that_is_not_read_is_named(tmp_path, capsys):
+    data = images(tmp_path, "a.png")
+    (tmp_path / "captions.csv").write_text("file,caption\na.png,one\n")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "two"}\n')
+    assert list(open_source(data).captions()) == ["one"]
+    assert "captions are those of captions.csv; passed over metadata.jsonl" in capsys.readouterr().out

@@ -3,7 +3,7 @@ import os
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 from ar_jax.data import Unreadable, centre_crop, flip, random_crop, read_image, ten_crop
 
@@ -28,6 +28,26 @@ def test_crops_have_the_asked_size(shape):
     image = np.zeros((*shape, 3), np.uint8)
     assert centre_crop(image, 8).shape == (8, 8, 3)
     assert random_crop(image, 8, np.random.default_rng(0), 0.8).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("crop", [centre_crop, lambda *given: random_crop(*given, np.random.default_rng(0), 0.8)])
+def test_memory_of_a_crop_does_not_grow_with_the_length_of_a_thin_image(crop, monkeypatch):
+    made, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *how: made.append(size) or resize(self, size, *how))
+    for shape in ((1, 2000), (2000, 1), (3, 300), (1, 9)):
+        assert crop(np.zeros((*shape, 3), np.uint8), 32).shape == (32, 32, 3)
+        assert max(height * width for height, width in made) <= 40 * 40
+
+
+def test_a_crop_of_a_thin_image_shows_what_lies_there():
+    image = np.zeros((16, 400, 3), np.uint8)
+    image[:, :, 0], image[:, :, 1] = np.arange(400) // 2, np.arange(16)[:, None] * 10
+    np.testing.assert_array_equal(centre_crop(image, 16), image[:, 192:208])
+    np.testing.assert_array_equal(centre_crop(image.swapaxes(0, 1), 16), image[:, 192:208].swapaxes(0, 1))
+    rng = np.random.default_rng(0)
+    places = [int(random_crop(image, 16, rng, 1.0)[0, 0, 0]) for _ in range(300)]
+    assert min(places) < 10
+    assert max(places) > 180  # of 0 to 192
 
 
 def test_random_crop_draws_every_scale_and_place():
@@ -110,11 +130,28 @@ def test_the_first_frame_of_an_animation_is_read():
     assert _written(frames[0], "GIF", save_all=True, append_images=frames[1:])[0, 0].tolist() == [255, 0, 0]
 
 
-def test_exif_orientation_is_ignored(tmp_path):
-    image, exif = Image.new("RGB", (4, 2)), Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "a.jpg", exif=exif)
-    assert read_image(tmp_path / "a.jpg").size == (4, 2)
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_photos_stand_as_viewers_show_them(form):
+    seen = np.zeros((16, 32, 3), np.uint8)
+    seen[:8, :16, 0], seen[:8, 16:, 1], seen[8:, :16, 2] = 255, 255, 255  # as it is to be seen
+    turned = {1: seen, 2: seen[:, ::-1], 3: seen[::-1, ::-1], 4: seen[::-1], 5: seen.swapaxes(0, 1)}
+    turned |= {6: np.rot90(seen), 7: np.rot90(seen.swapaxes(0, 1), 2), 8: np.rot90(seen, -1), 9: seen}
+    for orientation, stored in turned.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(stored)).save(file, form, exif=exif)
+        read = np.asarray(read_image(io.BytesIO(file.getvalue()))).astype(int)
+        assert read.shape == seen.shape
+        assert np.abs(read - seen)[4:-4, 4:-4].mean() < 16, (orientation, form)  # colours run in JPEG
+        as_stored = np.asarray(read_image(io.BytesIO(file.getvalue()), upright=False))
+        assert as_stored.shape == (stored.shape if form != "TIFF" else seen.shape)  # Pillow itself turns TIFF
+
+
+def test_exif_that_cannot_be_read_turns_nothing():
+    file = io.BytesIO()
+    Image.new("RGB", (4, 2)).save(file, "PNG", exif=b"Exif\0\0no such thing")
+    assert read_image(io.BytesIO(file.getvalue())).size == (4, 2)
 
 
 def test_floats_without_a_range_are_refused(tmp_path):
@@ -154,6 +191,22 @@ def test_what_is_no_image_format_of_ours_is_not_decoded(tmp_path, monkeypatch):
     for name in ("jpeg", "png", "webp", "bmp", "gif", "tiff", "ppm", "jp2"):
         Image.new("RGB", (8, 8), "red").save(tmp_path / f"a.{name}")
         assert read_image(tmp_path / f"a.{name}").size == (8, 8)
+
+
+@pytest.mark.parametrize("size", [3 * 2**20, 70 * 2**20])
+@pytest.mark.parametrize("kind", ["tEXt", "zTXt", "iTXt"])
+def test_long_texts_in_a_png_are_passed_over(tmp_path, size, kind):
+    text, image = PngImagePlugin.PngInfo(), Image.new("RGB", (8, 4), "red")
+    if kind == "iTXt":
+        text.add_itxt("workflow", "x" * size, zip=True)
+    else:
+        text.add_text("workflow", "x" * size, zip=kind == "zTXt")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.png", pnginfo=text, exif=exif)
+    read = read_image(tmp_path / "a.png")
+    assert (read.size, read.getpixel((0, 0))) == ((4, 8), (255, 0, 0))
+    assert read_image(io.BytesIO((tmp_path / "a.png").read_bytes())).size == (4, 8)
 
 
 def test_a_pipe_and_a_thread_of_pixels_are_unreadable(tmp_path):

@@ -1,18 +1,23 @@
 """Tars, Hugging Face data sets, Parquet files and functions of one's own."""
 
+import dataclasses
+import io
 import itertools
 import json
 import os
 import sys
 import tarfile
 from concurrent import futures
+from pathlib import Path
 
 import numpy as np
 import pytest
 from data.packing import add, pack, png
+from PIL import Image
 
 from ar_jax.data import Data, Info, NoSplit, Opened, Unreadable, batches, open_source
 from ar_jax.data import webdataset as tars
+from ar_jax.data.pack import pack as write_records
 from ar_jax.data.pipeline import _Mixed
 from ar_jax.files import trust
 from ar_jax.machine import distributed
@@ -30,7 +35,7 @@ def empty_cache(monkeypatch, tmp_path_factory):
 
 
 def packed(place, kind, **settings):
-    if kind != "webdataset":
+    if kind in PACKAGES:
         pytest.importorskip("datasets", reason="needs the package datasets")
     return Data(name=kind, path=str(pack(place, kind, IMAGES, LABELS, NAMES, 3)), size=8, **settings)
 
@@ -47,6 +52,28 @@ def test_records_are_those_that_were_packed(tmp_path, kind):
         assert record["label"] == label
     with pytest.raises(IndexError):
         source[COUNT]
+
+
+@pytest.mark.parametrize("kind", ["image_folder", *KINDS])
+def test_photos_are_turned_wherever_they_are_read(tmp_path, kind, monkeypatch):
+    def photo(image):
+        exif, content = Image.Exif(), io.BytesIO()
+        exif[0x0112] = 6
+        Image.fromarray(np.rot90(image)).save(content, "PNG", exif=exif)
+        return content.getvalue()
+
+    monkeypatch.setattr("data.packing.png", photo)
+    data = packed(tmp_path, kind)
+    np.testing.assert_array_equal(open_source(data)[0]["image"], IMAGES[0])
+    np.testing.assert_array_equal(
+        open_source(dataclasses.replace(data, upright=False))[0]["image"], np.rot90(IMAGES[0])
+    )
+    if kind == "image_folder":
+        write_records(Path(data.path), tmp_path / "packed", shards=1)
+        write_records(Path(data.path), tmp_path / "small", shards=1, size=8)
+        for name in ("packed", "small"):
+            kept = open_source(Data(name="array_record", path=str(tmp_path / name)))
+            np.testing.assert_array_equal(kept[0]["image"], IMAGES[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,7 +146,7 @@ def test_a_tar_is_indexed_once_and_again_when_it_changes(tmp_path, monkeypatch):
     written(tmp_path / "tars" / "b.tar", ("1.png", FILES[0]), ("1.cls", b"4"), ("2.png", FILES[1]), ("2.cls", b"1"))
     source = opened(tmp_path / "tars")
     assert asked == ["a.tar", "b.tar", "b.tar"]
-    assert (len(source), source.info.classes, source[2]["label"]) == (3, 5, 1)
+    assert (len(source), source.info.classes, source[2]["label"]) == (3, 3, 1)
     for path in tars.cache.place("tars").iterdir():
         assert path.suffix == ".npz"
         path.write_bytes(b"PK")
@@ -322,7 +349,7 @@ def test_columns_are_found_by_kind_and_name(tmp_path):
         return open_source(Data(name="parquet", path=str(tmp_path), size=8))
 
     plain = source(FILES, label=[0, 6, 2, 1], text=["a", "b", None, "d"])
-    assert plain.info == Info(classes=7, captions=True)
+    assert plain.info == Info(classes=4, class_names=("0", "1", "2", "6"), captions=True)
     assert plain.captions() == [plain[i]["caption"] for i in range(4)] == ["a", "b", "", "d"]
     structs = source(
         [{"bytes": FILES[0], "path": None}, {"bytes": None, "path": "/etc/passwd"}], caption=[["x", "y"], []]
@@ -351,7 +378,7 @@ def test_splits_of_a_dataset_dict(tmp_path):
     data = Data(name="huggingface", path=str(tmp_path / "dict"))
     found = {split: open_source(Data(**vars(data) | {"split": split})) for split in ("train", "test", "all")}
     assert {split: len(source) for split, source in found.items()} == {"train": 2, "test": 1, "all": 3}
-    assert {source.info.classes for source in found.values()} == {5}
+    assert {source.info.classes for source in found.values()} == {3}
     rows([0]).save_to_disk(tmp_path / "one")
     with pytest.raises(NoSplit, match="is a single Dataset"):
         open_source(Data(name="huggingface", path=str(tmp_path / "one"), split="test"))

@@ -149,7 +149,9 @@ def test_caption_files_may_have_labels(tmp_path):
         source = _open(tmp_path)
         return source.info.classes, source.info.class_names, [source[i]["label"] for i in range(2)]
 
-    assert labels(4, 0) == (5, (), [4, 0])
+    assert labels(1, 0) == (2, (), [1, 0])
+    assert labels(900, 3) == (2, ("3", "900"), [1, 0])
+    assert labels(20231126, 20231127) == (2, ("20231126", "20231127"), [0, 1])
     assert labels("y", "x") == (2, ("x", "y"), [1, 0])
     with pytest.raises(ValueError, match="every image or for none"):
         labels("y", None)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from trees import random_params
 
 from ar_jax.data import Info
@@ -22,6 +23,7 @@ from ar_jax.nets.resize import touched
 from ar_jax.nets.transformer import Transformer
 from ar_jax.nets.vit import ViT
 from ar_jax.orders import Shuffled, known_first, raster, scales
+from ar_jax.sample import Options, read_edit
 from ar_jax.tokenizers.patches import Patches
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
@@ -158,3 +160,15 @@ def test_known_slots_come_first_and_the_others_in_an_order_of_their_own():
     assert (slot[:, :2] == [1, 4]).all()
     assert (np.sort(slot, axis=1) == np.arange(9)).all()
     assert len(np.unique(slot, axis=0)) > 1
+
+
+def test_a_photo_is_edited_as_viewers_show_it_with_a_mask_drawn_over_it(tmp_path):
+    seen, exif = np.zeros((16, 32, 3), np.uint8), Image.Exif()
+    seen[:, 24:] = 200
+    exif[0x0112] = 6
+    Image.fromarray(np.ascontiguousarray(np.rot90(seen))).save(tmp_path / "photo.png", exif=exif)  # lies on its side
+    Image.fromarray(seen).save(tmp_path / "mask.png")
+    options = Options(run="", edit=str(tmp_path / "photo.png"), mask=str(tmp_path / "mask.png"))
+    given = read_edit(options, Patches((16, 32), 4))
+    np.testing.assert_array_equal(given.image, seen)
+    np.testing.assert_array_equal(given.free, seen[..., 0] > 0)

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from ar_jax.data import Data
+from ar_jax.data import Data, open_source
 from ar_jax.evals.images import DataImages, open_images, open_reference
 from ar_jax.files.images import save_png
 
@@ -91,3 +92,38 @@ def test_mixed_sizes_are_refused(tmp_path, pixels):
     images = open_images(str(tmp_path))
     with pytest.raises(ValueError, match=r"b\.png has 8x5 pixels, but a\.png has 8x6"):
         images.read(range(2))
+
+
+def test_images_are_found_as_training_finds_them(tmp_path, pixels, capsys):
+    """Hidden folders and those of systems, forks of files, linked folders, formats."""
+    root, place = tmp_path / "data", tmp_path / "elsewhere"
+    save_png(place / "0.png", pixels[0])
+    for i, folder in enumerate(
+        ("cat", ".ipynb_checkpoints", "cat/.ipynb_checkpoints", "@eaDir", "cat/@eaDir/1.png", "__MACOSX/cat")
+    ):
+        save_png(root / folder / f"{i}.png", pixels[i])
+    for name in ("1.tif", "2.gif", "3.WEBP"):
+        Image.fromarray(pixels[1]).save(root / "cat" / name)
+    (root / "cat" / "._0.png").write_bytes(b"a fork")
+    for name in ("Thumbs.db", "cat/Thumbs.db", "cat/notes.txt", "cat/photo.heic"):
+        (root / name).write_bytes(b"")
+    (root / "dog").symlink_to(place)
+    images = open_images(str(root))
+    said = capsys.readouterr().out
+    assert (images.names, images.labels.tolist()) == (("cat", "dog"), [0, 0, 0, 0, 1])
+    assert images.read(range(5)).shape == (5, 6, 8, 3)
+    assert said == (
+        f"{root}: passed over 4 files that are no images (Thumbs.db, notes.txt, photo.heic, ...); 5 hidden or system folders "
+        "(.ipynb_checkpoints, @eaDir, __MACOSX, ...); 1 hidden file (._0.png)\n"
+    )
+    trained = open_source(Data(name="image_folder", path=str(root)))
+    assert capsys.readouterr().out == said
+    assert (list(trained.files), trained.labels.tolist()) == (list(images._files), images.labels.tolist())
+
+
+def test_no_advice_is_given_that_the_evaluator_does_not_have(tmp_path, pixels):
+    save_png(tmp_path / "0.png", pixels[0])
+    (tmp_path / "1.png").write_bytes(b"damaged")
+    for images in (open_images(str(tmp_path)), DataImages(Data(name="image_folder", path=str(tmp_path)))):
+        with pytest.raises(ValueError, match=r"cannot read .*1\.png .*; mend or remove it$"):
+            images.read(range(2))
