@@ -16,6 +16,7 @@ COMMANDS = {  # module, what it does
     "convert": ("ar_jax.convert", "released weights in, and back out"),
     "pack": ("ar_jax.data.pack", "a folder of images in few large files"),
     "bench": ("ar_jax.bench", "speed of a config beside what the machine can do"),
+    "doctor": ("ar_jax.doctor", "what is missing or wrong on this machine, and what mends it"),
     "plan": ("ar_jax.plan", "what a config needs on a TPU pod that is not here"),
 }
 
