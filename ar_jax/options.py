@@ -4,10 +4,13 @@ The parts of a model's sampling, and what its modules call `adjustable`, become 
 of its docstrings.
 """
 
+import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import re
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -160,7 +163,7 @@ def options_of(arguments: list[str], prefix: str = "") -> tuple[Sampler, list[st
     sampling = own_sampling(model, given["sampling"] or "")
     parts = model.module, tokenizer.module, model.order
     with blamed(model, tokenizer):
-        sampler = Sampler(sampling=sampling, fields=_fields(sampling, parts))
+        sampler = Sampler(sampling=sampling, fields=fields_of(sampling, parts))
     return sampler, _spelt_out(arguments, prefix, sampler)
 
 
@@ -207,7 +210,7 @@ def _model(parts):
     return dict(zip(("generator", "tokenizer", "order"), parts))
 
 
-def _fields(sampling, parts):
+def fields_of(sampling: Sampling, parts: tuple[Any, Any, Any]) -> Fields:
     """A dataclass of what can be changed of a model, with its values and the words of its docstrings."""
     values = adjustable(**_model(sampling.adapted(*parts)))
     tree: dict[str, Any] = {}
@@ -260,13 +263,29 @@ def _values(fields, owner=""):
 
 
 def described(kind: type, field: str) -> str:
-    """What the docstring of a class says of an attribute."""
+    """What a class says of an attribute: in its docstring, or in one below the attribute."""
     for owner in kind.__mro__:
         text = inspect.cleandoc(owner.__doc__ or "").partition("Attributes:\n")[2]
         for names, words in re.findall(r"^  ([\w, ]+): (.*(?:\n    .*)*)", text, re.MULTILINE):
             if field in names.split(", "):
                 return " ".join(words.split())
+        if field in inspect.get_annotations(owner):
+            return _below(owner).get(field, "")
     return ""
+
+
+@functools.cache
+def _below(kind):
+    """Attributes of a class and the texts that follow them in its source."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    except (OSError, TypeError, SyntaxError):  # made by a program
+        return {}
+    return {
+        line.target.id: " ".join(below.value.value.split())
+        for line, below in itertools.pairwise(tree.body)
+        if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+    }
 
 
 def show_numbers(value: tuple) -> str:

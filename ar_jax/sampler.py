@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,8 +24,8 @@ from ar_jax.machine.seeds import key_of
 from ar_jax.machine.sharding import batch_sharding, put
 from ar_jax.nets.resize import resize
 from ar_jax.options import Sampler, changes, open_models, own_sampling
-from ar_jax.orders import OrderFn, known_first
-from ar_jax.typing import Array, Batch, Int, Key
+from ar_jax.orders import Order, OrderFn, known_first
+from ar_jax.typing import Array, Batch, Int, Key, PRNGKey
 
 
 class Given(NamedTuple):
@@ -112,19 +112,12 @@ class Drawer(NamedTuple):
             )
         generator = generator.by_layer() if unroll else generator
 
-        known = np.zeros(decoder.spec.n, bool)
-        if given is not None and generator.any_order:
-            known = np.asarray(~free_slots(decoder.spec, given.free[None])[0])
+        known = known_beforehand(generator, given)
 
         @functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
         def program(params, frozen, batch, ids, pixels):
             keys, order_keys = image_keys(options.seed, ids)
-            order, edit = order_fn(generator.spec, order_keys, len(ids), 0), None
-            if given is not None:
-                if generator.any_order:
-                    order = known_first(order_fn, generator.spec, known, order_keys)
-                image, free = (jnp.broadcast_to(x, (len(ids), *x.shape)) for x in pixels)
-                edit = Edit(to_float(image), free, given.scales, int(known.sum()))
+            order, edit = arranged(generator, order_fn, order_keys, pixels, given.scales if given else 0, known)
             images, account = sampling.images(
                 generator, decoder, params, frozen, batch, order, keys=keys, edit=edit, pixels=shown_in
             )
@@ -163,6 +156,34 @@ class Drawer(NamedTuple):
         return draw
 
 
+def known_beforehand(generator: nn.Module, given: Given | None) -> np.ndarray:
+    """Slots that are put first in the order, as they are known: bool [n], none if ranks must stay in their places."""
+    if given is None or not generator.any_order:
+        return np.zeros(generator.spec.n, bool)
+    return np.asarray(~free_slots(generator.spec, given.free[None])[0])
+
+
+def arranged(
+    generator: nn.Module, order_fn: OrderFn, keys: Key[Array, "b"], pixels: Any, scales: int, known: np.ndarray
+) -> tuple[Order, Edit | None]:
+    """The order of numbered images, and what is given of them.
+
+    Args:
+      keys: of the orders.
+      pixels: an image and the pixels that are free, the same for all; or None.
+      scales: see `Given`.
+      known: from `known_beforehand`.
+    """
+    if pixels is None:
+        return order_fn(generator.spec, keys, len(keys), 0), None
+    if generator.any_order:
+        order = known_first(order_fn, generator.spec, known, keys)
+    else:
+        order = order_fn(generator.spec, keys, len(keys), 0)
+    image, free = (jnp.broadcast_to(x, (len(keys), *x.shape)) for x in pixels)
+    return order, Edit(to_float(image), free, scales, int(known.sum()))
+
+
 def in_batches(draw: Draw, conditions: Batch, ids: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, list[Drawn]]]:
     """Draws numbered images; while one batch is used, the devices work on the next.
 
@@ -188,9 +209,9 @@ def in_batches(draw: Draw, conditions: Batch, ids: np.ndarray, size: int) -> Ite
         waiting = begun
 
 
-def image_keys(seed: int, ids: Int[Array, "b"]) -> tuple[Key[Array, "b"], Key[Array, "b"]]:
-    """Keys for the tokens of numbered images and for their orders."""
-    roots = jax.random.split(key_of(seed))
+def image_keys(seed: int | PRNGKey, ids: Int[Array, "b"]) -> tuple[Key[Array, "b"], Key[Array, "b"]]:
+    """Keys for the tokens of numbered images and for their orders; `seed` may be its key."""
+    roots = jax.random.split(key_of(seed) if isinstance(seed, int) else seed)
     return tuple(jax.vmap(functools.partial(jax.random.fold_in, root))(ids) for root in roots)
 
 

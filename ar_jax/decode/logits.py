@@ -2,30 +2,38 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from ar_jax.machine.sharding import platform
-from ar_jax.typing import Array, Float, typed
+from ar_jax.typing import Array, Float, Index, Share, typed
 
 
 @typed
-def top_k(logits: Float[Array, "*b v"], k: int) -> Float[Array, "*b v"]:
+def top_k(logits: Float[Array, "*b v"], k: Index) -> Float[Array, "*b v"]:
     """Keeps everything not below the k-th largest entry (ties stay), -inf elsewhere; 0 keeps all."""
-    if not 0 < k < logits.shape[-1]:
-        return logits
-    return _keep(logits, lambda at_least: at_least.sum(-1) >= k)
+    return _if((k > 0) & (k < logits.shape[-1]), lambda x: _keep(x, lambda at_least: at_least.sum(-1) >= k), logits)
 
 
 @typed
-def top_p(logits: Float[Array, "*b v"], p: float) -> Float[Array, "*b v"]:
+def top_p(logits: Float[Array, "*b v"], p: float | Float[Array, ""]) -> Float[Array, "*b v"]:
     """Keeps the most likely entries until their probability exceeds p, at least one (ties stay); 1 keeps all."""
-    if p >= 1:
-        return logits
-    mass = jnp.exp(logits - logits.max(-1, keepdims=True))
-    whole = mass.sum(-1, keepdims=True)
-    return _keep(logits, lambda at_least: jnp.where(at_least, mass[..., None, :], 0).sum(-1) > p * whole)
+
+    def likely(logits):
+        mass = jnp.exp(logits - logits.max(-1, keepdims=True))
+        whole = mass.sum(-1, keepdims=True)
+        return _keep(logits, lambda at_least: jnp.where(at_least, mass[..., None, :], 0).sum(-1) > p * whole)
+
+    return _if(p < 1, likely, logits)
+
+
+def _if(on, change, logits):
+    """What is off costs nothing, also where that is known to the running program only."""
+    if isinstance(on, jax.Array):
+        return lax.cond(on, change, lambda x: x, logits)
+    return change(logits) if on else logits
 
 
 def _keep(logits, enough):
@@ -62,10 +70,12 @@ class Filter:
 
     top_k: int = 0
     """Draw from the k most likely codes; 0 is off."""
-    top_p: float = 1.0
+    top_p: Share = 1.0
     """Draw from the most likely codes of this probability mass, in (0, 1]; 1 is off."""
     banned: tuple[int, ...] = ()
     """Codes that are never drawn."""
+
+    arrays = ("top_k", "top_p")  # fields that may be arrays, so that a compiled program takes any (see `demo.easel`)
 
     def __post_init__(self):
         if self.top_k < 0:
