@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ar_jax.data.base import Unreadable
 from ar_jax.data.images import read_image
@@ -36,7 +36,7 @@ def read(message: str, shape: tuple[int, int, int], scales: int = 0, paste: bool
     """
     image, hole, zoom, (top, left) = _parsed(message)
     height, width, channels = shape
-    image = ImageOps.exif_transpose(_image(image, "the image"))
+    image = _image(image, "the image")
     factor = max(height / image.height, width / image.width) * zoom
     top, left = top * height, left * width
     # pixels of the frame that the image reaches to, and where they lie in the image
