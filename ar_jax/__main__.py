@@ -10,6 +10,7 @@ import sys
 
 COMMANDS = {  # module, what it does
     "train": ("ar_jax.train", "trains the tokenizer and the generator of a config"),
+    "watch": ("ar_jax.watch", "writes a run as one HTML page: curves, pictures, settings"),
     "sample": ("ar_jax.sample", "draws and edits images"),
     "demo": ("ar_jax.demo", "opens a page to draw on"),
     "evaluate": ("ar_jax.evaluate", "figures of samples and tokenizers, by the protocols of the field"),

@@ -115,6 +115,8 @@ class Experiment:
     seed: Seed = 0
     precision: Precision = "default"
     """Of products of float32 numbers: GPUs take tensorfloat32 by default, TPUs bfloat16; highest is float32."""
+    log: Literal["here", "wandb"] = "here"
+    """Where figures and pictures go: the run folder, or Weights & Biases as well (extra `wandb`; `wandb login` first)."""
     data: Data = Data()
     mesh: MeshShape = MeshShape()
     launch: Launch = Launch()

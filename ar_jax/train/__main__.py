@@ -15,6 +15,7 @@ saved, Ctrl-C with 130.
 import dataclasses
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -34,9 +35,11 @@ from ar_jax.machine.precision import multiply_in, products
 from ar_jax.machine.seeds import key_of
 from ar_jax.machine.sharding import batch_part, batch_rows, make_mesh
 from ar_jax.tokenize import check_cache
+from ar_jax.train import wandb
 from ar_jax.train.checkpoint import is_there, load_matching, newest, save_params
 from ar_jax.train.guards import Stopped
 from ar_jax.train.history import note
+from ar_jax.train.log import Board
 from ar_jax.train.loop import fit
 from ar_jax.train.measure import measured, remembered
 from ar_jax.train.recipes import Recipe, generator_recipe
@@ -72,6 +75,9 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     written = codec.encode(experiment)
     if ":" in experiment.data.name:
         trust(experiment.data.name.partition(":")[0])
+    if experiment.log not in ("here", "wandb"):
+        raise ValueError(f"log is {experiment.log!r}; it must be here or wandb")
+    beside = wandb.opener(experiment.name, written) if experiment.log == "wandb" else None
     run = path_of(experiment.out) / experiment.name
     distributed.check_shared(run)
     mesh = make_mesh(experiment.mesh)
@@ -132,7 +138,7 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     tokenizer_key, generator_key = jax.random.split(key_of(experiment.seed))
     if experiment.tokenizer.steps and not experiment.tokenizer.path:
         recipe = tokenizer_recipe(experiment.tokenizer, tokenizer.module)
-        stage_fit(recipe, experiment.tokenizer, experiment, experiment.data, opened, tokenizer, mesh, tokenizer_key)
+        stage_fit(recipe, experiment.tokenizer, experiment, experiment.data, opened, tokenizer, mesh, tokenizer_key, beside)
     if not experiment.tokenizer.path:
         tokenizer = measured(tokenizer, experiment.tokenizer.module, source, experiment.data, experiment.seed)
     if generator and stage.tokens:
@@ -140,7 +146,7 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     if generator and not stage.path:
         generator = trained_on(generator, tokenizer, stage, done["generator"])
         recipe = generator_recipe(stage, generator.module, tokenizer.module, tokenizer.params())
-        stage_fit(recipe, stage, experiment, data, opened, generator, mesh, generator_key)
+        stage_fit(recipe, stage, experiment, data, opened, generator, mesh, generator_key, beside)
 
 
 def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -> Model:
@@ -205,6 +211,7 @@ def stage_fit(
     model: Model,
     mesh: jax.sharding.Mesh,
     key: PRNGKey,
+    beside: Callable[[Path], Board] | None = None,
 ) -> None:
     rows = batch_rows(mesh, stage.batch)
     stream = batches(opened(data), data, batch=stage.batch, seed=experiment.seed, rows=rows)
@@ -221,7 +228,7 @@ def stage_fit(
             f"{stage.best} by; add a validation folder (val/ beside train/), or give best=fd"
         )
     with jax.set_mesh(mesh):
-        fit(recipe, stage, stream, shown, model.folder, mesh, key, start, evaluate, of)
+        fit(recipe, stage, stream, shown, model.folder, mesh, key, start, evaluate, of, beside)
 
 
 def load_start(stage: Stage, kind: str, params: Params) -> Params:

@@ -7,8 +7,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Protocol
 
 import jax
 import numpy as np
@@ -23,23 +24,53 @@ PERIOD = 30.0  # seconds between two writings of a file in a bucket
 PART = 2**23  # bytes of TensorBoard events in a bucket after which another file is begun
 
 
+class Board(Protocol):
+    """What figures and pictures are told beside the run folder."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None: ...
+
+    def picture(self, step: int, image: np.ndarray) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Log:
-    """Writes to `metrics.jsonl`, TensorBoard events and PNG files in one folder, and shows a progress bar.
+    """Writes to `metrics.jsonl`, `messages.jsonl`, TensorBoard events and PNG files in one folder, and shows a progress bar.
 
     Only the process with `quiet=False` writes. Where nothing can be appended, in a bucket, files are written anew from time to
     time (see `PERIOD`; events as often as tensorboardX asks), and when a checkpoint is saved.
     """
 
-    def __init__(self, folder: Path, name: str, first: int, steps: int, chips: int = 1, quiet: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        first: int,
+        steps: int,
+        chips: int = 1,
+        quiet: bool = False,
+        beside: Callable[[Path], Board] | None = None,
+    ):
+        """Opens the files of a stage.
+
+        Args:
+          folder: of the stage.
+          name: beside the progress bar.
+          first: the update that the training goes on from.
+          steps: updates in all.
+          chips: over which the speed is divided.
+          quiet: nothing is written.
+          beside: opens what else figures and pictures are told.
+        """
         self.flops = 0.0  # of an update
         self._folder, self._chips, self._quiet = folder, chips, quiet
         self._bar = tqdm(total=steps, initial=first, desc=name, unit="step", disable=quiet, dynamic_ncols=True)
         if not quiet:
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / "metrics.jsonl"
-            _cut(path, first)
-            self._file = open(path, "a", buffering=1) if isinstance(path, Path) else Anew(path)  # noqa: SIM115
+            _cut(folder / "metrics.jsonl", first)
+            self._file = _appended(folder / "metrics.jsonl")
             self._board = _summary_writer()(str(folder), purge_step=first + 1)
+            self._beside = [beside(folder)] if beside else []
         self._since, self._seen, self._spent = time.perf_counter(), first, {"input": 0.0, "aside": 0.0}
         self._shown = {}
         device = jax.local_devices()[0]
@@ -82,6 +113,8 @@ class Log:
             self._file.write(json.dumps({"step": step, **written}) + "\n")
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+            for board in self._beside:
+                board.metrics(step, {name: value for name, value in written.items() if value is not None})
             self._shown |= {name: f"{values[name]:.4g}" for name in SHOWN if name in values}
             self._bar.set_postfix(self._shown)
 
@@ -91,6 +124,8 @@ class Log:
             sheet = tile(images, columns)
             save_png(self._folder / "samples" / f"{step:07d}.png", np.broadcast_to(sheet, (*sheet.shape[:2], 3)))
             self._board.add_image("samples", sheet, step, dataformats="HWC")
+            for board in self._beside:
+                board.picture(step, np.broadcast_to(sheet, (*sheet.shape[:2], 3)))
 
     def saved(self) -> None:
         """To be called when the state is saved: what led to it is kept as well."""
@@ -100,12 +135,17 @@ class Log:
     def say(self, message: str) -> None:
         if not self._quiet:
             self._bar.write(message)
+            line = {"time": round(time.time()), "step": self._bar.n, "message": message}
+            with _appended(self._folder / "messages.jsonl") as file:
+                file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
         self._bar.close()
         if not self._quiet:
             self._file.close()
             self._board.close()
+            for board in self._beside:
+                board.close()
 
 
 def _cut(path: Path, last: int) -> None:
@@ -117,6 +157,11 @@ def _cut(path: Path, last: int) -> None:
     if len(kept) < len(lines):
         with made(path) as part:
             part.write_text("".join(kept))
+
+
+def _appended(path: Path) -> IO[str]:
+    """A text file that lines are added to."""
+    return open(path, "a", buffering=1) if isinstance(path, Path) else Anew(path)
 
 
 class Anew(io.StringIO):
