@@ -93,6 +93,15 @@ SHORT = {
 }
 
 
+# What other programs of the field call an option
+ELSEWHERE = {
+    "cfg-scale": "guidance", "cfg": "guidance", "guidance-scale": "guidance", "num-samples": "count", "num-images": "count",
+    "num-fid-samples": "count", "n-samples": "count", "batch-size": "batch", "per-proc-batch-size": "batch", "class-labels": "labels",
+    "classes": "labels", "class-ids": "labels", "prompt": "captions", "prompts": "captions", "output": "out", "outdir": "out",
+    "sample-dir": "out", "num-steps": "steps", "num-inference-steps": "steps", "topk": "top-k", "topp": "top-p",
+}  # fmt: skip
+
+
 def open_models(run: str, options: Sampler) -> tuple[Model, Model]:
     """The generator of a folder and its tokenizer; asks nothing of the devices, which processes have not yet joined.
 
@@ -185,6 +194,8 @@ def _spelt_out(arguments, prefix, sampler):
     for word in arguments:
         name, equals, value = word.partition("=")
         short = name.removeprefix(f"--{prefix}").replace("_", "-")
+        if name.startswith("--") and short in ELSEWHERE:
+            raise ValueError(f"there is no option {name}; here it is --{prefix}{ELSEWHERE[short]}")
         if name.startswith(f"--{prefix}") and short in SHORT:
             long = next((long for long in SHORT[short] if long in has), None)
             if long is None:

@@ -8,7 +8,7 @@
     python sample.py runs/mnist5k_var --edit digit.png --mask hole.png      what is white in hole.png is drawn anew
     python sample.py checkpoints/c2i_B_256 --tokenizer checkpoints/vq_ds16_c2i --count 50000 --out b256.npz
 
-What is written follows from --out: NAME.png is a grid, NAME.npz the uint8 array that the field's evaluators read, any
+What is written follows from --out: NAME.png (.jpg, .webp) is a grid, NAME.npz the uint8 array that the field's evaluators read, any
 other name a folder of PNG files. Run the same command again to go on after an interruption. An image depends on the
 seed and its number only, not on the batch size or the number of devices.
 """
@@ -33,10 +33,11 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ar_jax.data.base import needed
+from ar_jax.data.folder import SUFFIXES
 from ar_jax.data.images import read_image
 from ar_jax.decode.sampling import read_sampling
 from ar_jax.files import codec
-from ar_jax.files.images import save_png, tile
+from ar_jax.files.images import PICTURES, save_picture, tile
 from ar_jax.files.models import image_shape, write_json
 from ar_jax.files.places import made, path_of, reachable, remove_tree, resolved, seekable
 from ar_jax.files.trust import taken
@@ -60,7 +61,7 @@ class Options(Sampler):
     count: int = 100
     """Number of images."""
     out: str = "samples.png"
-    """A .png (grid), a .npz, or a folder."""
+    """A grid (.png, .jpg, .webp), a .npz, or a folder of PNG files."""
     columns: int = 0
     """Of the grid; 0 chooses."""
     edit: str = ""
@@ -100,7 +101,10 @@ def sample(options: Options) -> None:
     given = read_edit(options, drawer.decoder)
 
     out = folder = path_of(options.out)
-    if out.suffix in (".png", ".npz"):
+    kind = out.suffix.lower()
+    if kind in (".npy", ".zip", *SUFFIXES) and kind not in PICTURES:
+        raise ValueError(f"--out is {options.out}; it must be a grid ({', '.join(PICTURES)}), a .npz, or a folder of PNG files")
+    if kind in (".npz", *PICTURES):
         folder = out.with_name(f".{out.name}.parts")
     identity = {
         "run": str(resolved(drawer.model.folder)), "tokenizer": str(resolved(drawer.tokenizer.folder)), "seed": options.seed,
@@ -133,7 +137,7 @@ def sample(options: Options) -> None:
                 if out == folder:
                     for row, image, called, _ in drawn:
                         about = {"condition": names[ids[row] % len(names)], "seed": str(options.seed)}
-                        writers.begin(save_png, _file(folder, ids[row]), image, about | {"calls": json.dumps(called)})
+                        writers.begin(save_picture, _file(folder, ids[row]), image, about | {"calls": json.dumps(called)})
                 elif drawn:
                     writers.begin(_save_shard, folder, ids[[one.row for one in drawn]], [one.image for one in drawn])
                 bar.update(len(ids))
@@ -313,9 +317,9 @@ def _assemble(folder: Path, out: Path, options: Options, conditions: int) -> Non
     if out == folder:
         return
     images = _images(folder, options.count)
-    if out.suffix == ".png":
+    if out.suffix.lower() in PICTURES:
         columns = options.columns or (conditions if 1 < conditions <= 20 else 0)
-        save_png(out, tile(np.stack(list(images)), columns))
+        save_picture(out, tile(np.stack(list(images)), columns))
     else:
         first = next(images)
         header = {"descr": "|u1", "fortran_order": False, "shape": (options.count, *first.shape)}

@@ -11,7 +11,7 @@ import pytest
 from ar_jax import watch
 from ar_jax.config import load_config
 from ar_jax.files import codec
-from ar_jax.files.images import save_png
+from ar_jax.files.images import save_picture
 from ar_jax.train import wandb
 from ar_jax.train.log import Log
 
@@ -68,7 +68,7 @@ def run(tmp_path):
         {"step": 100, "train_sample/loss": 3.25},
     )  # fmt: skip
     for step in range(10, 310, 10):
-        save_png(run / "generator" / "samples" / f"{step:07d}.png", np.full((16, 1600, 3), step % 256, np.uint8))
+        save_picture(run / "generator" / "samples" / f"{step:07d}.png", np.full((16, 1600, 3), step % 256, np.uint8))
     return run
 
 

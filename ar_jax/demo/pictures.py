@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ar_jax.files.images import save_png, tile
+from ar_jax.files.images import save_picture, tile
 
 
 def save(
@@ -24,5 +24,5 @@ def save(
     paths = [grid, *(folder / f"{number:06d}_{i:02d}.png" for i in range(len(images)))]
     for i, path in enumerate(paths):
         one = dict(facts) if path == grid else {**facts, "image": i - 1, "condition": names[i - 1]}
-        save_png(path, tile(images) if path == grid else images[i - 1], {"ar_jax": json.dumps(one)})
+        save_picture(path, tile(images) if path == grid else images[i - 1], {"ar_jax": json.dumps(one)})
     return paths

@@ -14,9 +14,11 @@ saved, Ctrl-C with 130.
 
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -107,7 +109,7 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
         f"mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}, float32 is multiplied in "
         f"{products(experiment.precision)}"
     )
-    tokenizer_settings = {"data": dataclasses.asdict(experiment.data)}
+    tokenizer_settings = {"data": lasting(experiment.data)}
     tokenizer = prepare(experiment.tokenizer, "tokenizer", run / "tokenizer", info, tokenizer_settings)
     size = getattr(tokenizer.module, "size", None)
     if size and tuple(size) != (experiment.data.size,) * 2:
@@ -126,7 +128,7 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
             stage = dataclasses.replace(stage, module=stage.module.complete(tokenizer.module.spec, info))
         settings = {
             "tokenizer": "../tokenizer", "order": codec.encode(stage.order),
-            "sampling": codec.encode(stage.sampling), "data": dataclasses.asdict(data),
+            "sampling": codec.encode(stage.sampling), "data": lasting(data),
         }  # fmt: skip
         generator = prepare(stage, "generator", run / "generator", info, settings)
     if jax.process_index() == 0:
@@ -180,6 +182,16 @@ def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -
         if params:  # patches of pixels have none
             save_params(folder / "params", jax.device_get(params))
     return describe(folder, kind, module, info, settings)
+
+
+def lasting(data: Data) -> dict[str, Any]:
+    """Fields of data, for `model.json`: paths on disks hold from any working directory."""
+
+    def kept(text):
+        there = text != "minilm" and isinstance(path_of(text), Path) and (os.path.exists(os.path.expanduser(text)) or "{" in text)
+        return os.path.abspath(os.path.expanduser(text)) if text and there else text
+
+    return dataclasses.asdict(data) | {"path": kept(data.path), "text": kept(data.text)}
 
 
 def trained_on(generator: Model, tokenizer: Model, stage: GeneratorStage, done: int) -> Model:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ar_jax.files.images import save_png, tile
+from ar_jax.files.images import save_picture, tile
 from ar_jax.files.places import SCHEMES, made, path_of
 from ar_jax.machine.chips import peak_flops, unknown
 
@@ -122,7 +122,7 @@ class Log:
         """Writes `samples/STEP.png`, a grid of uint8 [m h w c] images."""
         if not self._quiet:
             sheet = tile(images, columns)
-            save_png(self._folder / "samples" / f"{step:07d}.png", np.broadcast_to(sheet, (*sheet.shape[:2], 3)))
+            save_picture(self._folder / "samples" / f"{step:07d}.png", np.broadcast_to(sheet, (*sheet.shape[:2], 3)))
             self._board.add_image("samples", sheet, step, dataformats="HWC")
             for board in self._beside:
                 board.picture(step, np.broadcast_to(sheet, (*sheet.shape[:2], 3)))
