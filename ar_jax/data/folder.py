@@ -131,8 +131,8 @@ def _first_images(folder: Path) -> dict[str, str]:
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """A folder and those below it, each with the names of its folders and of its images, sorted."""
-    on_disk = isinstance(folder, Path)
-    for base, folders, names in os.walk(folder, followlinks=True, onerror=_refuse) if on_disk else walk(folder):
+    walked = os.walk(folder, followlinks=True, onerror=_refuse) if isinstance(folder, Path) else walk(folder)
+    for base, folders, names in walked:
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for name in folders:
             _check_link(os.path.join(base, name), folder)

@@ -79,8 +79,8 @@ def _found(folders, suffix):
     return [
         file
         for folder in folders
-        for file in sorted(below(folder))
-        if file.name.endswith(suffix) and not any(name.startswith(".") for name in file.relative_to(folder).parts)
+        for file in sorted(file for file in below(folder) if file.name.endswith(suffix))
+        if not any(name.startswith(".") for name in file.relative_to(folder).parts)
     ]
 
 
