@@ -182,9 +182,8 @@ def find_config(name: str) -> tuple[Path, str]:
 def keep_config(name: str, file: Path) -> None:
     """Copies a config's file; of one with variants, the copy's `get_config()` is the variant of this name."""
     given, variant = find_config(name)
-    on_disk = isinstance(file, Path)
-    if on_disk and file.exists() and file.samefile(given):  # a run folder's own copy goes on with the run
-        return
+    if isinstance(file, Path) and file.exists() and file.samefile(given):
+        return  # a run folder's own copy goes on with the run
     text = given.read_text()
     if variant:
         text += f"\n\ndef get_config():  # as {name}\n    return VARIANTS[{variant!r}]()\n"

@@ -237,7 +237,7 @@ class RunImages:
         for name, table in sorted(self._conditions.items()):
             digest.update(name.encode() + np.asarray(table).tobytes())
         self.facts = {
-            "format": "run", "checkpoint": model.checkpoint, "tokenizer": str(tokenizer.folder.resolve()),
+            "format": "run", "checkpoint": model.checkpoint, "tokenizer": str(resolved(tokenizer.folder)),
             "tokenizer_checkpoint": tokenizer.checkpoint, "seed": sampler.seed, "sampling": codec.encode(drawer.sampling),
             **sampler.numerics, "average": sampler.average, "resize": sampler.resize,
             "conditions": f"{len(next(iter(self._conditions.values())))} in turn",

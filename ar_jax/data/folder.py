@@ -242,8 +242,8 @@ def hidden(name: str) -> bool:
 
 def _walk(folder: Path, passed: Passed) -> Iterator[tuple[str, list[str], list[str]]]:
     """A folder and those below it, each with the names of its folders and of its images, sorted."""
-    on_disk = isinstance(folder, Path)
-    for base, folders, names in os.walk(folder, followlinks=True, onerror=_refuse) if on_disk else walk(folder):
+    walked = os.walk(folder, followlinks=True, onerror=_refuse) if isinstance(folder, Path) else walk(folder)
+    for base, folders, names in walked:
         images = sorted(name for name in names if name.lower().endswith(SUFFIXES) and not hidden(name))
         passed.note(images, sorted({*names}.difference(images)), sorted(filter(hidden, folders)))
         folders[:] = sorted(name for name in folders if not hidden(name))

@@ -48,9 +48,10 @@ def read_image(file: str | os.PathLike | IO[bytes], name: str = "", upright: boo
     """
     try:
         opened = path_of(file) if isinstance(file, (str, os.PathLike)) else file
-        if isinstance(opened, Path) and not stat.S_ISREG(os.stat(opened).st_mode):
-            raise ValueError("it is no plain file")  # a pipe would be waited for
-        if isinstance(opened, os.PathLike) and not isinstance(opened, Path):
+        if isinstance(opened, Path):
+            if not stat.S_ISREG(os.stat(opened).st_mode):
+                raise ValueError("it is no plain file")  # a pipe would be waited for
+        elif isinstance(opened, os.PathLike):
             opened = io.BytesIO(content(opened))
         try:
             return _decoded(opened, upright)

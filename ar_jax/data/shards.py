@@ -80,8 +80,8 @@ def _found(folders, suffix):
     return [
         file
         for folder in folders
-        for file in sorted(below(folder))
-        if file.name.endswith(suffix) and not any(map(hidden, file.relative_to(folder).parts))
+        for file in sorted(file for file in below(folder) if file.name.endswith(suffix))
+        if not any(map(hidden, file.relative_to(folder).parts))
     ]
 
 

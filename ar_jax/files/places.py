@@ -23,9 +23,8 @@ SCHEMES = ("gs", "s3")
 
 _REMOTE = re.compile(r"([a-z][a-z0-9+]+):/+(.*)", re.DOTALL)  # `Path` takes one of two slashes
 
-os.environ.setdefault(
-    "EPATH_USE_TF", "false"
-)  # where TensorFlow is installed, etils would load it, which takes all GPUs
+# Where TensorFlow is installed, etils would load it, which takes the memory of all GPUs
+os.environ.setdefault("EPATH_USE_TF", "false")
 
 
 def path_of(text: str | os.PathLike) -> Path:
