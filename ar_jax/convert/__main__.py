@@ -19,8 +19,9 @@ from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
 from ar_jax.convert import next_scale
+from ar_jax.convert.choose import choose, identified
 from ar_jax.convert.names import to_params, to_weights
-from ar_jax.convert.sources import export, identify
+from ar_jax.convert.sources import export
 from ar_jax.files.models import KINDS, Model, describe, open_model
 from ar_jax.files.places import path_of, reachable, remove_tree
 from ar_jax.files.trust import taken
@@ -44,10 +45,11 @@ def convert(
 ) -> None:
     """Converts a released checkpoint to a model folder (--to), or a model folder to released names (--back).
 
-    The file is recognised by its keys: .safetensors, or .pt as torch.save writes it. Torch is not needed and nothing
-    inside the file is executed. What does not fit a known network exactly is refused, with the first differing key.
-    Parameters are kept as float32: files in bfloat16 or float16 are widened, which loses nothing, and come back as
-    float32; float32 files come back bit for bit.
+    The file is recognised by its keys: .safetensors, an index of shards (.index.json), or .pt as torch.save writes it. Torch
+    is not needed and nothing inside the file is executed. What does not fit a known network exactly is refused, with the
+    first differing key; what training puts before names (module., _orig_mod.) is left out, and said. Parameters are kept as
+    float32: files in bfloat16 or float16 are widened, which loses nothing, and come back as float32; float32 files come back
+    bit for bit, float64 is narrowed.
 
     Examples:
       python -m ar_jax.convert vq_ds16_c2i.pt --to checkpoints/vq_ds16_c2i
@@ -68,7 +70,8 @@ def convert(
       scales: Sides of a token pyramid, coarse to fine. Left out: the published ones of the size.
       masks: Beside the file of an HMAR's next-scale predictor, that of its masked predictor, trained after it; one model
         of both is written.
-      entry: Which weights of a .pt file, for example ema; "" takes model, module, state_dict or the top level.
+      entry: Which weights of a file, for example ema or trainer.var; "" takes the average where its authors evaluate that (MAR,
+        FlowAR, xAR), else model, module, state_dict or the top level. What is taken and what else there is, is printed.
       average: Of a run folder, take the moving average of the weights if the run keeps one.
     """
     if (to is None) == (back is None):
@@ -101,17 +104,16 @@ def to_folder(
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is already there; give another folder or remove it")
-    weights = read_weights(path, entry or None)
+    entry, weights = choose(path, entry)
     if masks is not None:
-        others = read_weights(masks, entry or None)
+        _, others = choose(masks, entry)
         with _of(path):
             weights = next_scale.merge(weights, others)
     hint = re.search(r"_(256|384|512)(?!\d)", path.stem)
     with _of(path):
-        found = identify(
-            {key: value.shape for key, value in weights.items()}, size=size or int(hint[1] if hint else 0), heads=heads,
-            groups=groups, scales=scales,
-        )  # fmt: skip
+        found, weights = identified(
+            path, weights, size=size or int(hint[1] if hint else 0), heads=heads, groups=groups, scales=scales
+        )
     words, info, settings = found.source.describe(found.module)
     print(f"{path}: {found.kind} of {found.family}, {words}; {found.trained:,} parameters in {len(weights)} entries")
     buffers = {key: weights.pop(key) for key in found.buffers if key in weights}
@@ -151,17 +153,18 @@ def _of(path):
 
 
 class Widened(Mapping):
-    """Weights as float32, read when they are asked for."""
+    """Weights as float32, read when they are asked for; float64 is narrowed."""
 
     def __init__(self, weights: Mapping[str, np.ndarray], progress: tqdm):
         self.weights, self.progress = weights, progress
 
     def __getitem__(self, key: str) -> np.ndarray:
         value = self.weights[key]
-        if not np.can_cast(value.dtype, np.float32) or value.dtype.kind in "biu":
+        if not (np.can_cast(value.dtype, np.float32) or value.dtype == np.float64) or value.dtype.kind in "biu":
             raise ValueError(f"{key} holds {value.dtype}, which float32 cannot keep; save the file in float32 first")
         self.progress.update()
-        return value.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and that is refused
+            return value.astype(np.float32, copy=False)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)

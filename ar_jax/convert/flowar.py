@@ -21,6 +21,7 @@ from ar_jax.orders import scales as scale_order
 from ar_jax.tokens import TokenSpec, pyramid
 
 FIXED = set()  # all parameters are trained
+AVERAGED = ("generator",)  # trained as MAR is, whose figures are of the average
 SPAN = 16  # of the rotary positions
 LONGEST = 2**13  # rows of a mask
 SCALES = (1, 2, 4, 8, 16)

@@ -22,6 +22,7 @@ from ar_jax.tokens import TokenSpec, grid, sides
 HEADS = {768: 12, 1024: 16, 1280: 16}  # by width; not in the file
 GUIDANCE = {768: 2.9, 1024: 3.0, 1280: 3.2}  # published scales at the end of the linear rise, by width
 FIXED = set()  # all parameters are trained
+AVERAGED = ("generator",)  # trained as MAR is, whose figures are of the average
 SCALE = 0.2325  # what the published generators multiply latents with
 
 

@@ -9,6 +9,7 @@ A family is a module with these names, and a line in `SOURCES`:
     describe     network -> a sentence, the `Info` of its data, settings of its model folder
     rules        network -> the rules that name its parameters (`names.Rule`)
     fills        (may be left out) network -> {key: array}, contents of its buffers that are not zero
+    AVERAGED     (may be left out) kinds of which the authors evaluate the moving average
 """
 
 import functools
@@ -50,6 +51,7 @@ class Found(NamedTuple):
       rules: names of its parameters in the family's files.
       keys: shapes by the family's keys, buffers aside.
       buffers: shapes of the entries a released file has beside the parameters.
+      strays: keys of single numbers (steps, decays) that a file has beside both.
     """
 
     family: str
@@ -59,6 +61,7 @@ class Found(NamedTuple):
     rules: list[Rule]
     keys: Shapes
     buffers: Shapes
+    strays: tuple[str, ...] = ()
 
     @property
     def source(self) -> ModuleType:
@@ -81,14 +84,13 @@ def identify(shapes: Shapes, *, size: int = 0, heads: int = 0, groups: int = 0, 
     Raises:
       ValueError: the file is not known or is damaged; the first differing key is named.
     """
-    kinds = {family: source.recognise(shapes) for family, source in SOURCES.items()}
-    family = next((family for family, kind in kinds.items() if kind), "")
+    source, kind = recognised(shapes)
+    family = next((name for name, known in SOURCES.items() if known is source), "")
     if not family:
         some = ", ".join(f"{words.name(key)} {list(shape)}" for key, shape in list(shapes.items())[:3])
         raise ValueError(
             f"not a checkpoint of a known family ({', '.join(SOURCES)}); its {len(shapes)} entries begin with {some}"
         )
-    kind = kinds[family]
     refusal, asked = f"looks like a {kind} of {family}, but ", _Asked(shapes)
     if (empty := next((key for key, shape in shapes.items() if 0 in shape), None)) is not None:
         raise ValueError(f"{refusal}{words.name(empty)} has shape {tuple(shapes[empty])}: there is nothing in it")
@@ -106,9 +108,18 @@ def identify(shapes: Shapes, *, size: int = 0, heads: int = 0, groups: int = 0, 
     except Exception as error:  # whatever a network of senseless sizes raises
         raise ValueError(f"{refusal}its network cannot be built: {words.reason(error)}") from error
     buffers = {key: shape for key, shape in found.buffers.items() if key in shapes}
-    if difference := differences({**found.keys, **buffers}, shapes):
+    strays = tuple(key for key, shape in shapes.items() if shape == () and key not in {**found.keys, **buffers})
+    if difference := differences({**found.keys, **buffers}, {k: v for k, v in shapes.items() if k not in strays}):
         raise ValueError(f"{refusal}{difference}")
-    return found
+    return found._replace(strays=strays)
+
+
+def recognised(shapes: Shapes) -> tuple[ModuleType | None, str]:
+    """The family whose names a file has, by a few of them, and the kind; None if there is none."""
+    for source in SOURCES.values():
+        if kind := source.recognise(shapes):
+            return source, kind
+    return None, ""
 
 
 class _Asked(dict):

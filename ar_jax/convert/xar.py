@@ -21,6 +21,7 @@ from ar_jax.orders import Cells
 from ar_jax.tokens import TokenSpec, grid
 
 FIXED = set()  # all parameters are trained
+AVERAGED = ("generator",)  # trained as MAR is, whose figures are of the average
 # as evaluated, by width: guidance of the last cell less 1, steps
 EVALUATED = {768: (1.7, 40), 1024: (1.3, 50), 1280: (1.2, 50)}
 Shapes = Mapping[str, tuple[int, ...]]

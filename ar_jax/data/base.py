@@ -233,7 +233,7 @@ def label_name(info: Info, label: int) -> str:
 
 
 def label_ids(info: Info, names: list[str]) -> list[int]:
-    """Labels of classes given by name (capitals do not matter) or by number; a name wins over a number.
+    """Labels of classes given by name (capitals do not matter) or by number; where all names are numbers, by name only.
 
     Raises:
       ValueError: no such class; the message names near ones and the range.
@@ -249,12 +249,12 @@ def _label_id(info: Info, name: str) -> int:
     lower = [known.lower() for known in info.class_names]
     if lower.count(name.lower()) == 1:
         return lower.index(name.lower())
-    if name.isdecimal() and int(name) < info.classes:
-        return int(name)
+    numbers = info.class_names and all(map(_number, info.class_names))
+    if name.isdecimal() and not numbers and int(name) < info.classes:
+        return int(name)  # where numbers are names, they are nothing else
     near = [info.class_names[lower.index(n)] for n in difflib.get_close_matches(name.lower(), lower, 3, 0.5)]
     near = near or [known for known in info.class_names if name and name.lower() in known.lower()][:3]
-    raise ValueError(
-        f"no class {name!r}; "
-        + (f"near ones: {', '.join(near)}; " if near else "")
-        + f"give a {'name or ' if info.class_names else ''}number from 0 to {info.classes - 1}"
-    )
+    known = f"give a {'name or ' if info.class_names else ''}number from 0 to {info.classes - 1}"
+    if numbers:
+        known = f"there are {', '.join(info.class_names[:6])}{', ...' * (info.classes > 6)}"
+    raise ValueError(f"no class {name!r}; " + (f"near ones: {', '.join(near)}; " if near else "") + known)

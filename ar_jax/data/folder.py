@@ -30,6 +30,7 @@ CAPTION_FILES = (
 )  # the latter as Hugging Face has them
 SIDECARS = (".txt", ".caption")  # beside an image of the same name
 LONGEST = 2**20  # bytes of a caption's file
+UNREAD = "unread caption file"
 # Folders that systems leave beside images, in small letters; names that begin with a dot are passed over too.
 SYSTEM = {
     "@eadir", "@tmp", "#recycle", "@recycle", "@__thumb", "__macosx", "$recycle.bin", "system volume information",
@@ -177,13 +178,13 @@ class Passed:
             texts.intersection_update(stem + suffix for stem in beside for suffix in SIDECARS)
         for name in others:
             if name.lower().endswith(SUFFIXES):
-                self._add("hidden files", name)
+                self._add("hidden file", name)
             elif os.path.splitext(name)[0] in ("captions", "metadata"):
-                self._add("caption files that are not read", name)
+                self._add(UNREAD, name)
             elif name not in texts:
-                self._add("files that are no images", name)
+                self._add("other file", name)
         for name in folders:
-            self._add("hidden or system folders", name)
+            self._add("hidden or system folder", name)
 
     def _add(self, kind, name):
         self._counts[kind] += 1
@@ -195,7 +196,7 @@ class Passed:
 
     def __str__(self) -> str:
         return "; ".join(
-            f"{count} {kind if count > 1 else kind.replace('files', 'file').replace('folders', 'folder')} "
+            f"{count} {kind}{'s' * (count > 1)} "
             f"({', '.join(map(words.name, self._names[kind]))}{', ...' if count > len(self._names[kind]) else ''})"
             for kind, count in self._counts.items()
         )
@@ -203,7 +204,7 @@ class Passed:
     def say(self, root: Path) -> None:
         if not self:
             return
-        if "caption files that are not read" in self._counts:
+        if UNREAD in self._counts:
             read = f"; read are {', '.join(CAPTION_FILES)} with captions or labels, in {root} or in the folders of its splits"
         else:
             read = ""

@@ -4,16 +4,19 @@ What is read takes memory in proportion to the file: its table of contents has a
 of the mapped file that stand for little more than it holds.
 """
 
+import contextlib
 import io
+import itertools
 import json
 import math
 import mmap
 import os
+import re
 import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -27,6 +30,9 @@ from ar_jax.files.places import local, made, path_of
 
 WIDER = 4  # times the file's size that its tensors may stand for: rows can be repeated without being stored again
 ENTRIES = ("model", "module", "state_dict")  # where checkpoints keep their weights, first come first served
+SEVERAL = {*ENTRIES, "ema", "model_ema", "ema_model"}  # sets of weights in one dict, as first words of its keys
+NO_WEIGHTS = re.compile("optim|scheduler|scaler", re.IGNORECASE)  # entries whose tensors are no weights of the model
+DEPTH, LOOKS = 4, 2**20  # how deep in a file sets are looked for, and at how many values
 
 
 def read_weights(path: str | os.PathLike, entry: str | None = None) -> dict[str, np.ndarray]:
@@ -36,32 +42,143 @@ def read_weights(path: str | os.PathLike, entry: str | None = None) -> dict[str,
     stay shared. bfloat16 and float8 arrays have the dtypes of ml_dtypes.
 
     Args:
-      path: `.safetensors`, or a file of `torch.save` (zip, or older than torch 1.6) under any other name.
+      path: `.safetensors`, the `.index.json` of shards that lie beside it, or a file of `torch.save` (zip, or older than
+        torch 1.6) under any other name.
       entry: which dict of a torch checkpoint, for example "ema", or "trainer.var" for a nested one; else
-        the first of "model", "module", "state_dict" that is a dict of tensors, or the top level.
+        the first of "model", "module", "state_dict" that holds tensors, or the top level.
     Raises:
       FileNotFoundError: no such file.
       ValueError: not such a file, damaged, no such entry, or a pickle that names anything beyond tensors.
     """
+    sets = open_weights(path)
+    return sets.read(sets.usual() if entry is None else entry)
+
+
+class WeightSets:
+    """The sets of weights that a file holds.
+
+    Attributes:
+      sets: {dotted name: {key: array, or what one is made of; both have a `shape`}}; "" is the top level.
+      others: {dotted name: keys beside the tensors of a set that hold no tensors}.
+    """
+
+    def __init__(self, path: Path, tree: Any, arrays: Callable[[Mapping[str, Any]], dict[str, np.ndarray]]):
+        self.path, self._tree, self._arrays = path, tree, arrays
+        self.sets: dict[str, dict[str, Any]] = {}
+        self.others: dict[str, list[str]] = {}
+        self._left = LOOKS
+        self._find(tree, ())
+
+    def usual(self) -> str:
+        """The one that is meant unless something else is said."""
+        for name in (*ENTRIES, ""):
+            if name in self.sets:
+                return name
+        names = ", ".join(ENTRIES)
+        raise ValueError(
+            f"{self.path}: no weights under {names} or at the top; choose with --entry NAME (entry= in Python); "
+            f"{self._listed()}"
+        )
+
+    def read(self, name: str) -> dict[str, np.ndarray]:
+        """The arrays of a set."""
+        if name not in self.sets:
+            if list(self.sets) == [""]:
+                raise ValueError(f"{self.path}: its weights have no entries; leave out --entry {words.name(name)}")
+            raise ValueError(f"{self.path}: entry {words.shown(name)} is not a dict of tensors; {self._listed()}")
+        with _named(self.path):
+            return self._arrays(self.sets[name])
+
+    def _listed(self):
+        """What the file holds, and the sets that lie deeper."""
+        if not isinstance(self._tree, dict):
+            return f"the file holds a {_kind(self._tree)}"
+        top = {str(key): _kind(value) for key, value in itertools.islice(self._tree.items(), 20)}
+        deep = {name: f"dict of {len(tensors)}" for name, tensors in itertools.islice(self.sets.items(), 20) if name}
+        return "entries: " + ", ".join(f"{words.name(name)} ({kind})" for name, kind in (top | deep).items())
+
+    def _find(self, tree, place):
+        """Notes the sets in a tree; returns whether there are any. Dicts can be named often, or in circles: each look costs."""
+        if not isinstance(tree, dict) or len(place) > DEPTH or len(tree) > self._left:
+            return False
+        self._left -= len(tree)
+        inside = [
+            self._find(value, (*place, key))
+            for key, value in tree.items()
+            if type(key) is str and not NO_WEIGHTS.search(key)
+        ]
+        tensors = {key: value for key, value in tree.items() if isinstance(value, (Tensor, np.ndarray))}
+        if tensors and not any(inside) and all(type(key) is str for key in tensors):
+            self._note(".".join(place), tensors, [str(key) for key in tree if key not in tensors])
+            return True
+        return any(inside)
+
+    def _note(self, name, tensors, others):
+        """Sets that lie in one dict, told apart by the first word of their keys, are sets of their own."""
+        heads = {key.partition(".")[0] for key in tensors}
+        if len(heads) == 1 or not heads <= SEVERAL:
+            self.sets[name], self.others[name] = tensors, others
+            return
+        for head in heads:
+            inner = f"{name}.{head}" if name else head
+            self.sets[inner] = {
+                k.partition(".")[2]: value for k, value in tensors.items() if k.partition(".")[0] == head
+            }
+            self.others[inner] = others
+
+
+def open_weights(path: str | os.PathLike) -> WeightSets:
+    """The sets of weights in a file; see `read_weights`."""
     path = _file(path)
+    if path.suffix == ".json":
+        return WeightSets(path, _read_index(path), dict)
     if path.suffix == ".safetensors":
-        if entry is not None:
-            raise ValueError(f"{path}: safetensors files have no entries; leave out entry={entry!r}")
         try:
             weights = _read_safetensors(path)
         except Exception as error:
             raise ValueError(f"{path} is no readable safetensors file ({words.reason(error)}); get it again") from error
         if not weights:
             raise ValueError(f"{path} holds no tensors")
-        return weights
-    try:
+        return WeightSets(path, weights, dict)
+    with _named(path):
         checkpoint = _read_torch(path)
-        tensors = _pick(checkpoint.tree, entry)
-        return checkpoint.arrays(tensors)
+        return WeightSets(path, checkpoint.tree, checkpoint.arrays)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What is wrong is said of the file."""
+    try:
+        yield
     except Refused as error:
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"{path} is damaged or no torch checkpoint ({words.reason(error)}); get it again") from error
+
+
+def _read_index(path: Path) -> dict[str, np.ndarray]:
+    """The weights of the shards that an index names, all of which lie beside it."""
+    if path.stat().st_size > CONTENTS:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; of an index {CONTENTS} are read at most")
+    try:
+        places = json.loads(path.read_bytes())["weight_map"]
+        named = {str(key): name for key, name in places.items()}
+    except Exception as error:
+        raise ValueError(f"{path} is no index of shards ({words.reason(error)}); it needs a weight_map") from error
+    weights = {}
+    for name in sorted(set(map(str, named.values()))):
+        if not name or Path(name).name != name or name.startswith(".") or "\\" in name or name.endswith(".json"):
+            raise ValueError(f"{path}: its shard {words.shown(name)} must be the name of a file beside it")
+        if not (path.parent / name).exists():
+            raise FileNotFoundError(f"{path}: its shard {words.name(name)} is missing; get it too")
+        shard = read_weights(path.parent / name)
+        for key in (key for key, of in named.items() if of == name):
+            if key not in shard:
+                raise ValueError(f"{path}: {words.name(key)} is not in {words.name(name)}; get both again")
+            weights[key] = shard[key]
+    if not weights:
+        raise ValueError(f"{path} names no tensors")
+    return weights
 
 
 def read_pickled_arrays(path: str | os.PathLike) -> dict[str, Any]:
@@ -288,36 +405,6 @@ def _read_legacy(file: BinaryIO, data: np.ndarray) -> _Checkpoint:
         blocks[key] = first + 8, size
         first += 8 + size
     return _Checkpoint(tree, data, unpickler.checked(blocks), order)
-
-
-def _pick(tree: Any, entry: str | None) -> dict[str, Tensor]:
-    found = tree
-    if entry is not None:
-        for part in entry.split("."):
-            found = found.get(part) if isinstance(found, dict) else None
-        if _holds_tensors(found):
-            return found
-        raise Refused(f"entry {words.shown(entry)} is not a dict of tensors; {_entries(tree)}")
-    if isinstance(tree, dict):
-        for found in (*map(tree.get, ENTRIES), tree):
-            if _holds_tensors(found):
-                return found
-    names = ", ".join(ENTRIES)
-    raise Refused(f"no weights under {names} or at the top; choose with entry=; {_entries(tree)}")
-
-
-def _holds_tensors(tree: Any) -> bool:
-    return (
-        isinstance(tree, dict)
-        and bool(tree)
-        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in tree.items())
-    )
-
-
-def _entries(tree: Any) -> str:
-    if not isinstance(tree, dict):
-        return f"the file holds a {_kind(tree)}"
-    return "entries: " + ", ".join(f"{words.name(str(key))} ({_kind(value)})" for key, value in list(tree.items())[:20])
 
 
 def _kind(value: Any) -> str:

@@ -79,7 +79,7 @@ def test_half_precision_is_widened(tmp_path):
         ("llamagen_gpt_c2i", "tok_embeddings.weight", None, r"tok_embeddings\.weight is missing"),
         ("llamagen_gpt_c2i", "norm.weight", np.ones(47, "f4"), r"norm\.weight has shape \(47,\), expected \(48,\)"),
         ("llamagen_gpt_c2i", "norm.bias", np.ones(48, "f4"), r"norm\.bias of shape \(48,\) is not part"),
-        ("llamagen_gpt_c2i", "norm.weight", np.ones(48, "f8"), r"norm\.weight holds float64"),
+        ("llamagen_gpt_c2i", "norm.weight", np.ones(48, "i4"), r"norm\.weight holds int32"),
         ("llamagen_vq", "encoder.conv_in.weight", None, r"encoder\.conv_in\.weight is missing"),
         ("llamagen_vq", "decoder.mid.1.q.bias", None, r"decoder\.mid\.1\.q\.bias is missing"),
         ("llamagen_vq", "quantize.codebook_used", np.ones(3, "f4"), r"quantize\.codebook_used has shape"),

@@ -181,6 +181,8 @@ def test_classes_of_numbers_are_those_seen_with_their_names(tmp_path, kind):
     assert source.info.class_names == ("3", "7", "900", "20231126")
     assert [source[i]["label"] for i in range(5)] == [0, 2, 1, 0, 3]
     assert label_ids(source.info, ["900", "3"]) == [2, 0]
+    with pytest.raises(ValueError, match=r"no class '1'; .*there are 3, 7, 900, 20231126$"):
+        label_ids(source.info, ["1"])
     dense = open_source(labelled(tmp_path / "dense", kind, (2, 0, 1)))
     assert (dense.info.classes, dense.info.class_names) == (3, ())
     assert [dense[i]["label"] for i in range(3)] == [2, 0, 1]

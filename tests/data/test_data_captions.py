@@ -202,7 +202,7 @@ def test_metadata_without_captions_leaves_classes_or_gives_labels(tmp_path, caps
     data = images(tmp_path, "cat/a.png", "dog/b.png")
     (tmp_path / "metadata.csv").write_text("file_name,licence\ncat/a.png,CC0\n")
     assert open_source(data).info == Info(classes=2, class_names=("cat", "dog"))
-    assert "1 caption file that are not read (metadata.csv); read are captions.jsonl" in capsys.readouterr().out
+    assert "1 unread caption file (metadata.csv); read are captions.jsonl" in capsys.readouterr().out
     (tmp_path / "metadata.csv").write_text("file_name,label\ncat/a.png,x\ndog/b.png,y\n")
     source = open_source(data)
     assert (source.info, [source[i]["label"] for i in range(2)]) == (Info(classes=2, class_names=("x", "y")), [0, 1])

@@ -113,7 +113,7 @@ def test_images_are_found_as_training_finds_them(tmp_path, pixels, capsys):
     assert (images.names, images.labels.tolist()) == (("cat", "dog"), [0, 0, 0, 0, 1])
     assert images.read(range(5)).shape == (5, 6, 8, 3)
     assert said == (
-        f"{root}: passed over 4 files that are no images (Thumbs.db, notes.txt, photo.heic, ...); 5 hidden or system folders "
+        f"{root}: passed over 4 other files (Thumbs.db, notes.txt, photo.heic, ...); 5 hidden or system folders "
         "(.ipynb_checkpoints, @eaDir, __MACOSX, ...); 1 hidden file (._0.png)\n"
     )
     trained = open_source(Data(name="image_folder", path=str(root)))
