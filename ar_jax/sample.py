@@ -8,7 +8,7 @@
     python sample.py runs/mnist5k_var --edit digit.png --mask hole.png      what is white in hole.png is drawn anew
     python sample.py checkpoints/c2i_B_256 --tokenizer checkpoints/vq_ds16_c2i --count 50000 --out b256.npz
 
-What is written follows from --out: NAME.png is a grid, NAME.npz the uint8 array that the field's evaluators read, any
+What is written follows from --out: NAME.png (.jpg, .webp) is a grid, NAME.npz the uint8 array that the field's evaluators read, any
 other name a folder of PNG files. Run the same command again to go on after an interruption. An image depends on the
 seed and its number only, not on the batch size or the number of devices.
 """
@@ -36,7 +36,7 @@ from tqdm import tqdm
 from ar_jax.data.images import read_image
 from ar_jax.decode.sampling import read_sampling
 from ar_jax.files import codec
-from ar_jax.files.images import save_png, tile
+from ar_jax.files.images import OTHERS, save_png, tile
 from ar_jax.files.models import image_shape, write_json
 from ar_jax.files.places import on_disk
 from ar_jax.files.trust import taken
@@ -47,6 +47,8 @@ from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.machine.sharding import MeshShape, make_mesh
 from ar_jax.options import Sampler, options_of
 from ar_jax.sampler import Given, condition_table, in_batches, open_drawer
+
+GRIDS = (".png", *OTHERS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class Options(Sampler):
     count: int = 100
     """Number of images."""
     out: str = "samples.png"
-    """A .png (grid), a .npz, or a folder."""
+    """A .png, .jpg or .webp (a grid), a .npz, or a folder."""
     columns: int = 0
     """Of the grid; 0 chooses."""
     edit: str = ""
@@ -99,7 +101,7 @@ def sample(options: Options) -> None:
     given = read_edit(options, drawer.decoder)
 
     out, folder = Path(options.out), Path(options.out)
-    if out.suffix in (".png", ".npz"):
+    if out.suffix.lower() in (*GRIDS, ".npz"):
         folder = out.with_name(f".{out.name}.parts")
     identity = {
         "run": str(drawer.model.folder.resolve()), "tokenizer": str(drawer.tokenizer.folder.resolve()), "seed": options.seed,
@@ -188,10 +190,10 @@ def read_edit(options: Options, tokenizer: nn.Module) -> Given | None:
         )
     if not (options.mask or options.at or options.keep_scales):
         raise ValueError("--edit needs to know what to draw: give --mask FILE, --at ROW COLUMN, or --keep-scales N")
-    image = read_image(options.edit)
+    image = ImageOps.exif_transpose(read_image(options.edit))  # photos lie as viewers show them
     free = np.zeros((image.height, image.width), bool)
     if options.mask:
-        mask = read_image(options.mask).convert("L")
+        mask = ImageOps.exif_transpose(read_image(options.mask)).convert("L")
         if mask.size != image.size:
             raise ValueError(
                 f"--mask {options.mask} has {mask.width}x{mask.height} pixels, but {options.edit} has "
@@ -319,7 +321,7 @@ def _assemble(folder: Path, out: Path, options: Options, conditions: int) -> Non
     if out == folder:
         return
     images = _images(folder, options.count)
-    if out.suffix == ".png":
+    if out.suffix.lower() in GRIDS:
         columns = options.columns or (conditions if 1 < conditions <= 20 else 0)
         save_png(out, tile(np.stack(list(images)), columns))
     else:

@@ -18,6 +18,7 @@ from ar_jax.files.images import to_float, to_uint8
 from ar_jax.files.models import Model, blamed
 from ar_jax.machine.flops import with_fields
 from ar_jax.machine.precision import multiply_in
+from ar_jax.machine.seeds import seed_key
 from ar_jax.machine.sharding import batch_sharding, put
 from ar_jax.nets.resize import resize
 from ar_jax.options import Sampler, changes, open_models, own_sampling
@@ -201,8 +202,8 @@ def in_batches(draw: Draw, conditions: Batch, ids: np.ndarray, size: int) -> Ite
 
 
 def image_keys(seed: int | PRNGKey, ids: Int[Array, "b"]) -> tuple[Key[Array, "b"], Key[Array, "b"]]:
-    """Keys for the tokens of numbered images and for their orders; `seed` may be its key."""
-    roots = jax.random.split(jax.random.key(seed) if isinstance(seed, int) else seed)
+    """Keys for the tokens of numbered images and for their orders; `seed` may be its key (see `seed_key`)."""
+    roots = jax.random.split(seed if isinstance(seed, jax.Array) else seed_key(seed))
     return tuple(jax.vmap(functools.partial(jax.random.fold_in, root))(ids) for root in roots)
 
 

@@ -55,6 +55,7 @@ from ar_jax.machine.compiled import keep_compiled
 from ar_jax.machine.distributed import Launch
 from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.machine.precision import Precision, multiply_in, products
+from ar_jax.machine.seeds import seed_key
 from ar_jax.machine.sharding import make_mesh, put_batch, replicated
 from ar_jax.typing import Array, Params, PRNGKey
 
@@ -200,7 +201,7 @@ class Cache:
         self.images = max(1, options.batch // self.versions)  # of a batch, each in all versions
         self.rows = -(-self.images * self.versions // self.mesh.size) * self.mesh.size
         self.params = jax.device_put(params, replicated(self.mesh))
-        self.key = jax.random.key(options.seed)
+        self.key = seed_key(options.seed)
 
         @jax.jit
         def encode(params, batch, key):

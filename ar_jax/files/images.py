@@ -10,6 +10,8 @@ from PIL import Image
 
 from ar_jax.typing import Array, Float, UInt8, typed
 
+OTHERS = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # suffixes of images that are no PNG files
+
 
 @typed
 def to_float(image: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -37,7 +39,11 @@ def tile(images: UInt8[np.ndarray, "b h w c"], columns: int = 0, gap: int = 2) -
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray, text: dict[str, str] | None = None) -> None:
-    """Writes a uint8 [h w 3] PNG under a temporary name, then renames it."""
+    """Writes a uint8 [h w 3] image under a temporary name, then renames it: a PNG, or what its suffix says (`OTHERS`).
+
+    Args:
+      text: that a PNG holds.
+    """
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -48,7 +54,8 @@ def save_png(path: str | os.PathLike, image: np.ndarray, text: dict[str, str] | 
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            Image.fromarray(image).save(file, format="PNG", pnginfo=info)
+            kind = OTHERS.get(path.suffix.lower(), "PNG")
+            Image.fromarray(image).save(file, kind, **({"pnginfo": info} if kind == "PNG" else {"quality": 95}))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

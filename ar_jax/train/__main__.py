@@ -30,6 +30,7 @@ from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
 from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.machine.precision import multiply_in, products
+from ar_jax.machine.seeds import seed_key
 from ar_jax.machine.sharding import batch_part, batch_rows, make_mesh
 from ar_jax.tokenize import check_cache
 from ar_jax.train import wandb
@@ -114,7 +115,7 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
         }
         write_json(run / "run.json", facts)
 
-    tokenizer_key, generator_key = jax.random.split(jax.random.key(experiment.seed))
+    tokenizer_key, generator_key = jax.random.split(seed_key(experiment.seed))
     if experiment.tokenizer.steps and not experiment.tokenizer.path:
         recipe = tokenizer_recipe(experiment.tokenizer, tokenizer.module)
         stage_fit(recipe, experiment.tokenizer, experiment, experiment.data, opened, tokenizer, mesh, tokenizer_key, beside)
