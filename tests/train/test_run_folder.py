@@ -4,13 +4,11 @@ import json
 import subprocess
 import sys
 
-import jax
-import numpy as np
 import pytest
 
 from ar_jax.config import load_config, parse
 from ar_jax.machine.claim import claim
-from ar_jax.machine.seeds import key_of, narrow
+from ar_jax.machine.seeds import narrow
 from ar_jax.train.history import note
 
 
@@ -60,15 +58,9 @@ def test_changes_are_noted_with_the_updates_they_came_after(tmp_path):
     assert json.loads(file.read_text()) == written
 
 
-def test_seeds_of_64_bits_differ():
-    keys = {jax.random.key_data(key_of(seed)).tobytes() for seed in (0, 1, 2**32, 2**32 + 1, 2**63, 2**64 - 1)}
-    assert len(keys) == 6
-    np.testing.assert_array_equal(jax.random.key_data(key_of(7)), jax.random.key_data(jax.random.key(7)))
+def test_seeds_are_narrowed_where_32_bits_are_taken():
     assert narrow(7) == 7
     assert len({narrow(seed) for seed in (0, 2**32, 2**33)}) == 3
-    for seed in (-1, 2**64):
-        with pytest.raises(ValueError, match=rf"seed is {seed}; it must be a whole number from 0 to 2\^64 - 1"):
-            key_of(seed)
 
 
 @pytest.mark.parametrize(
