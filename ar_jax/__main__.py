@@ -10,12 +10,15 @@ import sys
 
 COMMANDS = {  # module, what it does
     "train": ("ar_jax.train", "trains the tokenizer and the generator of a config"),
+    "watch": ("ar_jax.watch", "writes a run as one HTML page: curves, pictures, settings"),
     "sample": ("ar_jax.sample", "draws and edits images"),
+    "demo": ("ar_jax.demo", "opens a page to draw on"),
     "evaluate": ("ar_jax.evaluate", "figures of samples and tokenizers, by the protocols of the field"),
     "tokenize": ("ar_jax.tokenize", "keeps the tokens of a data set in files, to train on"),
     "convert": ("ar_jax.convert", "released weights in, and back out"),
     "pack": ("ar_jax.data.pack", "a folder of images in few large files"),
     "bench": ("ar_jax.bench", "speed of a config beside what the machine can do"),
+    "doctor": ("ar_jax.doctor", "what is missing or wrong on this machine, and what mends it"),
     "plan": ("ar_jax.plan", "what a config needs on a TPU pod that is not here"),
 }
 

@@ -22,7 +22,6 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -34,8 +33,10 @@ from flax import traverse_util
 from ar_jax.config import Experiment, GeneratorStage, load_config, parse
 from ar_jax.decode.sampling import Sampling
 from ar_jax.decode.sequential import Claim, Sequential
+from ar_jax.files import codec
 from ar_jax.files.images import to_uint8
 from ar_jax.files.models import untrained
+from ar_jax.files.places import path_of, reachable
 from ar_jax.files.trust import taken
 from ar_jax.machine.chips import peak_flops, unknown
 from ar_jax.machine.flops import model_flops, with_fields, without_remat
@@ -79,11 +80,12 @@ class Options:
 def main(arguments: list[str]) -> None:
     prog = "python -m ar_jax.bench"
     try:
-        arguments = taken(arguments)
+        arguments = reachable(taken(arguments))
         if "--help" in arguments or "-h" in arguments or len(arguments) < 2:
             tyro.cli(Options, args=["--help"], prog=prog, description=__doc__)
         options, rest = tyro.cli(Options, args=arguments, prog=prog, return_unknown_args=True)
-        if options.what == "sample" and Path(options.config).is_dir():
+        codec.check(options)
+        if options.what == "sample" and path_of(options.config).is_dir():
             subject = of_run(options, rest)
         else:
             subject = of_config(

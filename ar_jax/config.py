@@ -16,14 +16,17 @@ import tyro
 
 from ar_jax.data import Data
 from ar_jax.decode.sampling import Sampling
-from ar_jax.files.places import on_disk
+from ar_jax.files import codec
+from ar_jax.files.places import on_disk, reachable
 from ar_jax.machine.distributed import Launch
 from ar_jax.machine.precision import Precision
+from ar_jax.machine.seeds import Seed
 from ar_jax.machine.sharding import MeshShape
 from ar_jax.orders import raster
 from ar_jax.train.guards import Guards
 from ar_jax.train.losses import Losses
 from ar_jax.train.optim import Optim
+from ar_jax.typing import Many, Share
 
 PACKAGE = Path(__file__).parent
 # the published configs: inside the package where it is installed, beside it in a clone
@@ -51,7 +54,7 @@ class Stage:
     optim: Optim = Optim()
     log_every: int = 50
     """Updates between lines of the log."""
-    preview_every: int = 1000
+    preview_every: Many = 1000
     """Updates between pictures and held-out figures; 0 makes none."""
     preview_images: int = 40
     """Images in a picture."""
@@ -91,10 +94,12 @@ class GeneratorStage(Stage):
     """What is predicted next."""
     train_order: Callable | None = None
     """What training predicts next, if it is something else than sampling does."""
-    drop: float = 0.1
+    drop: Share = 0.1
     """Part of the images trained without their condition, for guidance."""
     tokens: str = ""
     """Train on this token cache (written by `python -m ar_jax.tokenize`) instead of encoding images in every update."""
+    other_tokenizer: bool = False
+    """Train on although the tokenizer is not the one with which the updates so far were made."""
     sampling: Sampling = Sampling()
     """How previews and `sample.py` draw, unless told otherwise: parts with fields of their own."""
 
@@ -107,9 +112,11 @@ class Experiment:
     """Of the run folder."""
     out: str = "runs"
     """Folder of the run folders."""
-    seed: int = 0
+    seed: Seed = 0
     precision: Precision = "default"
     """Of products of float32 numbers: GPUs take tensorfloat32 by default, TPUs bfloat16; highest is float32."""
+    log: Literal["here", "wandb"] = "here"
+    """Where figures and pictures go: the run folder, or Weights & Biases as well (extra `wandb`; `wandb login` first)."""
     data: Data = Data()
     mesh: MeshShape = MeshShape()
     launch: Launch = Launch()
@@ -154,6 +161,7 @@ def find_config(name: str) -> tuple[Path, str]:
     Raises:
       ValueError: there is no such file, here or among the published ones.
     """
+    on_disk(name, "the config")
     path, variant = (name, "") if Path(name).is_file() or ":" not in name else name.rsplit(":", 1)
     file = Path(path)
     if file.suffix == ".py" and file.is_file():
@@ -174,8 +182,8 @@ def find_config(name: str) -> tuple[Path, str]:
 def keep_config(name: str, file: Path) -> None:
     """Copies a config's file; of one with variants, the copy's `get_config()` is the variant of this name."""
     given, variant = find_config(name)
-    if file.exists() and file.samefile(given):  # a run folder's own copy goes on with the run
-        return
+    if isinstance(file, Path) and file.exists() and file.samefile(given):
+        return  # a run folder's own copy goes on with the run
     text = given.read_text()
     if variant:
         text += f"\n\ndef get_config():  # as {name}\n    return VARIANTS[{variant!r}]()\n"
@@ -210,4 +218,16 @@ def parse(experiment: Experiment, arguments: list[str], prog: str, description: 
             type(experiment), default=experiment, args=arguments, prog=prog, description=description,
             config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),  # without the first, no near names
         )  # fmt: skip
-    return on_disk(parsed)
+    codec.check(parsed)
+    given = any(word.partition("=")[0] == "--tokenizer.module.size" for word in arguments)
+    return reachable(parsed if given else _sized(experiment, parsed))
+
+
+def _sized(before: Experiment, now: Experiment) -> Experiment:
+    """Lets the size of a tokenizer's images follow `data.size` where a config has them equal."""
+    module, side = now.tokenizer.module, before.data.size
+    own = "size" in getattr(module, "__dataclass_fields__", ()) and before.tokenizer.module.size == module.size == (side, side)
+    if side == now.data.size or not own:
+        return now
+    module = module.clone(size=(now.data.size,) * 2)
+    return dataclasses.replace(now, tokenizer=dataclasses.replace(now.tokenizer, module=module))

@@ -31,7 +31,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,12 +49,13 @@ from ar_jax.evals.images import DataImages, Images, Statistics, labels_in, open_
 from ar_jax.evals.networks import PROTOCOLS, Network, Protocol, open_network
 from ar_jax.files import codec
 from ar_jax.files.models import image_shape, open_model
-from ar_jax.files.places import on_disk
+from ar_jax.files.places import path_of, reachable, remove_tree, resolved
 from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
 from ar_jax.machine.distributed import Launch
 from ar_jax.machine.huge_pages import use_huge_pages
+from ar_jax.machine.seeds import Seed
 from ar_jax.machine.sharding import make_mesh
 from ar_jax.options import SHORT, Sampler, open_models, options_of, own_sampling, replaced
 from ar_jax.sampler import condition_table, in_batches, open_drawer
@@ -144,7 +144,7 @@ class Tokenizer:
     """Measure which gratings and letters survive."""
     checkpoint: str = "newest"
     """newest, best, or a step."""
-    seed: int = 0
+    seed: Seed = 0
     """Of perturbations, and of tokenizers that draw."""
     report: bool = True
     """Draw the page."""
@@ -170,14 +170,14 @@ def main(arguments: list[str] | None = None) -> None:
     with distributed.command(f"{PROG} {command}"):
         if command not in COMMANDS:
             raise ValueError(f"there is no command {command!r}; there are {', '.join(COMMANDS)}")
-        COMMANDS[command](on_disk(taken(rest)))
+        COMMANDS[command](reachable(taken(rest)))
 
 
 def _options(kind: type, command: str, arguments: list[str]) -> Any:
     """Options of a command; --data is by default that of the run named first."""
     data = _data_of(arguments[0]) if arguments and not arguments[0].startswith("-") else Data()
     sampler, arguments = options_of(arguments, "sampler.") if kind is not Tokenizer else (Sampler(), arguments)
-    return tyro.cli(
+    options = tyro.cli(
         kind,
         args=arguments,
         prog=f"{PROG} {command}",
@@ -185,6 +185,8 @@ def _options(kind: type, command: str, arguments: list[str]) -> Any:
         default=_defaults(kind, data, sampler),
         config=(tyro.conf.AvoidSubcommands,),
     )
+    codec.check(options)
+    return options
 
 
 def _defaults(kind, data, sampler):
@@ -231,11 +233,11 @@ class RunImages:
         if "label" in self._conditions:
             turn = np.asarray(self._conditions["label"])
             self.labels, self.names = turn[np.arange(count) % len(turn)], tuple(model.info.class_names)
-        self.where, digest = str(model.folder.resolve()), hashlib.sha256()
+        self.where, digest = str(resolved(model.folder)), hashlib.sha256()
         for name, table in sorted(self._conditions.items()):
             digest.update(name.encode() + np.asarray(table).tobytes())
         self.facts = {
-            "format": "run", "checkpoint": model.checkpoint, "tokenizer": str(tokenizer.folder.resolve()),
+            "format": "run", "checkpoint": model.checkpoint, "tokenizer": str(resolved(tokenizer.folder)),
             "tokenizer_checkpoint": tokenizer.checkpoint, "seed": sampler.seed, "sampling": codec.encode(drawer.sampling),
             **sampler.numerics, "average": sampler.average, "resize": sampler.resize,
             "conditions": f"{len(next(iter(self._conditions.values())))} in turn",
@@ -264,7 +266,7 @@ class RunImages:
 
 def open_samples(options: Generation) -> Images:
     """The samples that are named; see the module."""
-    folder = Path(options.samples).expanduser()
+    folder = path_of(options.samples).expanduser()
     if any((place / "model.json").is_file() for place in (folder, folder / "generator")):
         return RunImages(options.samples, options.sampler, options.count)
     return open_images(options.samples)
@@ -307,7 +309,7 @@ def evaluate_generation(options: Generation, network: Network | None = None) -> 
     if judge:
         distributed.say(f"classifier: {judge.accuracy:.1%} right on {judge.facts['held_out_images']} held-out images")
     extractor = Extractor(network, options.judge.batch)
-    out = Path(options.out)
+    out = path_of(options.out)
     parts = out.with_name(f".{out.name}.parts")
     asked = labels_in(images, judge.names, f"data.path={options.data.path}")[:count] if judge else None
     labels = "cfd" in settings.metrics and images.labels is not None
@@ -357,7 +359,7 @@ def _speed(extractor: Extractor) -> dict[str, Any]:
 def _clear(parts: Path) -> None:
     distributed.barrier("all have read the parts")
     if jax.process_index() == 0:
-        shutil.rmtree(parts, ignore_errors=True)
+        remove_tree(parts, ignore_errors=True)
 
 
 def reference_features(
@@ -368,7 +370,7 @@ def reference_features(
     if images is not None:
         if options.cache:
             key = [images.where, images.facts, len(images), images.stamp, extractor.network.facts()]
-            place = Path(options.cache) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+            place = path_of(options.cache) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         labels = "cfd" in options.metrics and images.labels is not None
         found = extract(images, extractor, place, "reference", labels=labels)
     return of_statistics(statistics, found) if statistics else found
@@ -443,14 +445,14 @@ def evaluate_tokenizer(options: Tokenizer, network: Network | None = None) -> di
     extractor = Extractor(network, options.judge.batch)
     pairs = tuple(judging.Perturbation(a, d) for a, d in itertools.product(options.alphas, options.deltas))
     judged = judging.Judged(model, extractor, options.seed, pairs, options.lpips_weights if options.lpips else None)
-    out = Path(options.out)
+    out = path_of(options.out)
     parts = out.with_name(f".{out.name}.parts")
     facts = {
         "name": options.judge.protocol, **network.facts(), "images": len(images), "image_size": list(size),
         "perturbations": [dataclasses.asdict(each) for each in judged.perturbations], "seed": options.seed,
         "psnr": "uint8 against uint8, mean over images", "ssim": "Gaussian window of 11, sigma 1.5, range 1",
     }  # fmt: skip
-    source = {"from": str(model.folder.resolve()), "checkpoint": model.checkpoint}
+    source = {"from": str(resolved(model.folder)), "checkpoint": model.checkpoint}
     identity = {"tokenizer": source, "images": images.where, **images.facts, **facts}
     found = judging.evaluate(judged, images, len(images), parts, identity)
     tasks = judging.detail(judged) | judging.text(judged) if options.detail else {}
@@ -475,7 +477,7 @@ def _sweep(arguments):
 def sweep(options: Sweep, network: Network | None = None) -> list[dict[str, Any]]:
     """Runs `generation` for every point of the grid; --out is the folder of the results and of curves.png."""
     base = options.generation
-    folder = Path(base.out).with_suffix("")
+    folder = path_of(base.out).with_suffix("")
     network, points = network or base.judge.open(), []
     base = dataclasses.replace(base, cache=base.cache or str(folder / ".reference"))
     sampler = base.sampler
@@ -496,7 +498,7 @@ def sweep(options: Sweep, network: Network | None = None) -> list[dict[str, Any]
         if base.report:
             results.curves(folder / "curves.png", base.samples, points, network.suffix)
         if not options.generation.cache:
-            shutil.rmtree(folder / ".reference", ignore_errors=True)
+            remove_tree(folder / ".reference", ignore_errors=True)
         print(f"{len(points)} points in {folder}")
     distributed.barrier("swept")
     return [point["result"] for point in points]

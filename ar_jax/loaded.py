@@ -17,6 +17,7 @@ from ar_jax.decode.sequential import Account
 from ar_jax.files.images import to_float, to_uint8
 from ar_jax.files.models import holds, open_model
 from ar_jax.machine.flops import with_fields
+from ar_jax.machine.seeds import key_of
 from ar_jax.options import SHORT, Sampler, replaced
 from ar_jax.orders import OrderFn
 from ar_jax.sampler import condition_table, image_keys, open_drawer
@@ -139,7 +140,7 @@ class Loaded:
             **({"label": np.asarray(labels, np.int32)} if len(labels) else {}),
             **batch,
         }
-        return float(self._jitted("loss", self.functions.loss)(self.params, given, jax.random.key(seed))[0])
+        return float(self._jitted("loss", self.functions.loss)(self.params, given, key_of(seed))[0])
 
     @functools.cached_property
     def functions(self) -> Functions:

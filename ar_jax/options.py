@@ -4,10 +4,13 @@ The parts of a model's sampling, and what its modules call `adjustable`, become 
 of its docstrings.
 """
 
+import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import re
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -16,9 +19,11 @@ import tyro
 from ar_jax.config import CONFIGS, run_file
 from ar_jax.decode.sampling import Sampling, adjustable
 from ar_jax.files.models import Model, blamed, open_model
+from ar_jax.files.places import on_disk, path_of
 from ar_jax.files.trust import Untrusted
 from ar_jax.files.words import shown
 from ar_jax.machine.precision import Precision
+from ar_jax.machine.seeds import Seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Sampler:
     """Images drawn at a time, over all devices."""
     resize: int = 0
     """Side in pixels to resize to (bicubic, as LlamaGen's 384-pixel images are to 256); 0 keeps the model's."""
-    seed: int = 0
+    seed: Seed = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the generator's matrix products, kernels and embeddings; all else is float32."""
     pixels: Literal["own", "float32", "bfloat16"] = "own"
@@ -88,6 +93,15 @@ SHORT = {
 }
 
 
+# What other programs of the field call an option
+ELSEWHERE = {
+    "cfg-scale": "guidance", "cfg": "guidance", "guidance-scale": "guidance", "num-samples": "count", "num-images": "count",
+    "num-fid-samples": "count", "n-samples": "count", "batch-size": "batch", "per-proc-batch-size": "batch", "class-labels": "labels",
+    "classes": "labels", "class-ids": "labels", "prompt": "captions", "prompts": "captions", "output": "out", "outdir": "out",
+    "sample-dir": "out", "num-steps": "steps", "num-inference-steps": "steps", "topk": "top-k", "topp": "top-p",
+}  # fmt: skip
+
+
 def open_models(run: str, options: Sampler) -> tuple[Model, Model]:
     """The generator of a folder and its tokenizer; asks nothing of the devices, which processes have not yet joined.
 
@@ -126,7 +140,7 @@ def sampling_file(file: str, own: Sampling) -> Sampling:
     """
     if not file:
         return own
-    path = Path(file)
+    path = on_disk(file, "--sampling")
     if not path.is_file() and path.parent == Path("configs/sampling"):
         path = CONFIGS / "sampling" / path.name
     if path.suffix != ".py" or not path.is_file():
@@ -158,12 +172,12 @@ def options_of(arguments: list[str], prefix: str = "") -> tuple[Sampler, list[st
     sampling = own_sampling(model, given["sampling"] or "")
     parts = model.module, tokenizer.module, model.order
     with blamed(model, tokenizer):
-        sampler = Sampler(sampling=sampling, fields=_fields(sampling, parts))
+        sampler = Sampler(sampling=sampling, fields=fields_of(sampling, parts))
     return sampler, _spelt_out(arguments, prefix, sampler)
 
 
 def _is_model(name):
-    return not name.startswith("-") and any((Path(name) / part / "model.json").is_file() for part in ("", "generator"))
+    return not name.startswith("-") and any((path_of(name) / part / "model.json").is_file() for part in ("", "generator"))
 
 
 def _option(arguments, name):
@@ -180,6 +194,8 @@ def _spelt_out(arguments, prefix, sampler):
     for word in arguments:
         name, equals, value = word.partition("=")
         short = name.removeprefix(f"--{prefix}").replace("_", "-")
+        if name.startswith("--") and short in ELSEWHERE:
+            raise ValueError(f"there is no option {name}; here it is --{prefix}{ELSEWHERE[short]}")
         if name.startswith(f"--{prefix}") and short in SHORT:
             long = next((long for long in SHORT[short] if long in has), None)
             if long is None:
@@ -205,7 +221,7 @@ def _model(parts):
     return dict(zip(("generator", "tokenizer", "order"), parts))
 
 
-def _fields(sampling, parts):
+def fields_of(sampling: Sampling, parts: tuple[Any, Any, Any]) -> Fields:
     """A dataclass of what can be changed of a model, with its values and the words of its docstrings."""
     values = adjustable(**_model(sampling.adapted(*parts)))
     tree: dict[str, Any] = {}
@@ -258,13 +274,29 @@ def _values(fields, owner=""):
 
 
 def described(kind: type, field: str) -> str:
-    """What the docstring of a class says of an attribute."""
+    """What a class says of an attribute: in its docstring, or in one below the attribute."""
     for owner in kind.__mro__:
         text = inspect.cleandoc(owner.__doc__ or "").partition("Attributes:\n")[2]
         for names, words in re.findall(r"^  ([\w, ]+): (.*(?:\n    .*)*)", text, re.MULTILINE):
             if field in names.split(", "):
                 return " ".join(words.split())
+        if field in inspect.get_annotations(owner):
+            return _below(owner).get(field, "")
     return ""
+
+
+@functools.cache
+def _below(kind):
+    """Attributes of a class and the texts that follow them in its source."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    except (OSError, TypeError, SyntaxError):  # made by a program
+        return {}
+    return {
+        line.target.id: " ".join(below.value.value.split())
+        for line, below in itertools.pairwise(tree.body)
+        if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+    }
 
 
 def show_numbers(value: tuple) -> str:

@@ -4,8 +4,8 @@ each step reveals."""
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -301,6 +301,55 @@ def _in_place(order, tokens):
     return isinstance(slot, np.ndarray) and np.array_equal(slot, np.arange(tokens.shape[1])[None])
 
 
+class Stretch(NamedTuple):
+    """Neighbouring steps of equal room, which one loop takes.
+
+    Attributes:
+      steps: int [s], their numbers.
+      first: int [s], their first ranks.
+      room: ranks that each of them computes (see `Order.rooms`).
+      ranks: known after the last one.
+    """
+
+    steps: np.ndarray
+    first: np.ndarray
+    room: int
+    ranks: int
+
+    def run(
+        self,
+        fn: Callable[[State, Index, Index, int], State],
+        state: State,
+        part: tuple[Index, Index] | None = None,
+    ) -> State:
+        """Runs `fn(state, step, first rank, room)` for every step.
+
+        Args:
+          part: start and stop among the steps, which may be traced; None is all of them.
+        """
+        if len(self.steps) == 1:
+            return fn(state, int(self.steps[0]), int(self.first[0]), self.room)
+        steps, first = jnp.asarray(self.steps), jnp.asarray(self.first)
+        if part is not None:
+            return lax.fori_loop(*part, lambda i, state: fn(state, steps[i], first[i], self.room), state)
+        state, _ = lax.scan(lambda state, at: (fn(state, *at, self.room), None), state, (steps, first))
+        return state
+
+
+def stretches(
+    sizes: tuple[int, ...], rooms: tuple[int, ...] = (), done: int = 0, segments: int = 1
+) -> Iterator[Stretch]:
+    """Cuts the steps of an order into stretches; arguments as of `scan_steps`."""
+    last = np.cumsum(sizes)
+    first = last - sizes
+    step = int((last <= done).sum())
+    for room, run in itertools.groupby((rooms or sizes)[step:]):
+        steps = np.arange(step, step + len(list(run)))
+        for part in np.array_split(steps, min(segments, len(steps))):
+            yield Stretch(part, first[part], room, int(last[part[-1]]))
+        step += len(steps)
+
+
 def scan_steps(
     sizes: tuple[int, ...],
     fn: Callable[[State, Index, Index, int], State],
@@ -323,20 +372,6 @@ def scan_steps(
       segments: scans that a run of equal steps is cut into, so that `grow` can keep a cache no longer than needed;
         more segments read less and compile longer.
     """
-    last = np.cumsum(sizes)
-    first = last - sizes
-    step = int((last <= done).sum())
-    for room, run in itertools.groupby((rooms or sizes)[step:]):
-        steps = np.arange(step, step + len(list(run)))
-        for part in np.array_split(steps, min(segments, len(steps))):
-            state = grow(state, int(last[part[-1]]))
-            if len(part) == 1:
-                state = fn(state, int(part[0]), int(first[part[0]]), room)
-            else:
-
-                def body(carry, at, room=room):
-                    return fn(carry, *at, room), None
-
-                state, _ = lax.scan(body, state, (jnp.asarray(part), jnp.asarray(first[part])))
-        step += len(steps)
+    for stretch in stretches(sizes, rooms, done, segments):
+        state = stretch.run(fn, grow(state, stretch.ranks))
     return state

@@ -29,7 +29,9 @@ import tyro
 
 from ar_jax.config import Experiment, Stage, load_config, parse
 from ar_jax.decode.sequential import Sequential
+from ar_jax.files import codec
 from ar_jax.files.models import untrained
+from ar_jax.files.places import on_disk
 from ar_jax.files.trust import taken
 from ar_jax.machine.chips import Chip, chip, unknown
 from ar_jax.machine.flops import model_flops, with_fields
@@ -78,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         if "--help" in arguments or "-h" in arguments:
             tyro.cli(Options, args=["--help"], prog=prog, description=__doc__)
         options, overrides = tyro.cli(Options, args=arguments, prog=prog, return_unknown_args=True)
+        codec.check(options)
         experiment = parse(load_config(options.config), overrides, f"{prog} {options.config}", __doc__)
         if not options.topology:
             raise ValueError("give at least one --topology, such as v5e:16x16")
@@ -251,7 +254,7 @@ def compile_for(experiment: Experiment, options: Options, mesh: jax.sharding.Mes
         rest["preview"] = held if isinstance(held, str) else sum(held.values()) + beside
     text = compiled.as_text()
     if options.hlo:
-        os.makedirs(options.hlo, exist_ok=True)
+        os.makedirs(on_disk(options.hlo, "--hlo"), exist_ok=True)
         with open(os.path.join(options.hlo, f"{experiment.name}_{mesh.devices.flat[0].device_kind}.hlo"), "w") as file:
             file.write(text)
     return Compiled(facts, Program(text), memory, **rest)

@@ -8,7 +8,7 @@
     python sample.py runs/mnist5k_var --edit digit.png --mask hole.png      what is white in hole.png is drawn anew
     python sample.py checkpoints/c2i_B_256 --tokenizer checkpoints/vq_ds16_c2i --count 50000 --out b256.npz
 
-What is written follows from --out: NAME.png is a grid, NAME.npz the uint8 array that the field's evaluators read, any
+What is written follows from --out: NAME.png (.jpg, .webp) is a grid, NAME.npz the uint8 array that the field's evaluators read, any
 other name a folder of PNG files. Run the same command again to go on after an interruption. An image depends on the
 seed and its number only, not on the batch size or the number of devices.
 """
@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -34,12 +33,13 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ar_jax.data.base import needed
+from ar_jax.data.folder import SUFFIXES
 from ar_jax.data.images import read_image
 from ar_jax.decode.sampling import read_sampling
 from ar_jax.files import codec
-from ar_jax.files.images import save_png, tile
+from ar_jax.files.images import PICTURES, save_picture, tile
 from ar_jax.files.models import image_shape, write_json
-from ar_jax.files.places import on_disk
+from ar_jax.files.places import made, path_of, reachable, remove_tree, resolved, seekable
 from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
@@ -61,7 +61,7 @@ class Options(Sampler):
     count: int = 100
     """Number of images."""
     out: str = "samples.png"
-    """A .png (grid), a .npz, or a folder."""
+    """A grid (.png, .jpg, .webp), a .npz, or a folder of PNG files."""
     columns: int = 0
     """Of the grid; 0 chooses."""
     edit: str = ""
@@ -82,12 +82,13 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         raise SystemExit(__doc__)
     with distributed.command("sample.py"):
-        own, arguments = options_of(on_disk(taken(arguments)))
+        own, arguments = options_of(reachable(taken(arguments)))
         default = Options(run=tyro.MISSING, sampling=own.sampling, fields=own.fields)
         options = tyro.cli(
             Options, args=arguments, default=default, prog="sample.py", description=__doc__,
             config=(tyro.conf.AvoidSubcommands,),
         )  # fmt: skip
+        codec.check(options)
         distributed.join(options.launch)
         keep_compiled()
         sample(options)
@@ -99,11 +100,14 @@ def sample(options: Options) -> None:
     names, conditions = condition_table(drawer.model.info, options, options.labels)
     given = read_edit(options, drawer.decoder)
 
-    out, folder = Path(options.out), Path(options.out)
-    if out.suffix in (".png", ".npz"):
+    out = folder = path_of(options.out)
+    kind = out.suffix.lower()
+    if kind in (".npy", ".zip", *SUFFIXES) and kind not in PICTURES:
+        raise ValueError(f"--out is {options.out}; it must be a grid ({', '.join(PICTURES)}), a .npz, or a folder of PNG files")
+    if kind in (".npz", *PICTURES):
         folder = out.with_name(f".{out.name}.parts")
     identity = {
-        "run": str(drawer.model.folder.resolve()), "tokenizer": str(drawer.tokenizer.folder.resolve()), "seed": options.seed,
+        "run": str(resolved(drawer.model.folder)), "tokenizer": str(resolved(drawer.tokenizer.folder)), "seed": options.seed,
         "sampling": codec.encode(drawer.sampling), "conditions": names, **options.numerics, "average": options.average, "resize": options.resize,
         "checkpoint": drawer.model.checkpoint,
     }  # fmt: skip
@@ -133,7 +137,7 @@ def sample(options: Options) -> None:
                 if out == folder:
                     for row, image, called, _ in drawn:
                         about = {"condition": names[ids[row] % len(names)], "seed": str(options.seed)}
-                        writers.begin(save_png, _file(folder, ids[row]), image, about | {"calls": json.dumps(called)})
+                        writers.begin(save_picture, _file(folder, ids[row]), image, about | {"calls": json.dumps(called)})
                 elif drawn:
                     writers.begin(_save_shard, folder, ids[[one.row for one in drawn]], [one.image for one in drawn])
                 bar.update(len(ids))
@@ -225,15 +229,9 @@ def _file(folder: Path, i: int) -> Path:
 
 
 def _save_shard(folder: Path, ids: np.ndarray, images: list[np.ndarray]) -> None:
-    """Writes numbered images as one .npz, under a temporary name first."""
-    path = folder / f"{ids[0]:06d}.npz"
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, ids=ids, images=np.stack(images))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes numbered images as one .npz, all of it or nothing."""
+    with made(folder / f"{ids[0]:06d}.npz") as part, open(part, "wb") as file:
+        np.savez(file, ids=ids, images=np.stack(images))
 
 
 def _kept(folder: Path) -> dict[int, tuple[Path, int]]:
@@ -251,7 +249,7 @@ def _kept(folder: Path) -> dict[int, tuple[Path, int]]:
 
 def _read_shard(file: Path, name: str) -> np.ndarray:
     try:
-        with np.load(file, allow_pickle=False) as shard:
+        with np.load(seekable(file), allow_pickle=False) as shard:
             return shard[name]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} cannot be read ({error}); remove it and run the same command again") from error
@@ -264,7 +262,7 @@ def _images(folder: Path, count: int) -> Iterator[np.ndarray]:
         raise ValueError(f"{folder} lacks {len(missing)} images, such as {missing[0]}; run the same command again")
     for file, row in (kept[i] for i in range(count)):
         if file.suffix == ".png":
-            yield np.asarray(Image.open(file))
+            yield np.asarray(Image.open(seekable(file)))
             continue
         if shard[0] != file:
             shard = file, _read_shard(file, "images")
@@ -315,26 +313,25 @@ def _as_now(note: dict) -> dict:
 
 
 def _assemble(folder: Path, out: Path, options: Options, conditions: int) -> None:
-    """Makes the grid or the .npz, under a temporary name, then removes what it was made of."""
+    """Makes the grid or the .npz, all of it or nothing, then removes what it was made of."""
     if out == folder:
         return
     images = _images(folder, options.count)
-    if out.suffix == ".png":
+    if out.suffix.lower() in PICTURES:
         columns = options.columns or (conditions if 1 < conditions <= 20 else 0)
-        save_png(out, tile(np.stack(list(images)), columns))
+        save_picture(out, tile(np.stack(list(images)), columns))
     else:
         first = next(images)
         header = {"descr": "|u1", "fortran_order": False, "shape": (options.count, *first.shape)}
-        temporary = out.with_name(f".{out.name}.tmp")
-        try:  # a shard at a time: 50,000 images need not fit in memory
-            with zipfile.ZipFile(temporary, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
-                np.lib.format.write_array_header_1_0(array, header)
-                for image in itertools.chain([first], images):
-                    array.write(image.tobytes())
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
-    shutil.rmtree(folder)
+        with (  # a shard at a time: 50,000 images need not fit in memory
+            made(out) as part,
+            zipfile.ZipFile(part, "w") as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as array,
+        ):
+            np.lib.format.write_array_header_1_0(array, header)
+            for image in itertools.chain([first], images):
+                array.write(image.tobytes())
+    remove_tree(folder)
 
 
 if __name__ == "__main__":

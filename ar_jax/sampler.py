@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,15 +14,18 @@ import numpy as np
 from ar_jax.data import Info, label_ids
 from ar_jax.decode.edit import Edit, free_slots
 from ar_jax.decode.sampling import Sampling
+from ar_jax.files import codec
 from ar_jax.files.images import to_float, to_uint8
-from ar_jax.files.models import Model, blamed
+from ar_jax.files.models import Model, blamed, fingerprint
+from ar_jax.files.places import path_of, seekable
 from ar_jax.machine.flops import with_fields
 from ar_jax.machine.precision import multiply_in
+from ar_jax.machine.seeds import key_of
 from ar_jax.machine.sharding import batch_sharding, put
 from ar_jax.nets.resize import resize
 from ar_jax.options import Sampler, changes, open_models, own_sampling
-from ar_jax.orders import OrderFn, known_first
-from ar_jax.typing import Array, Batch, Int, Key
+from ar_jax.orders import Order, OrderFn, known_first
+from ar_jax.typing import Array, Batch, Int, Key, PRNGKey
 
 
 class Given(NamedTuple):
@@ -101,21 +104,20 @@ class Drawer(NamedTuple):
             unroll = by_token(generator, order_fn) if options.unroll is None else options.unroll
         params = self.model.params(dtype, options.average, mesh, unroll)
         frozen = self.tokenizer.params(average=options.average, mesh=mesh)
+        was = self.model.settings.get("trained_on")
+        if was and options.average and not options.tokenizer and fingerprint(frozen) != was:
+            raise ValueError(
+                f"{self.model.folder} is trained for a tokenizer with other parameters than {self.tokenizer.folder} has now: "
+                f"train it on, or draw nevertheless with --tokenizer {self.tokenizer.folder}"
+            )
         generator = generator.by_layer() if unroll else generator
 
-        known = np.zeros(decoder.spec.n, bool)
-        if given is not None and generator.any_order:
-            known = np.asarray(~free_slots(decoder.spec, given.free[None])[0])
+        known = known_beforehand(generator, given)
 
         @functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
         def program(params, frozen, batch, ids, pixels):
             keys, order_keys = image_keys(options.seed, ids)
-            order, edit = order_fn(generator.spec, order_keys, len(ids), 0), None
-            if given is not None:
-                if generator.any_order:
-                    order = known_first(order_fn, generator.spec, known, order_keys)
-                image, free = (jnp.broadcast_to(x, (len(ids), *x.shape)) for x in pixels)
-                edit = Edit(to_float(image), free, given.scales, int(known.sum()))
+            order, edit = arranged(generator, order_fn, order_keys, pixels, given.scales if given else 0, known)
             images, account = sampling.images(
                 generator, decoder, params, frozen, batch, order, keys=keys, edit=edit, pixels=shown_in
             )
@@ -154,6 +156,34 @@ class Drawer(NamedTuple):
         return draw
 
 
+def known_beforehand(generator: nn.Module, given: Given | None) -> np.ndarray:
+    """Slots that are put first in the order, as they are known: bool [n], none if ranks must stay in their places."""
+    if given is None or not generator.any_order:
+        return np.zeros(generator.spec.n, bool)
+    return np.asarray(~free_slots(generator.spec, given.free[None])[0])
+
+
+def arranged(
+    generator: nn.Module, order_fn: OrderFn, keys: Key[Array, "b"], pixels: Any, scales: int, known: np.ndarray
+) -> tuple[Order, Edit | None]:
+    """The order of numbered images, and what is given of them.
+
+    Args:
+      keys: of the orders.
+      pixels: an image and the pixels that are free, the same for all; or None.
+      scales: see `Given`.
+      known: from `known_beforehand`.
+    """
+    if pixels is None:
+        return order_fn(generator.spec, keys, len(keys), 0), None
+    if generator.any_order:
+        order = known_first(order_fn, generator.spec, known, keys)
+    else:
+        order = order_fn(generator.spec, keys, len(keys), 0)
+    image, free = (jnp.broadcast_to(x, (len(keys), *x.shape)) for x in pixels)
+    return order, Edit(to_float(image), free, scales, int(known.sum()))
+
+
 def in_batches(draw: Draw, conditions: Batch, ids: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, list[Drawn]]]:
     """Draws numbered images; while one batch is used, the devices work on the next.
 
@@ -179,9 +209,9 @@ def in_batches(draw: Draw, conditions: Batch, ids: np.ndarray, size: int) -> Ite
         waiting = begun
 
 
-def image_keys(seed: int, ids: Int[Array, "b"]) -> tuple[Key[Array, "b"], Key[Array, "b"]]:
-    """Keys for the tokens of numbered images and for their orders."""
-    roots = jax.random.split(jax.random.key(seed))
+def image_keys(seed: int | PRNGKey, ids: Int[Array, "b"]) -> tuple[Key[Array, "b"], Key[Array, "b"]]:
+    """Keys for the tokens of numbered images and for their orders; `seed` may be its key."""
+    roots = jax.random.split(key_of(seed) if isinstance(seed, int) else seed)
     return tuple(jax.vmap(functools.partial(jax.random.fold_in, root))(ids) for root in roots)
 
 
@@ -204,6 +234,8 @@ def open_drawer(run: str, options: Sampler) -> Drawer:
             sampling.adapted(*parts)
     sampling = dataclasses.replace(sampling, fields=changes(sampling, parts, options.fields))
     generator, decoder, order = sampling.adapted(*parts)
+    for name, part in (("generator", generator), ("tokenizer", decoder), ("order", order)):
+        codec.check(part, name)  # with what was changed of it
     makes, takes = generator.spec, decoder.spec
     if (makes.codes, makes.channels, makes.n) != (takes.codes, takes.channels, takes.n):
 
@@ -227,7 +259,7 @@ def condition_table(info: Info, options: Sampler, labels: tuple[str, ...] = ()) 
         if labels:
             raise ValueError("--labels given, but this model takes captions; give --captions")
         if options.features:
-            with np.load(options.features, allow_pickle=False) as file:
+            with np.load(seekable(path_of(options.features)), allow_pickle=False) as file:
                 text, mask = file["features"].astype(np.float32), file["mask"].astype(bool)
             names = [f"features {i}" for i in range(len(text))]
         elif not options.captions:

@@ -18,12 +18,10 @@ command again: finished shards are kept, and an unfinished OUT is never read. Fo
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import sys
 from collections.abc import Iterator
 from concurrent import futures
-from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -39,22 +37,23 @@ from ar_jax.data import (
     arrays,
     centre_crop,
     flip,
-    open_records,
     open_source,
     ten_crop,
     write_shards,
 )
 from ar_jax.data.packed import tokens
+from ar_jax.data.records import read_json
 from ar_jax.files import codec
 from ar_jax.files.images import to_float
-from ar_jax.files.models import Model, open_model
-from ar_jax.files.places import on_disk
+from ar_jax.files.models import Model, fingerprint, open_model
+from ar_jax.files.places import path_of, reachable, resolved
 from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
 from ar_jax.machine.distributed import Launch
 from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.machine.precision import Precision, multiply_in, products
+from ar_jax.machine.seeds import Seed, key_of
 from ar_jax.machine.sharding import make_mesh, put_batch, replicated
 from ar_jax.typing import Array, Params, PRNGKey
 
@@ -79,7 +78,7 @@ class Options:
     """Number of files, and the parts of the work that are not done again after an interruption."""
     dtype: Literal["", "float32", "bfloat16"] = ""
     """Of the tokenizer's matrix products and convolutions; empty keeps the tokenizer's own."""
-    seed: int = 0
+    seed: Seed = 0
     """For tokenizers whose tokens depend on a key and that do not say from which Gaussian they draw them."""
     precision: Precision = "highest"
     """Of products of float32 numbers (see `machine.precision`); highest gives the same codes on every device but for ties,
@@ -93,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not arguments:
         raise SystemExit(__doc__)
     with distributed.command(prog):
-        arguments = on_disk(taken(arguments)) or ["--help"]
+        arguments = reachable(taken(arguments)) or ["--help"]
         if arguments[0].startswith("-"):  # --help, or an option in the place of TOKENIZER
             _parse(Data(), f"{prog} TOKENIZER", arguments)
             raise ValueError("give TOKENIZER first, a run folder of train.py or a converted tokenizer")
@@ -106,7 +105,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parse(data, prog, arguments):
     default = Options(out=tyro.MISSING, data=data)
-    return tyro.cli(Options, default=default, args=arguments, prog=prog, description=__doc__)
+    options = tyro.cli(Options, default=default, args=arguments, prog=prog, description=__doc__)
+    codec.check(options)
+    return options
 
 
 def default_data(tokenizer: Model) -> Data:
@@ -146,7 +147,7 @@ def tokenize(tokenizer: Model, options: Options) -> None:
         f"{spec.n} tokens of {_kind(tokenizer.module)}, by {tokenizer.folder} on {jax.device_count()} "
         f"{jax.devices()[0].device_kind}"
     )
-    distributed.check_shared(Path(options.out).parent)
+    distributed.check_shared(path_of(options.out).parent)
     if process == 0:  # claims the folder, so that the others find it begun
         write_shards(options.out, cache, info, options.shards, only=(), form=arrays.FORM)
     distributed.barrier("begun")
@@ -156,7 +157,7 @@ def tokenize(tokenizer: Model, options: Options) -> None:
         names = sorted(cache.left_out)
         print(f"left out {len(names)} that cannot be read:", *names, sep="\n  ")
     if complete:
-        print(f"{options.out} is complete: {len(open_records(options.out))} records")
+        print(f"{options.out} is complete: {read_json(path_of(options.out) / 'info.json')['count']} records")
 
 
 def _kind(module):
@@ -202,7 +203,7 @@ class Cache:
         self.images = max(1, options.batch // self.versions)  # of a batch, each in all versions
         self.rows = -(-self.images * self.versions // self.mesh.size) * self.mesh.size
         self.params = jax.device_put(params, replicated(self.mesh))
-        self.key = jax.random.key(options.seed)
+        self.key = key_of(options.seed)
 
         @jax.jit
         def encode(params, batch, key):
@@ -297,11 +298,7 @@ def identity(tokenizer: Model, params: Params) -> dict[str, Any]:
     """What makes tokens mean what they mean: the network (but not its precision), and a hash of its parameters."""
     module = codec.encode(tokenizer.module)
     module.pop("dtype", None)
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
-    return {"folder": str(tokenizer.folder.resolve()), "module": module, "parameters": digest.hexdigest()}
+    return {"folder": str(resolved(tokenizer.folder)), "module": module, "parameters": fingerprint(params)}
 
 
 def check_cache(data: Data, tokenizer: Model, cache: Source | None = None) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "Key",
     "Layers",
     "Level",
+    "Many",
     "Metrics",
     "PRNGKey",
     "Params",
@@ -69,6 +70,7 @@ class Having:
 Share = Annotated[float, Within(0, 1)]  # of a whole; a probability
 Layers = Annotated[int, Within(1, 1024)]  # and other things that are traced one by one
 Blocks = Annotated[int, Within(0, 1024)]  # that may be none
+Many = Annotated[int, Within(0, 2**24)]  # or none
 Level = Annotated[int, Within(-32, 31)]  # of a network that halves its image, from the finest; -1 the coarsest
 Steps = Annotated[int, Within(1, 10_000)]  # of a loop
 Unstored = Annotated[bool, Within(False, False)]  # how parameters are laid out for decoding: never so on disk

@@ -15,7 +15,7 @@ from evals.weights import crops, random_inception
 from skimage.filters import gaussian
 
 from ar_jax.evaluate import Generation, Judge, evaluate_generation
-from ar_jax.files.images import save_png
+from ar_jax.files.images import save_picture
 from ar_jax.machine.compiled import keep_compiled
 
 
@@ -31,7 +31,7 @@ def main():
         for i, image in enumerate(crops(count, 96, seed)):
             if path == a:
                 image = np.rint(255 * gaussian(image / 255, 0.7, channel_axis=-1)).astype(np.uint8)
-            save_png(path / f"{i:04d}.png", image)
+            save_picture(path / f"{i:04d}.png", image)
     weights = folder / "random.pth"
     torch.save({key: torch.tensor(value) for key, value in random_inception().items()}, weights)
 

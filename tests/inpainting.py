@@ -18,7 +18,7 @@ from scipy.ndimage import maximum_filter
 from ar_jax.data import Data, batches, open_source
 from ar_jax.decode.edit import Edit, free_slots
 from ar_jax.decode.sampling import read_sampling
-from ar_jax.files.images import save_png, tile, to_float, to_uint8
+from ar_jax.files.images import save_picture, tile, to_float, to_uint8
 from ar_jax.files.models import open_model
 from ar_jax.orders import known_first
 
@@ -74,7 +74,7 @@ def main():
             f"{error(recon, kept):.2f}; after pasting: {error(pasted[0], kept):.2f}"
         )
     shown, some = [image, np.where(free[..., None], 128, image), recon, *pasted], len(image) // 16
-    save_png(arguments.out, tile(np.concatenate([x[::some][:16] for x in shown]), 16))
+    save_picture(arguments.out, tile(np.concatenate([x[::some][:16] for x in shown]), 16))
 
 
 if __name__ == "__main__":

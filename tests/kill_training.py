@@ -26,6 +26,7 @@ from data.packing import pack
 from orbax.checkpoint import v1 as ocp
 
 from ar_jax.data import Data, open_source
+from ar_jax.files.places import absolute
 from ar_jax.train.checkpoint import latest_step
 
 ROOT = Path(__file__).parents[1]
@@ -174,7 +175,7 @@ def progress(folder: Path) -> str:
 def arrays(run_folder: Path, stage: str) -> dict[str, tuple]:
     """Type, shape and bytes of everything in the newest complete checkpoint of a stage, by path."""
     folder = run_folder / stage / "checkpoints"
-    folder = (folder / str(latest_step(folder))).absolute()
+    folder = absolute(folder / str(latest_step(folder)))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # it may have been saved by other processes
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), ocp.checkpointables_metadata(folder).metadata

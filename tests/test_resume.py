@@ -84,30 +84,34 @@ def test_a_checkpoint_folder_emptied_on_purpose_is_gone_back_from(place, whole, 
     assert arrays(run, "generator") == arrays(whole, "generator")
 
 
-def sent_sigterm(monkeypatch, update):
-    """Lets the batch of an update be accompanied by SIGTERM."""
+def sent(monkeypatch, number, update):
+    """Lets the batch of an update be accompanied by a signal."""
     count = iter(range(1, 100))
 
     def put(batch, mesh):
         if next(count) == update:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return put_batch(batch, mesh)
 
     monkeypatch.setattr(loop, "put_batch", put)
 
 
 @pytest.mark.parametrize(
-    ("update", "stage", "step"), [(1, "tokenizer", "1"), (4, "tokenizer", "4"), (9, "generator", "5")]
-)
-def test_sigterm_saves_the_update_under_way_and_asks_to_be_run_again(
-    place, whole, monkeypatch, capsys, update, stage, step
+    ("number", "update", "stage", "step", "code"),
+    [
+        (signal.SIGTERM, 1, "tokenizer", "1", 75), (signal.SIGTERM, 4, "tokenizer", "4", 75),
+        (signal.SIGINT, 9, "generator", "5", 130),
+    ],
+)  # fmt: skip
+def test_a_signal_saves_the_update_under_way_and_asks_to_be_run_again(
+    place, whole, monkeypatch, capsys, number, update, stage, step, code
 ):
     name = f"told_{update}"
     with monkeypatch.context() as patch:
-        sent_sigterm(patch, update)
+        sent(patch, number, update)
         with pytest.raises(SystemExit) as caught:
             trained(place, "--name", name)
-    assert caught.value.code == guards.AGAIN == 75
+    assert caught.value.code == code
     assert f"{stage}: told to stop, saved update {step}; the same command goes on" in capsys.readouterr().out
     assert checkpoints(place / name, stage)[-1] == step
     trained(place, "--name", name)
@@ -116,6 +120,32 @@ def test_sigterm_saves_the_update_under_way_and_asks_to_be_run_again(
     assert done in said.out + said.err
     for stage in ("tokenizer", "generator"):
         assert arrays(place / name, stage) == arrays(whole, stage)
+
+
+def test_a_generator_knows_its_tokenizer(place, whole, capsys, tmp_path):
+    run = copied(whole, "changed")
+    few = ("--count", "2", "--batch", "2")
+    sample.main([str(run), "--out", str(tmp_path / "before.png"), *few])
+    more = ("--name", "changed", "--tokenizer.steps", 6)
+    said = refused(train.main, place / "tiny.py", "--out", place, *QUIET, *more)
+    assert "6 updates of the generator are made for the tokenizer as it is, and tokenizer.steps=6 would change that" in said
+    assert checkpoints(run, "tokenizer")[-1] == "4", "nothing was trained"
+    trained(place, *more, "--generator.other-tokenizer", True, "--generator.steps", 7)
+    assert checkpoints(run, "tokenizer")[-1] == "6"
+    assert "tokenizer.steps is 6, was 4 until update tokenizer 4, generator 6" in capsys.readouterr().out
+    sample.main([str(run), "--out", str(tmp_path / "after.png"), *few])
+    shutil.rmtree(run / "tokenizer" / "checkpoints" / "6")
+    shutil.rmtree(run / "tokenizer" / "checkpoints" / "6.broken", ignore_errors=True)
+    said = refused(sample.main, run, "--out", tmp_path / "x.png", *few)
+    assert "is trained for a tokenizer with other parameters than" in said
+    sample.main([str(run), "--out", str(tmp_path / "x.png"), *few, "--tokenizer", str(run)])
+
+
+def test_images_of_another_size_than_the_tokenizers_are_refused_before_anything_is_trained(place, tmp_path):
+    size = ("--data.size", 16, "--tokenizer.module.size", 32, 32)
+    said = refused(train.main, place / "tiny.py", "--out", tmp_path, *QUIET, *size)
+    assert "data.size is 16, but the tokenizer's images have 32x32 pixels; give --data.size 32 or --tokenizer.module.size" in said
+    assert not (tmp_path / "whole" / "tokenizer" / "checkpoints").exists()
 
 
 def on_devices(patch, count):
@@ -195,7 +225,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_sampled_from(place, whole, monke
         (("--generator.best", "psnr"), "generator.best is 'psnr', but the held-out figures are ['loss']"),
         (("--generator.preview-every", 0), "save_every is 3 and preview_every 0; make save_every a multiple"),
         (("--generator.preview-every", 2), "save_every is 3 and preview_every 2; make save_every a multiple"),
-        (("--generator.keep-every", -1), "keep must be at least 1"),
+        (("--generator.keep-every", -1), "generator.keep_every is -1; it must be a whole number from 0"),
     ],
 )
 def test_policies_that_cannot_be_followed_are_refused(place, whole, overrides, message):

@@ -1,6 +1,7 @@
 """The two commands end to end: a tiny tokenizer and generator of real digits."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import resource
@@ -326,6 +327,25 @@ def test_a_grid_shows_the_images_row_by_row(run, drawn, tmp_path):
         y, x = 2 + 34 * (i // 10), 2 + 34 * (i % 10)
         np.testing.assert_array_equal(pixels[y : y + 32, x : x + 32], image)
     assert (pixels[:2] == 255).all()
+    same = sampled(run, tmp_path / "GRID.WEBP", "--count", 12, "--batch", 5)
+    with Image.open(same) as sheet:
+        assert sheet.format == "WEBP"
+        np.testing.assert_array_equal(np.asarray(sheet), pixels)
+    said = refused(sample.main, run, "--out", tmp_path / "grid.gif")
+    assert "grid.gif; it must be a grid (.png, .jpg, .jpeg, .webp), a .npz, or a folder of PNG files" in said
+    said = refused(sample.main, run, "--cfg-scale", 2)
+    assert said == "sample.py: there is no option --cfg-scale; here it is --guidance"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["GRID.WEBP", "grid.png"]
+
+
+def test_a_run_finds_its_data_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    data = Data(name="image_folder", path="images", text="minilm")
+    assert train.lasting(data) == dataclasses.asdict(data) | {"path": str(tmp_path / "images")}
+    assert train.lasting(Data(name="huggingface", path="gs://bucket/x"))["path"] == "gs://bucket/x"
+    with pytest.raises(FileNotFoundError, match=f"'elsewhere', which is not a folder in {tmp_path}"):
+        open_source(dataclasses.replace(data, path="elsewhere"))
 
 
 def test_a_folder_of_images_can_be_completed_but_not_mixed(run, drawn, tmp_path, capsys):
@@ -420,9 +440,9 @@ def test_labels_are_used_in_turn(run, drawn, tmp_path):
         (("--labels", "33"), "no class '33'; near ones: 3; give a name or number from 0 to 9"),
         (("--captions", "a red heart"), "captions given, but this model takes class labels; give --labels"),
         (("--features", "x.npz"), "captions given, but this model takes class labels"),
-        (("--count", "0"), "--count is 0; it must be at least 1"),
-        (("--batch", "0"), "--batch is 0; it must be a positive multiple"),
-        (("--resize", "-8"), "--resize is -8; it must be a number of pixels"),
+        (("--count", "0"), "count is 0; it must be a whole number from 1 to"),
+        (("--batch", "0"), "batch is 0; it must be a whole number from 1 to"),
+        (("--resize", "-8"), "resize is -8; it must be a whole number from 0 to"),
         (("--top-p", "1.5"), r"top_p must lie in (0, 1], got 1.5"),
         (("--top-k", "-2"), "top_k must be 0 (off) or positive, got -2"),
         (("--tokenizer", "nowhere"), "nowhere does not exist; a tokenizer is needed"),

@@ -7,7 +7,6 @@ import contextlib
 import inspect
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ from ar_jax.convert.choose import choose, identified
 from ar_jax.convert.names import to_params, to_weights
 from ar_jax.convert.sources import export
 from ar_jax.files.models import KINDS, Model, describe, open_model
-from ar_jax.files.places import on_disk
+from ar_jax.files.places import path_of, reachable, remove_tree
 from ar_jax.files.trust import taken
 from ar_jax.files.weights import read_weights, write_safetensors
 from ar_jax.files.words import shown
@@ -79,11 +78,11 @@ def convert(
         raise ValueError("give either --to DIR (from a released file) or --back FILE (to one); --help shows examples")
     if to is not None:
         to_folder(
-            path.expanduser(), to.expanduser(), size=size, heads=heads, groups=groups, scales=scales,
-            masks=masks and masks.expanduser(), entry=entry,
+            path_of(path).expanduser(), path_of(to).expanduser(), size=size, heads=heads, groups=groups, scales=scales,
+            masks=masks and path_of(masks).expanduser(), entry=entry,
         )  # fmt: skip
     else:
-        to_file(path.expanduser(), back.expanduser(), average=average)
+        to_file(path_of(path).expanduser(), path_of(back).expanduser(), average=average)
 
 
 def to_folder(
@@ -120,10 +119,11 @@ def to_folder(
     buffers = {key: weights.pop(key) for key in found.buffers if key in weights}
     origin = {"family": found.family, "file": path.name, "entry": entry, "buffers": list(buffers)}
 
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
+    temporary = folder  # in a bucket nothing can be renamed, but without a model.json it is no model yet
+    if isinstance(folder, Path):
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        temporary.mkdir(parents=True)
     try:
-        describe(temporary, found.kind, found.module, info, {"origin": origin, **settings})
         if buffers:
             write_safetensors(temporary / "buffers.safetensors", buffers)
         with _of(path), tqdm(total=len(weights), desc="reading", unit="entry", disable=None) as progress:
@@ -134,9 +134,12 @@ def to_folder(
         context.memory.deepcopy_host_arrays = False  # nobody changes them meanwhile
         with context:
             save_params(temporary / "params", params)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        describe(temporary, found.kind, found.module, info, {"origin": origin, **settings})
+        if temporary != folder:
+            os.rename(temporary, folder)
+    except BaseException:
+        remove_tree(temporary, ignore_errors=True)
+        raise
     print(f"{folder} is complete")
 
 
@@ -217,7 +220,7 @@ def _open(folder: Path) -> Model:
 def main(arguments: list[str] | None = None) -> None:
     prog = "python -m ar_jax.convert"
     try:
-        arguments = on_disk(taken(sys.argv[1:] if arguments is None else arguments))
+        arguments = reachable(taken(sys.argv[1:] if arguments is None else arguments))
         tyro.cli(convert, args=arguments, prog=prog, description=inspect.cleandoc(convert.__doc__.split("Args:")[0]))
     except (ValueError, OSError) as error:
         sys.exit(f"{prog}: {error}")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ar_jax.data.base import spread
 from ar_jax.data.captions import bits, from_bits, left_pad
 from ar_jax.data.records import Form, open_shards, read_json, write_json
+from ar_jax.files.places import made, path_of
 
 NAME = "arrays"  # what info.json calls this form
 VERSIONED = ("tokens", "moments")  # fields with several versions of an image, of which training takes one at a time
@@ -27,7 +28,7 @@ class Arrays:
     """Records of memory-mapped shards, by index or many at once; `info` is the folder's info.json."""
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+        self.folder = path_of(folder)
         self.info, paths = open_shards(self.folder, FORM)
         counts = [read_json(path)["records"] for path in paths]
         self._shards = [_open_shard(path, count) for path, count in zip(paths, counts) if count]
@@ -172,15 +173,10 @@ class Column:
 @contextlib.contextmanager
 def column(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[Column]:
     """A column that gets its name when it is whole."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            made = Column(file, dtype, shape)
-            yield made
-            made.head()
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with made(path, path.with_name(f".{path.name}.part")) as part, open(part, "wb") as file:
+        grown = Column(file, dtype, shape)
+        yield grown
+        grown.head()
 
 
 FORM = Form(".json", _write_shard, lambda paths: sum(read_json(path)["records"] for path in paths))

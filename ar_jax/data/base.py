@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from ar_jax.files.places import path_of
 from ar_jax.typing import Within
 
 
@@ -152,10 +154,15 @@ def folder_of(data: Data) -> Path:
     """`data.path` as a folder that exists."""
     if not data.path:
         raise ValueError(f"data.path is empty; data.name={data.name} needs the folder to read")
-    folder = Path(data.path).expanduser()
+    folder = path_of(data.path).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"data.path is {data.path!r}, which is not a folder; data.name={data.name} needs one")
+        raise FileNotFoundError(f"data.path is {data.path!r}, which is not a folder{seen_from(folder)}; data.name={data.name} needs one")
     return folder
+
+
+def seen_from(path: Path) -> str:
+    """What a relative path is relative to, for messages."""
+    return "" if path.is_absolute() else f" in {os.getcwd()}"
 
 
 def split_folders(folder: Path, split: str) -> list[Path]:

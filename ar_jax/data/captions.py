@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ar_jax.data.base import Data, Info, NoSplit, Source
 from ar_jax.files import cache
+from ar_jax.files.places import local, path_of
 
 MOST_CAPTIONS = 1_000_000  # different captions that are encoded here: of 20 words 80 GB of features of a T5 of width 2048
 AT_ONCE = 512
@@ -54,10 +55,10 @@ def with_text(source: Source, data: Data) -> Source:
             "no captions; leave data.text empty, or add captions (of a folder of images: captions.jsonl, captions.csv, Hugging "
             "Face's metadata.jsonl or .csv, or a .txt beside every image)"
         )
-    if data.text == "minilm" or Path(data.text).expanduser().is_dir():
+    if data.text == "minilm" or path_of(data.text).expanduser().is_dir():
         encoder, rows, width = _encode(source.captions(), data)
     elif Path(data.text).suffix in (".npz", ".safetensors"):
-        encoder, rows, width = _open_features(Path(data.text).expanduser(), len(source), data.split)
+        encoder, rows, width = _open_features(path_of(data.text).expanduser(), len(source), data.split)
     else:
         raise ValueError(
             f"data.text is {data.text!r}; it must be empty, minilm, a folder of a text encoder, or a .npz or .safetensors file"
@@ -135,7 +136,7 @@ def _open_features(path: Path, count: int, split: str) -> tuple[str, Rows, int]:
     if not path.is_file():
         raise FileNotFoundError(f"data.text is {str(path)!r}, which is not a file")
     try:
-        encoder, arrays = _npz(path) if path.suffix == ".npz" else _safetensors(path)
+        encoder, arrays = _npz(local(path)) if path.suffix == ".npz" else _safetensors(local(path))
         features, mask = arrays["features"], arrays["mask"]
         shape, mask_shape = _shape(features), _shape(mask)
     except Exception as error:  # KeyError, BadZipFile, SafetensorError, pickled arrays ...

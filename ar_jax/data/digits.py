@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ar_jax.data.base import Data, Info, NoSplit, folder_of, held_out
+from ar_jax.files.places import local
 
 FASHION = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 FASHION_PLACE = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
@@ -59,7 +60,7 @@ def idx(data: Data) -> Arrays:
             "train-images-idx3-ubyte and so on, or the Debian package "
             "dataset-fashion-mnist"
         )
-    folder = folder_of(data) if data.path else FASHION_PLACE
+    folder = local(folder_of(data)) if data.path else FASHION_PLACE
     parts = {"train": ["train"], "test": ["t10k"], "all": ["train", "t10k"]}[data.split]
     if data.split == "test" and not any(folder.glob("t10k-*")):
         raise NoSplit(f"data.split is test, but {folder} has no files t10k-images-idx3-ubyte and so on")

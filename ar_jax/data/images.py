@@ -7,12 +7,14 @@ import math
 import os
 import stat
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO
 
 import numpy as np
 from PIL import Image
 
 from ar_jax.data.base import Unreadable
+from ar_jax.files.places import content, path_of
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 LONGEST = 128  # times the short side
@@ -45,14 +47,18 @@ def read_image(file: str | os.PathLike | IO[bytes], name: str = "", upright: boo
         times its short side, or samples without an agreed range.
     """
     try:
-        if isinstance(file, (str, os.PathLike)) and not stat.S_ISREG(os.stat(file).st_mode):
-            raise ValueError("it is no plain file")  # a pipe would be waited for
+        opened = path_of(file) if isinstance(file, (str, os.PathLike)) else file
+        if isinstance(opened, Path):
+            if not stat.S_ISREG(os.stat(opened).st_mode):
+                raise ValueError("it is no plain file")  # a pipe would be waited for
+        elif isinstance(opened, os.PathLike):
+            opened = io.BytesIO(content(opened))
         try:
-            return _decoded(file, upright)
+            return _decoded(opened, upright)
         except ValueError:
-            if (content := _without_texts(file)) is None:
+            if (bare := _without_texts(opened)) is None:
                 raise
-            return _decoded(content, upright)
+            return _decoded(bare, upright)
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
         raise Unreadable(name or str(file), error) from error
 

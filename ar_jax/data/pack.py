@@ -23,7 +23,7 @@ from ar_jax.data.folder import ImageFiles, image_folder
 from ar_jax.data.images import centre_crop, read_image
 from ar_jax.data.packed import open_records
 from ar_jax.data.records import write_shards
-from ar_jax.files.places import on_disk
+from ar_jax.files.places import content, on_disk, path_of, reachable
 from ar_jax.machine.distributed import cores
 
 
@@ -59,7 +59,7 @@ def pack(
     """
     if size < 0:
         raise ValueError(f"size is {size}; it must be 0 or a number of pixels")
-    folder, out = folder.expanduser(), out.expanduser()
+    folder, out = path_of(folder).expanduser(), on_disk(out, "OUT").expanduser()
     pair = folder.is_dir() and len(split_folders(folder, "all")) == 2
     for split in ("train", "test") if pair else ("all",):
         source = image_folder(Data(name="image_folder", path=str(folder), split=split, upright=upright))
@@ -103,10 +103,10 @@ class Encoded:
     def _encode(self, file: str) -> bytes:
         image = read_image(file, upright=self.source.upright)
         if not self.size:
-            return Path(file).read_bytes()
-        content = io.BytesIO()
-        Image.fromarray(centre_crop(image, self.size)).save(content, "PNG")
-        return content.getvalue()
+            return content(path_of(file))
+        encoded = io.BytesIO()
+        Image.fromarray(centre_crop(image, self.size)).save(encoded, "PNG")
+        return encoded.getvalue()
 
 
 def _describe(source: ImageFiles, folder: Path, size: int) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _describe(source: ImageFiles, folder: Path, size: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        on_disk(sys.argv)
+        reachable(sys.argv)
         tyro.cli(pack, prog="python -m ar_jax.data.pack", description=inspect.cleandoc(pack.__doc__.split("Args:")[0]))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -12,6 +12,7 @@ from ar_jax.data.arrays import Arrays
 from ar_jax.data.base import Data, Info, folder_of, read_info, split_folders, spread
 from ar_jax.data.images import read_image
 from ar_jax.data.records import Records, read_json
+from ar_jax.files.places import path_of
 
 
 def open_records(folder: str | os.PathLike) -> Records | Arrays:
@@ -20,7 +21,8 @@ def open_records(folder: str | os.PathLike) -> Records | Arrays:
     Raises:
       FileNotFoundError, ValueError: half-written, damaged, or not such a folder.
     """
-    about = Path(folder) / "info.json"
+    folder = path_of(folder)
+    about = folder / "info.json"
     return (Arrays if about.exists() and read_json(about).get("form") == arrays.NAME else Records)(folder)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from ar_jax.data.base import Data, Info, Unreadable, seen_classes
 from ar_jax.data.columns import Columns, columns, text_of
 from ar_jax.data.shards import shard_files
+from ar_jax.files.places import seekable
 
 
 class Parquet:
@@ -74,7 +75,7 @@ class Parquet:
         from pyarrow import parquet
 
         path, meta, number = self.groups[group]
-        with parquet.ParquetFile(path, metadata=meta) as file:
+        with parquet.ParquetFile(seekable(path, cache_type="none"), metadata=meta) as file:
             return file.read_row_group(number, columns=names, use_threads=False)
 
 
@@ -88,7 +89,7 @@ def parquet(data: Data, part: tuple[int, int] = (0, 1)) -> Parquet:
     opened = {}
     for file in every:
         try:
-            with reader.ParquetFile(file) as content:
+            with reader.ParquetFile(seekable(file, cache_type="none")) as content:
                 opened[file] = content.metadata, content.schema_arrow
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
@@ -113,4 +114,4 @@ def _labels(file, label):
     """The different labels of a file."""
     from pyarrow import compute, parquet
 
-    return compute.unique(parquet.read_table(file, columns=[label])[label]).drop_null().to_pylist()
+    return compute.unique(parquet.read_table(seekable(file, cache_type="none"), columns=[label])[label]).drop_null().to_pylist()

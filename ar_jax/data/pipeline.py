@@ -14,6 +14,7 @@ from ar_jax.data.arrays import VERSIONED
 from ar_jax.data.base import Data, Info, Source
 from ar_jax.data.images import centre_crop, flip, random_crop
 from ar_jax.machine import distributed
+from ar_jax.machine.seeds import narrow
 
 AHEAD = 2**31  # bytes of batches that the processes of a machine make ahead, but two batches each at least
 
@@ -53,7 +54,7 @@ def batches(
     if len(source) == 0:
         raise ValueError(f"data.name={data.name} data.path={data.path!r} has no records of data.split={data.split}")
     given, rows = rows is not None, np.arange(batch) if rows is None else rows
-    split, seed = train and data.shards == "split" and given, seed % 2**32
+    split, seed = train and data.shards == "split" and given, narrow(seed)
     if split:  # or crops would be alike on all hosts
         seed = (seed + int(rows[0])) % 2**32
     index = grain.MapDataset.range(len(source))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ar_jax.data.base import Unreadable
 from ar_jax.files import words
+from ar_jax.files.places import local, made, path_of
 
 
 class Sliceable(Protocol):
@@ -63,7 +64,7 @@ def write_shards(
     Raises:
       ValueError: `out` holds something else.
     """
-    out, form = Path(out), form or ARRAY_RECORD
+    out, form = path_of(out), form or ARRAY_RECORD
     if len(records) == 0:
         raise ValueError(f"no records to write to {out}")
     shards = min(shards, len(records))
@@ -116,7 +117,7 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 
 def open_shards(folder: Path, form: Form) -> tuple[dict[str, Any], list[Path]]:
-    """The info.json of a complete folder, and the files of its shards that say that these are whole.
+    """The info.json of a complete folder, and the files of its shards that say that these are whole, on a disk.
 
     Raises:
       FileNotFoundError, ValueError: half-written, damaged, or not such a folder.
@@ -131,6 +132,7 @@ def open_shards(folder: Path, form: Form) -> tuple[dict[str, Any], list[Path]]:
                 else "write records with python -m ar_jax.data.pack or python -m ar_jax.tokenize"
             )
         )
+    folder = local(folder)
     info = read_json(folder / "info.json")
     paths = [shard_path(folder, i, info["shards"], form) for i in range(info["shards"])]
     for path in paths:
@@ -148,7 +150,7 @@ class Records:
     """Records of ArrayRecord files, by index; `info` is the folder's info.json."""
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+        self.folder = path_of(folder)
         self.info, paths = open_shards(self.folder, ARRAY_RECORD)
         self._source = _array_record(paths)
 
@@ -199,5 +201,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, values: dict[str, Any]):
     part = path.with_suffix(f".{uuid.uuid4().hex[:8]}.part")  # several processes may write it at once
-    part.write_text(json.dumps(values, indent=1))
-    os.replace(part, path)
+    with made(path, part) as part:
+        part.write_text(json.dumps(values, indent=1))

@@ -6,6 +6,7 @@ from pathlib import Path
 from ar_jax.data.base import Data, NoSplit, folder_of, split_folders
 from ar_jax.data.folder import hidden
 from ar_jax.files import cache
+from ar_jax.files.places import below, path_of
 from ar_jax.machine import distributed
 
 # words in names of files; the first that occur are the test split
@@ -68,7 +69,7 @@ def _expanded(data):
             for number in range(first, last + 1):
                 one.append(RANGE.sub(str(number).zfill(len(numbers[1])), text, count=1))
         found = one
-    return [Path(path).expanduser() for path in found]
+    return [path_of(path).expanduser() for path in found]
 
 
 def _number(files):
@@ -79,7 +80,7 @@ def _found(folders, suffix):
     return [
         file
         for folder in folders
-        for file in sorted(folder.rglob(f"*{suffix}"))
+        for file in sorted(file for file in below(folder) if file.name.endswith(suffix))
         if not any(map(hidden, file.relative_to(folder).parts))
     ]
 

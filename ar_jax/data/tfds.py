@@ -7,6 +7,7 @@ import numpy as np
 
 from ar_jax.data.base import Data, Info, NoSplit, folder_of
 from ar_jax.data.images import read_image
+from ar_jax.files.places import local
 
 
 class Tfds:
@@ -42,7 +43,7 @@ def tfds(data: Data) -> Tfds:
         import tensorflow_datasets
     except ImportError as error:
         raise ValueError("data.name=tfds needs tensorflow-datasets: pip install ar_jax[tfds]") from error
-    folder = folder_of(data)
+    folder = local(folder_of(data))
     if not (folder / "dataset_info.json").exists():
         raise FileNotFoundError(
             f"data.path={folder} has no dataset_info.json; give the folder of a prepared "

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import tarfile
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from ar_jax.data.images import read_image
 from ar_jax.data.shards import RANGE, shard_files
 from ar_jax.files import cache
 from ar_jax.files.codec import shown
+from ar_jax.files.places import content, path_of, seekable, stamp
 
 VERSION = 1  # of what is kept
 NAMES = "classnames.txt"  # a class a line, in the order of labels
 LARGEST = 2**29  # bytes of an image's file
+BLOCK = 2**24  # bytes of a tar in a bucket that are fetched at a time to index it
 LONGEST = 2**20  # bytes of a caption, or of a JSON with one
 NONE, TEXT, JSON = range(3)
 
@@ -60,8 +63,8 @@ class WebDataset:
         return [self._caption(i) for i in range(len(self))]
 
     def _caption(self, index):
-        content = self._bytes(index, self.text, LONGEST)
-        return caption_of(content) if self.kind[index] == JSON else content.decode("utf-8", "replace").strip()
+        found = self._bytes(index, self.text, LONGEST)
+        return caption_of(found) if self.kind[index] == JSON else found.decode("utf-8", "replace").strip()
 
     def _bytes(self, index, places, most):
         offset, size = (int(number) for number in places[index])
@@ -69,14 +72,10 @@ class WebDataset:
             raise ValueError("the sample has no image")
         if size > most:
             raise ValueError(f"it has {size} bytes, more than {most}")
-        file = os.open(self.files[self._tar(index)], os.O_RDONLY)  # as many as there are could not stay open
-        try:
-            content = os.pread(file, size, offset)
-        finally:
-            os.close(file)
-        if len(content) != size:
+        found = content(self.files[self._tar(index)], offset, size)
+        if len(found) != size:
             raise ValueError("the file ends before")
-        return content
+        return found
 
     def _tar(self, index):
         return int(np.searchsorted(self.ends, index, "right"))
@@ -134,13 +133,9 @@ def caption_of(content: bytes) -> str | None:
 
 def index_tars(files: list[Path]) -> list[Path]:
     """The index of every tar, made where there is none of the tar as it is now."""
-    folder, paths = cache.place("tars"), []
-    for file in files:
-        try:
-            about = file.stat()
-        except OSError as error:
-            raise FileNotFoundError(f"{file} cannot be read: {error.strerror}") from error
-        paths.append(folder / f"{cache.key((VERSION, file.resolve(), about.st_size, about.st_mtime_ns))}.npz")
+    folder = cache.place("tars")
+    with futures.ThreadPoolExecutor(32) as pool:  # to ask for them in a bucket one after the other takes long
+        paths = [folder / f"{key}.npz" for key in pool.map(_as_now, files)]
     missing = sum(not path.exists() for path in paths)
     with tqdm(total=missing, desc="indexing tars", disable=None if missing else True) as progress:
 
@@ -154,6 +149,17 @@ def index_tars(files: list[Path]) -> list[Path]:
     return paths
 
 
+def _as_now(file):
+    """Names a tar, and what is in it now."""
+    try:
+        if not isinstance(file, Path):
+            return cache.key((VERSION, file, stamp(file)))
+        about = file.stat()
+        return cache.key((VERSION, file.resolve(), about.st_size, about.st_mtime_ns))
+    except OSError as error:
+        raise FileNotFoundError(f"{file} cannot be read: {error.strerror or 'it is not there'}") from error
+
+
 def _read(path):
     try:
         with np.load(path, allow_pickle=False) as kept:
@@ -163,7 +169,7 @@ def _read(path):
 
 
 def _class_names(path):
-    place = Path(path).expanduser()
+    place = path_of(path).expanduser()
     file = (place.parent if RANGE.search(path) else place) / NAMES
     if not file.is_file():
         return ()
@@ -175,9 +181,11 @@ def _index(path: Path) -> dict[str, np.ndarray]:
     the text int8 [n]; and "keys", bytes with a zero between two."""
     samples = []
     try:
-        with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        # of a tar in a bucket all is fetched, once: a request for every header takes longer
+        raw = io.FileIO(path) if isinstance(path, Path) else seekable(path, cache_type="blockcache", block_size=BLOCK)
+        with _Headers(raw) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for key, members in itertools.groupby(_members(tar), key=lambda member: member[0]):
-                samples.append((key, *_sample(path, file.fileno(), key, {end: where for _, end, where in members})))
+                samples.append((key, *_sample(path, file, key, {end: where for _, end, where in members})))
     except (tarfile.TarError, EOFError) as error:
         after = f" after {len(samples)} samples" if samples else ", or is compressed"
         raise ValueError(f"{path} is damaged{after} ({error}); data.name=webdataset reads plain tars") from error
@@ -197,6 +205,13 @@ class _Headers(io.BufferedReader):
             raise tarfile.ReadError(f"a header of {size} bytes")
         return super().read(size)
 
+    def at(self, offset: int, size: int) -> bytes:
+        """From elsewhere in the tar, at most so many bytes."""
+        if isinstance(self.raw, io.FileIO):
+            return os.pread(self.fileno(), size, offset)
+        self.seek(offset)
+        return super().read(size)
+
 
 def _members(tar):
     """(key, ending, (offset, size)) of every file, as the package webdataset names them: the first dot ends the key."""
@@ -213,16 +228,16 @@ def _sample(path, file, key, members):
     label, text, kind = -1, (0, -1), NONE
     if ".cls" in members:
         offset, size = members[".cls"]
-        content = os.pread(file, min(size, 32), offset).strip()
-        if not content.isdigit() or int(content) >= 2**31:
-            raise ValueError(f"{path}: sample {shown(key)} has {shown(content)} in .cls; it must be a number from 0")
-        label = int(content)
+        found = file.at(offset, min(size, 32)).strip()
+        if not found.isdigit() or int(found) >= 2**31:
+            raise ValueError(f"{path}: sample {shown(key)} has {shown(found)} in .cls; it must be a number from 0")
+        label = int(found)
     if ".txt" in members:
         text, kind = members[".txt"], TEXT
     elif ".json" in members and members[".json"][1] <= LONGEST:
         offset, size = members[".json"]
         try:
-            has = caption_of(os.pread(file, size, offset)) is not None
+            has = caption_of(file.at(offset, size)) is not None
         except ValueError as error:
             raise ValueError(f"{path}: sample {shown(key)}: {error}") from error
         if has:

@@ -44,13 +44,16 @@ class Source:
     ranks: int = struct.field(pytree_node=False, default=0)
 
 
-def hold(tokenizer: Any, frozen: Callable, edit: Edit) -> tuple[Source, Callable]:
+def hold(tokenizer: Any, frozen: Callable, edit: Edit, tokens: Tokens | None = None) -> tuple[Source, Callable]:
     """The tokens that an edit keeps, and the frozen tokenizer to sample and decode with.
+
+    Args:
+      tokens: of `edit.image`, if they are known already.
 
     A token is drawn if any of its pixels is free. Where tokens of several scales add up (a tokenizer with `held`), those
     of coarse scales reach beyond the free pixels, so there what is read and decoded of them is the image's own as well.
     """
-    tokens = frozen(edit.image, method="encode")
+    tokens = frozen(edit.image, method="encode") if tokens is None else tokens
     known = ~free_slots(tokenizer.spec, edit.free) | (jnp.asarray(tokenizer.spec.coords)[:, 0] < edit.scales)
     if hasattr(tokenizer, "held"):
         frozen = tokenizer.held(frozen, tokens, edit.free)

@@ -15,8 +15,8 @@ from ar_jax.decode.edit import Source, keep
 from ar_jax.generators.base import Frozen, Knobs, Setting, Step
 from ar_jax.nets.attention import Kept
 from ar_jax.nets.conditioning import paired
-from ar_jax.orders import Order, scan_steps, to_slots
-from ar_jax.typing import Array, Batch, Key, Params, Tokens
+from ar_jax.orders import Order, Stretch, stretches, to_slots
+from ar_jax.typing import Array, Batch, Index, Key, Params, Tokens
 
 LONG = 128  # steps from which on a cache that grows in parts saves more than compiling them costs
 
@@ -111,6 +111,14 @@ class Task:
         return state if self.source is None else state.replace(tokens=keep(state.tokens, self.source, self.order))
 
 
+def softened(task: Task) -> Task:
+    """The task with vectors as tokens that are known beforehand, where vectors are drawn."""
+    if task.source is None or task.knobs.soften is None:
+        return task
+    vectors = task.tokenizer(task.source.tokens, method="embed")
+    return dataclasses.replace(task, source=task.source.replace(tokens=vectors))
+
+
 def check_cache(kept: str) -> None:
     """Raises a ValueError if a cache cannot be kept so."""
     if kept not in get_args(Kept):
@@ -144,23 +152,33 @@ class Sequential:
 
     def __call__(self, task: Task) -> tuple[Tokens, Account]:
         """Tokens in slot order, with `knobs.soften` the vectors in their place; and what drawing took."""
-        order, setting = task.order, task.setting(self.cache)
-        if task.source is not None and task.knobs.soften is not None:
-            source = task.source.replace(tokens=task.tokenizer(task.source.tokens, method="embed"))
-            task = dataclasses.replace(task, source=source)
+        setting, task = task.setting(self.cache), softened(task)
+        state, done = task.begin(setting), task.source.ranks if task.source else 0
+        for stretch in self.stretches(task.order, state, done):
+            state = self.advance(task, setting, self.enter(task, setting, state, stretch), stretch)
+        return to_slots(state.tokens, task.order), self.account(task.generator, task.order, task.images, done)
+
+    # The parts of `__call__`, for programs that look at a drawing while it is made
+
+    def stretches(self, order: Order, state: Any, done: int = 0) -> list[Stretch]:
+        """What one loop each takes, given the state before the first step and the number of ranks known beforehand."""
+        segments = self.parts(order, getattr(state, "cache", None) is not None)
+        return list(stretches(order.sizes, order.rooms, done, segments))
+
+    def enter(self, task: Task, setting: Setting, state: Any, stretch: Stretch) -> Any:
+        """The state with room for the ranks of a stretch."""
+        return task.known(task.call(state, stretch.ranks, setting, method="grow"))
+
+    def advance(
+        self, task: Task, setting: Setting, state: Any, stretch: Stretch, part: tuple[Index, Index] | None = None
+    ) -> Any:
+        """Takes the steps of a stretch, or a part of them (see `Stretch.run`)."""
 
         def step(state, i, first, size):
             now = Step(i, first, keys_of(task.keys, first + jnp.arange(size)))
             return task.known(task.call(state, now, setting, method="step"))
 
-        def grow(state, ranks):
-            return task.known(task.call(state, ranks, setting, method="grow"))
-
-        done = task.source.ranks if task.source else 0
-        state = task.begin(setting)
-        segments = self.parts(order, getattr(state, "cache", None) is not None)
-        state = scan_steps(order.sizes, step, state, rooms=order.rooms, done=done, grow=grow, segments=segments)
-        return to_slots(state.tokens, order), self.account(task.generator, order, task.images, done)
+        return stretch.run(step, state, part)
 
     def account(self, generator: Any, order: Order, images: int, done: int = 0) -> Account:
         """What drawing takes if the first `done` ranks are known."""

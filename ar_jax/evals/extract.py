@@ -18,6 +18,7 @@ from ar_jax.bench import matmul_peak
 from ar_jax.evals.images import Images
 from ar_jax.evals.networks import Network
 from ar_jax.files.models import write_json
+from ar_jax.files.places import made, seekable
 from ar_jax.machine import distributed
 from ar_jax.machine.flops import model_flops
 from ar_jax.machine.sharding import make_mesh, put, put_batch, replicated
@@ -73,13 +74,8 @@ def _begin(folder, identity):
 
 
 def _write(file, arrays):
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as out:
-            np.savez(out, **arrays)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with made(file, file.with_name(f".{file.name}.{os.getpid()}.tmp")) as part, open(part, "wb") as out:
+        np.savez(out, **arrays)
 
 
 def read_chunks(files: list[Path]) -> Iterator[dict[str, np.ndarray]]:
@@ -90,7 +86,7 @@ def read_chunks(files: list[Path]) -> Iterator[dict[str, np.ndarray]]:
     """
     for file in files:
         try:
-            with np.load(file, allow_pickle=False) as arrays:
+            with np.load(seekable(file), allow_pickle=False) as arrays:
                 found = dict(arrays)
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{file} is damaged ({error}); remove it and run the same command again") from error

@@ -17,6 +17,7 @@ from ar_jax.data import Data, centre_crop, in_order, open_source, plain, read_im
 from ar_jax.data.base import needed
 from ar_jax.data.folder import SUFFIXES, Numbered, Passed, find_images
 from ar_jax.data.lists import Paths
+from ar_jax.files.places import path_of, seekable, stamp
 from ar_jax.machine import distributed
 from ar_jax.machine.distributed import cores
 
@@ -38,7 +39,7 @@ class Images(Protocol):
     size: tuple[int, int]
     labels: np.ndarray | None
     names: Sequence[str]
-    stamp: int
+    stamp: int | str
 
     def __len__(self) -> int: ...
 
@@ -72,7 +73,7 @@ def open_images(path: str, crop: int = 0) -> Images:
     Raises:
       ValueError, FileNotFoundError: no images there, or of other types or sizes.
     """
-    place = Path(path).expanduser()
+    place = path_of(path).expanduser()
     if place.suffix == ".npz":
         if crop:
             raise ValueError(f"{path}: crop is for folders of images; an .npz is taken as it is")
@@ -104,7 +105,7 @@ class Packed:
     """The uint8 array `arr_0` of a .npz, compressed or not; it is streamed, going forward is cheap."""
 
     def __init__(self, path: Path):
-        self.where, self.names, self.stamp = str(path), (), path.stat().st_mtime_ns if path.exists() else 0
+        self.where, self.names, self.stamp = str(path), (), stamp(path) if path.exists() else 0
         heads = npz_arrays(path)
         if "arr_0" not in heads:
             raise ValueError(f"{path} holds {sorted(heads)} but no arr_0, where the field's sample files keep images")
@@ -116,7 +117,7 @@ class Packed:
         self._path, self._shape, self.size = path, shape, shape[1:3]
         self.labels = None
         if "arr_1" in heads and heads["arr_1"][0] == shape[:1] and np.issubdtype(heads["arr_1"][1], np.integer):
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(seekable(path), allow_pickle=False) as file:
                 self.labels = file["arr_1"].astype(np.int64)
         self.facts = {"format": "npz"}
         self._lock, self._file = threading.Lock(), None
@@ -125,7 +126,7 @@ class Packed:
     def _broken(path, dtype):
         if not np.issubdtype(dtype, np.floating):
             return ""
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(seekable(path), allow_pickle=False) as file:
             return "" if np.isfinite(file["arr_0"]).all() else " and holds NaN or infinity"
 
     def __len__(self) -> int:
@@ -136,7 +137,7 @@ class Packed:
         size = height * width * channels
         with self._lock:
             if self._file is None:
-                self._file = zipfile.ZipFile(self._path).open("arr_0.npy")  # noqa: SIM115
+                self._file = zipfile.ZipFile(seekable(self._path)).open("arr_0.npy")  # noqa: SIM115
                 _head(self._file)
                 self._first = self._file.tell()
             self._file.seek(self._first + rows.start * size)
@@ -152,7 +153,7 @@ def npz_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype, bool]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(seekable(path)) as archive:
             found = {}
             for name in archive.namelist():
                 with archive.open(name) as file:
@@ -172,7 +173,7 @@ class Folder:
     """Image files as training finds them (see `find_images`); sub-folders are classes if all images lie in some."""
 
     def __init__(self, path: Path, crop: int):
-        self.where, self._crop, self.stamp = str(path), crop, path.stat().st_mtime_ns
+        self.where, self._crop, self.stamp = str(path), crop, stamp(path)
         passed, self._files, numbers = Passed(), Paths(), Numbered()
         for file, name in find_images(path, passed):
             self._files.append(file)
@@ -260,7 +261,7 @@ def open_reference(path: str, crop: int = 0) -> tuple[Images | None, Statistics 
     Raises:
       ValueError, FileNotFoundError: neither is there.
     """
-    place, statistics = Path(path).expanduser(), None
+    place, statistics = path_of(path).expanduser(), None
     if place.suffix != ".npz":
         return open_images(path, crop), None
     names = npz_arrays(place)
@@ -276,7 +277,7 @@ def open_reference(path: str, crop: int = 0) -> tuple[Images | None, Statistics 
 
 
 def _statistics(place, names):
-    with np.load(place, allow_pickle=False) as file:
+    with np.load(seekable(place), allow_pickle=False) as file:
         wanted = [name if name in names else None for name in ("mu", "sigma", "mu_s", "sigma_s")]
         arrays = [None if name is None else np.asarray(file[name], np.float64) for name in wanted]
     digest = hashlib.sha256()

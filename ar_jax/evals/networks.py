@@ -5,7 +5,6 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +14,7 @@ from jax import lax
 
 from ar_jax.evals.efficientnet import EfficientNetLite0, efficientnet_params, packaged
 from ar_jax.evals.inception import InceptionV3, inception_params
+from ar_jax.files.places import local, path_of
 from ar_jax.files.weights import read_weights
 from ar_jax.typing import Array, Float, Params, UInt8, typed
 
@@ -99,7 +99,7 @@ def open_network(name: str, protocol: Protocol, weights: str = "") -> Network:
       ValueError: no path, or a file of another network.
     """
     if name == "efficientnet-lite0":
-        path = Path(weights or packaged())
+        path = path_of(weights or packaged())
         params = _read(path, efficientnet_params, "efficientnet-lite0")
         digest = file_hash(path)
         suffix = "-EffLite0" + ("" if digest.startswith("57934424") else f"[{digest[:8]}]")
@@ -113,7 +113,7 @@ def open_network(name: str, protocol: Protocol, weights: str = "") -> Network:
             "torch-fidelity downloads (pt_inception-2015-12-05-6726825d.pth, weights-inception-2015-12-05-6726825d.pth), "
             "or judge offline by --network efficientnet-lite0"
         )
-    params, digest = _read(Path(path), inception_params, "the FID's InceptionV3"), file_hash(path)
+    params, digest = _read(path_of(path), inception_params, "the FID's InceptionV3"), file_hash(path)
     official = digest.startswith(FID_HASH)
     name, suffix = ("inception-2015-12-05", "") if official else ("inception-other", f"-Inception[{digest[:8]}]")
     return Network(name, suffix, InceptionV3(), params, 299, protocol.resize, protocol.shift, protocol.divide, digest)
@@ -127,7 +127,7 @@ def _read(path, convert, what):
 
 
 def file_hash(path: str | os.PathLike) -> str:
-    with open(path, "rb") as file:
+    with open(local(path_of(path)), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

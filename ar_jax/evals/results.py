@@ -13,6 +13,7 @@ import numpy as np
 from ar_jax.files import codec
 from ar_jax.files.images import tile
 from ar_jax.files.models import versions, write_json
+from ar_jax.files.places import made, path_of
 
 FORMAT = 1
 
@@ -50,7 +51,7 @@ def load(path: str) -> dict[str, Any]:
       ValueError, FileNotFoundError: no such file, or none of ours.
     """
     try:
-        result = json.loads(Path(path).read_text())
+        result = json.loads(path_of(path).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON ({error})") from error
     if not isinstance(result, dict) or result.get("format") != FORMAT or "protocol" not in result:
@@ -142,12 +143,10 @@ def curves(path: Path, title: str, points: Sequence[dict[str, Any]], suffix: str
 
 
 def _save(figure, path):
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        figure.savefig(temporary, format="png", dpi=110)
-        temporary.replace(path)
+        with made(path) as part:
+            figure.savefig(part, format="png", dpi=110)
     finally:
-        temporary.unlink(missing_ok=True)
         _pyplot().close(figure)
 
 

@@ -16,6 +16,7 @@ from ar_jax.evals.generation import gather
 from ar_jax.evals.images import Images
 from ar_jax.files.images import to_float, to_uint8
 from ar_jax.files.models import Model
+from ar_jax.machine.seeds import key_of
 from ar_jax.machine.sharding import put, put_batch, replicated
 from ar_jax.nets.lpips import Lpips, find_lpips
 from ar_jax.typing import Array, Int, PRNGKey, UInt8, typed
@@ -106,7 +107,7 @@ class Judged:
 
         @jax.jit
         def reconstruct(params, lpips, image, rows):
-            tokens = self._each("encode", params, to_float(image), jax.random.key(seed), rows)
+            tokens = self._each("encode", params, to_float(image), key_of(seed), rows)
             recon, finite = self._pixels(params, tokens, rows)
             a, b = (x.astype(jnp.float32) / 255 for x in (image, recon))
             found = {"psnr": metrics.psnr(a, b), "ssim": metrics.ssim(a, b)}
@@ -118,7 +119,7 @@ class Judged:
 
         @functools.partial(jax.jit, static_argnums=4)
         def disturbed(params, tokens, near, rows, which):
-            key = jax.random.fold_in(jax.random.key(seed), which + 1)
+            key = jax.random.fold_in(key_of(seed), which + 1)
             keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
             alpha = self.perturbations[which].alpha
             return self._pixels(params, jax.vmap(lambda k, t: perturb(k, t, near, alpha))(keys, tokens), rows)[0]
@@ -126,7 +127,7 @@ class Judged:
         self._reconstruct, self._disturbed = reconstruct, disturbed
 
     def _pixels(self, params, tokens, rows):
-        image = self._each("decode", params, tokens, jax.random.key(self.seed + 1), rows)
+        image = self._each("decode", params, tokens, key_of((self.seed + 1) % 2**64), rows)
         return to_uint8(image), jnp.isfinite(image).all((1, 2, 3))
 
     def _each(self, method, params, x, key, rows):

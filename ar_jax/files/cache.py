@@ -18,8 +18,7 @@ _until_exit: list[tempfile.TemporaryDirectory] = []
 
 def place(kind: str) -> Path:
     """The folder of what is kept of a kind; one of this process alone where nothing can be written."""
-    named = os.environ.get(VARIABLE)
-    folder = (Path(named).expanduser() if named else Path.home() / ".cache" / "ar_jax") / kind
+    folder = wanted(kind)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
@@ -28,6 +27,14 @@ def place(kind: str) -> Path:
     except OSError as error:
         reason = error
     return _own(str(folder), str(reason))
+
+
+def wanted(kind: str) -> Path:
+    """Where that folder should be."""
+    from ar_jax.files.places import on_disk
+
+    named = os.environ.get(VARIABLE)
+    return (on_disk(named, VARIABLE).expanduser() if named else Path.home() / ".cache" / "ar_jax") / kind
 
 
 @functools.cache

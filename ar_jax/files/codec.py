@@ -182,6 +182,24 @@ def build(kind: type, values: Any, where: str, hints: collections.abc.Mapping[st
         raise ValueError(f"{where}: {error}") from error
 
 
+def check(settings: Any, where: str = "") -> None:
+    """Holds the numbers of settings to what is said of their fields, as `decode` does those of a file.
+
+    Args:
+      settings: a dataclass of ours; others in it are left alone.
+      where: what it is, for messages.
+    Raises:
+      ValueError: it names the first field with a number that may not stand there.
+    """
+    for name, (annotation, default) in _fields(type(settings)).items() if _ours(type(settings).__module__) else ():
+        value, at = getattr(settings, name), f"{where}.{name}".lstrip(".")
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            check(value, at)
+        elif (numbers := jax.tree.leaves(value)) and all(isinstance(each, int | float) for each in numbers):
+            least = _least(default, default is dataclasses.MISSING)
+            _decode(value, _like(annotation, default), at, {}, least)
+
+
 def _least(default, required):
     """The smallest number that may stand in a field of our own: none is below 0 but those that are by default, and whole
     numbers that are needed, or by default above 0, are at least 1."""

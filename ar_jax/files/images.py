@@ -2,12 +2,12 @@
 
 import math
 import os
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from ar_jax.files.places import made, path_of
 from ar_jax.typing import Array, Float, UInt8, typed
 
 
@@ -36,19 +36,29 @@ def tile(images: UInt8[np.ndarray, "b h w c"], columns: int = 0, gap: int = 2) -
     return sheet
 
 
-def save_png(path: str | os.PathLike, image: np.ndarray, text: dict[str, str] | None = None) -> None:
-    """Writes a uint8 [h w 3] PNG under a temporary name, then renames it."""
+# by suffix, in small letters: format and how it is saved; JPEG is the only one that loses something
+PICTURES = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".webp": ("WEBP", {"lossless": True}),
+}
+
+
+def save_picture(path: str | os.PathLike, image: np.ndarray, text: dict[str, str] | None = None) -> None:
+    """Writes a uint8 [h w 3] image in the format that the suffix says, all of it or nothing.
+
+    Args:
+      text: that a PNG holds.
+    """
     from PIL.PngImagePlugin import PngInfo
 
-    info = PngInfo()
-    for name, value in (text or {}).items():
-        info.add_text(name, value)
-    path = Path(path)
+    path = path_of(path)
+    kind, how = PICTURES[path.suffix.lower()]
+    if text:
+        how = how | {"pnginfo": PngInfo()}
+        for name, value in text.items():
+            how["pnginfo"].add_text(name, value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            Image.fromarray(image).save(file, format="PNG", pnginfo=info)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with made(path) as part:
+        Image.fromarray(image).save(part, format=kind, **how)

@@ -6,6 +6,7 @@ Run folders and converted checkpoints are both of this kind, so every command ta
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -17,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from ar_jax import __version__
@@ -24,6 +26,7 @@ from ar_jax.config import Experiment
 from ar_jax.data import Data, Info
 from ar_jax.decode.sampling import Sampling, read_sampling
 from ar_jax.files import codec, words
+from ar_jax.files.places import made, path_of
 from ar_jax.files.trust import Untrusted
 from ar_jax.machine.sharding import shard
 from ar_jax.nets.linear import cast
@@ -145,7 +148,7 @@ class Model:
     def place(self, average: bool = True) -> tuple[Path, str]:
         """Folder and part that `checkpoint.load_params` reads the parameters from."""
         folder = self.folder / "params"
-        if folder.exists():
+        if checkpoint.is_there(folder):
             return folder, "state"
         folder = self.folder / "checkpoints" / self.fixed().checkpoint
         return folder, "ema" if average and (folder / "ema").exists() else "model"
@@ -154,7 +157,7 @@ class Model:
         """The same, with the step of its checkpoint: a training that goes on makes newer ones."""
         if not jax.tree.leaves(self.shapes):
             return self  # a network without parameters has no checkpoints
-        if not (self.folder / "params").exists():
+        if not checkpoint.is_there(self.folder / "params"):
             step = checkpoint.find_step(self.folder / "checkpoints", self.checkpoint)
             return dataclasses.replace(self, checkpoint=str(step))
         if self.checkpoint != "newest":
@@ -196,16 +199,21 @@ def versions() -> dict[str, str]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON under a temporary name, then renames it; process 0 only."""
+    """Writes JSON, all of it or nothing; process 0 only."""
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with made(path) as part:
+        part.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def fingerprint(params: Params) -> str:
+    """A hash of parameters."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def describe(folder: Path, kind: str, module: nn.Module, info: Info, settings: dict[str, Any]) -> Model:
@@ -236,7 +244,7 @@ def open_model(folder: str | os.PathLike, kind: str, checkpoint: str = "newest")
       ValueError: there is none, or its `model.json` cannot be understood; `Untrusted` if it names code from outside that
         the user has not trusted (see `trust`).
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {tuple(KINDS)}")
     for place in (folder, folder / kind):
@@ -261,7 +269,8 @@ def blamed(*models: Model) -> Iterator[None]:
 
 def holds(folder: str | os.PathLike, kind: str) -> bool:
     """Whether a folder has a model of a kind, itself or as sub-folder."""
-    places = [place for place in (Path(folder), Path(folder) / kind) if (place / "model.json").is_file()]
+    folder = path_of(folder)
+    places = [place for place in (folder, folder / kind) if (place / "model.json").is_file()]
     return any(_read(place).kind == kind for place in places)
 
 

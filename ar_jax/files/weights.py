@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 
 from ar_jax.files import words
 from ar_jax.files.pickles import CONTENTS, DTYPES, NUMPY, TORCH, Bounded, Refused, Storage, Tensor, Unpickler, plain
+from ar_jax.files.places import local, made, path_of
 
 WIDER = 4  # times the file's size that its tensors may stand for: rows can be repeated without being stored again
 ENTRIES = ("model", "module", "state_dict")  # where checkpoints keep their weights, first come first served
@@ -202,7 +203,7 @@ def read_pickled_arrays(path: str | os.PathLike) -> dict[str, Any]:
 
 def write_safetensors(path: str | os.PathLike, weights: Mapping[str, Any]) -> None:
     """Writes arrays (numpy or JAX) by name; the file appears under its name only when it is complete."""
-    path = Path(path)
+    path = path_of(path)
     for key, value in weights.items():
         if not isinstance(key, str) or isinstance(value, Mapping):
             raise ValueError(
@@ -210,19 +211,15 @@ def write_safetensors(path: str | os.PathLike, weights: Mapping[str, Any]) -> No
                 "give a dict from names to arrays"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()  # with the usual permissions, which the library alone would not give
-        mode = temporary.stat().st_mode
-        save_file({key: np.asarray(value, order="C") for key, value in weights.items()}, temporary)
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with made(path, path.with_name(f".{path.name}.{os.getpid()}.tmp")) as part:
+        part.touch()  # with the usual permissions, which the library alone would not give
+        mode = part.stat().st_mode
+        save_file({key: np.asarray(value, order="C") for key, value in weights.items()}, part)
+        part.chmod(mode)
 
 
 def _file(path: str | os.PathLike) -> Path:
-    path = Path(path)
+    path = local(path_of(path))
     if path.is_dir():
         raise ValueError(f"{path} is a directory; name the weight file in it")
     if not path.exists():

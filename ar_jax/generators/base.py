@@ -14,7 +14,7 @@ from ar_jax.machine.sharding import Rules
 from ar_jax.nets.attention import Kept
 from ar_jax.nets.conditioning import Cond
 from ar_jax.nets.linear import cast
-from ar_jax.orders import Order, whole
+from ar_jax.orders import Order, to_slots, whole
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Batch, Bool, Float, Having, Index, Params, PRNGKey
 
@@ -184,6 +184,12 @@ class Generator(nn.Module):
     def grow(self, state: State, ranks: int, setting: Setting) -> State:
         """Makes room for the first `ranks` ranks."""
         return state
+
+    @nn.nowrap
+    def seen(self, state: Any, ranks: Index, order: Order) -> Bool[Array, "#b n"]:
+        """Slots whose tokens are known in a state, the first so many ranks."""
+        known = jnp.broadcast_to(jnp.arange(order.n) < ranks, (len(order.slot), order.n))
+        return to_slots(known[..., None].astype(jnp.int32), order)[..., 0] > 0
 
     @nn.nowrap
     def calls(self, order: Order) -> dict[str, np.ndarray]:

@@ -132,6 +132,10 @@ class MaskGIT(Generator):
     def begin(self, setting: Setting, images: int) -> State:
         return State(self.spec.zeros(images), jnp.zeros((images, self.spec.n), bool))
 
+    @nn.nowrap
+    def seen(self, state: State, ranks: Any, order: Order) -> Bool[Array, "b n"]:
+        return state.known
+
     def step(self, state: State, now: Step, setting: Setting) -> State:
         """Draws all hidden tokens and keeps as many as the order's step reveals, whatever their ranks.
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import signal
 import socket
 import sys
 import threading
@@ -205,6 +206,9 @@ def command(name: str) -> Iterator[None]:
         known = isinstance(error, ValueError | OSError)
         if alone and known:
             raise SystemExit(f"{name}: {error}") from error
+        if alone and isinstance(error, KeyboardInterrupt):
+            print(f"{name}: interrupted", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from error
         if alone:
             raise
         sys.stdout.flush()
@@ -266,8 +270,8 @@ def check_shared(folder: Path, patience: float = 30.0) -> None:
     barrier(f"mark {number}")
     if not seen([mark], patience):
         raise ValueError(
-            f"{folder} is not the same folder here as on process 0; all hosts need one that they share (NFS, "
-            f"Filestore, a mounted bucket)"
+            f"{folder} is not the same folder here as on process 0; all hosts need one that they share (a "
+            f"bucket, NFS, Filestore)"
         )
     barrier(f"seen {number}")
     if jax.process_index() == 0:

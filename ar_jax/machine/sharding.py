@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ar_jax.machine import shares
-from ar_jax.typing import Array
+from ar_jax.typing import Array, Within
 
 AXES = ("data", "fsdp", "tp")
 BATCH = ("data", "fsdp")  # mesh axes that divide a batch
@@ -23,15 +23,18 @@ BATCH = ("data", "fsdp")  # mesh axes that divide a batch
 Rules = Sequence[tuple[str, P]]
 
 
+Part = Annotated[int, Within(-1, 2**24)]
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
     """Sizes of the device mesh's axes; -1 (once) fills with the devices left over."""
 
-    data: int = -1
+    data: Part = -1
     """Copies of the model, each with its share of the batch."""
-    fsdp: int = 1
+    fsdp: Part = 1
     """Parts every parameter is split into; each also takes a share of the batch."""
-    tp: int = 1
+    tp: Part = 1
     """Tensor parallelism: parts of every matrix product."""
 
 

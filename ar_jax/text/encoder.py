@@ -13,6 +13,7 @@ import numpy as np
 
 from ar_jax.files import words
 from ar_jax.files.codec import read_json
+from ar_jax.files.places import local, path_of
 from ar_jax.files.weights import read_weights
 from ar_jax.text import clip, minilm, t5
 from ar_jax.text.batches import in_batches
@@ -46,7 +47,7 @@ def open_encoder(name: str) -> Encoder:
     """
     if name == "minilm":
         return Encoder(name, minilm.identity(), lambda captions, rows: minilm.encode(list(captions), rows))
-    return _open_folder(str(Path(name).expanduser().resolve()))
+    return _open_folder(str(local(path_of(name)).expanduser().resolve()))
 
 
 @functools.lru_cache(1)

@@ -10,7 +10,7 @@ from ar_jax.machine.sharding import Rules
 from ar_jax.nets.resize import resize
 from ar_jax.tokenizers.continuous import Measured
 from ar_jax.tokens import Scale, TokenSpec, maps, pyramid, rows, sides
-from ar_jax.typing import Array, Float, Having, Metrics, Params, PRNGKey, Within, typed
+from ar_jax.typing import Array, Float, Having, Index, Metrics, Params, PRNGKey, Within, typed
 
 
 class LatentPyramid(Measured, nn.Module):
@@ -118,6 +118,13 @@ class LatentPyramid(Measured, nn.Module):
     def decode(self, tokens: Float[Array, "b n c2"], *, key: PRNGKey | None = None) -> Float[Array, "b H W c"]:
         """Images of the last scale, about [-1, 1] but not clipped; `key` is unused."""
         return self.base.decode(self.restore(tokens[:, -math.prod(sides(self.scales[-1])) :]))
+
+    @typed
+    def decode_until(self, tokens: Float[Array, "b n c2"], level: Index) -> Float[Array, "b H W c"]:
+        """Images of a level, enlarged to the last one before they are decoded; later tokens may be anything."""
+        last = sides(self.scales[-1])
+        latents = jnp.stack([resize(x, last) for x in maps(tokens, self.scales)])[level]
+        return self.base.decode(self.restore(latents.reshape(len(latents), -1, latents.shape[-1])))
 
     def autoencode(self, *arguments: Any, **named: Any) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
         """One training pass of the base."""

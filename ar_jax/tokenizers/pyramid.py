@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from ar_jax.nets.resize import resize
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import Scale, TokenSpec, maps, pyramid, rows, sides
-from ar_jax.typing import Array, Float, Int, Metrics, PRNGKey, Tokens, typed
+from ar_jax.typing import Array, Float, Index, Int, Metrics, PRNGKey, Tokens, typed
 
 
 class Pyramid(VQGAN):
@@ -57,6 +57,12 @@ class Pyramid(VQGAN):
         last = sides(self.scales[-1])
         codes = self.embed(tokens[:, -math.prod(last) :])
         return self.pixels(codes.reshape(len(codes), *last, -1))
+
+    @typed
+    def decode_until(self, tokens: Tokens, level: Index) -> Float[Array, "b H W rgb"]:
+        """Images of a level, enlarged to the size of the last one before they are decoded; later tokens may be anything."""
+        last = sides(self.scales[-1])
+        return self.pixels(jnp.stack([resize(x, last) for x in maps(self.embed(tokens), self.scales)])[level])
 
     @typed
     def autoencode(

@@ -13,9 +13,10 @@ from ar_jax.nets.resize import resize, touched
 from ar_jax.tokenizers.conv import Convolutional, Decoder, Encoder, init
 from ar_jax.tokenizers.quantize import Codebook, VectorLoss, codebook_init, look_up, residual_quantise
 from ar_jax.tokens import Scale, TokenSpec, maps, pyramid, rows, sides
-from ar_jax.typing import Array, Blocks, Bool, Float, Int, Metrics, PRNGKey, Share, Size, Tokens, typed
+from ar_jax.typing import Array, Blocks, Bool, Float, Index, Int, Metrics, PRNGKey, Share, Size, Tokens, typed
 
 Held = tuple[Array, Array]
+HELD = ("context", "decode", "decode_until")  # methods that take it
 
 
 class ResidualPyramid(Convolutional, nn.Module):
@@ -116,13 +117,18 @@ class ResidualPyramid(Convolutional, nn.Module):
         """Images in [-1, 1], from the tokens of all scales or of the first few; `held` as in `context`, `key` is unused."""
         return jnp.clip(self.pixels(self.sums(tokens, held)[-1]), -1, 1)
 
+    @typed
+    def decode_until(self, tokens: Tokens, level: Index, held: Held | None = None) -> Float[Array, "b H W rgb"]:
+        """What `decode` gives of the scales up to a level; later tokens may be anything."""
+        return jnp.clip(self.pixels(jnp.stack(self.sums(tokens, held))[level]), -1, 1)
+
     @nn.nowrap
     def held(self, frozen: Callable, tokens: Tokens, free: Bool[Array, "b H W"]) -> Callable:
         """The frozen tokenizer with the latent of `tokens` wherever no pixel is free (see `decode.edit`)."""
         cells = touched(free, self.grid)
 
         def call(*arguments, method):
-            return frozen(*arguments, *([(tokens, cells)] if method in ("context", "decode") else []), method=method)
+            return frozen(*arguments, *([(tokens, cells)] if method in HELD else []), method=method)
 
         return call
 

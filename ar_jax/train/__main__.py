@@ -9,30 +9,39 @@
 
 The run folder (runs/NAME) holds checkpoints, pictures, TensorBoard logs and metrics.jsonl of both stages;
 `python sample.py runs/NAME` draws from it. SIGTERM or a preemption notice ends it with exit code 75 once the state is
-saved.
+saved, Ctrl-C with 130.
 """
 
 import dataclasses
 import functools
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from ar_jax.config import Experiment, Stage, keep_config, load_config, parse
+from ar_jax.config import Experiment, GeneratorStage, Stage, keep_config, load_config, parse
 from ar_jax.data import Data, Info, NoSplit, Opened, Spread, batches, plain
 from ar_jax.evals.training import Evaluation
 from ar_jax.files import codec
-from ar_jax.files.models import Model, describe, open_model, versions, write_json
+from ar_jax.files.models import Model, describe, fingerprint, open_model, versions
+from ar_jax.files.places import path_of
 from ar_jax.files.trust import taken, trust
 from ar_jax.machine import distributed
+from ar_jax.machine.claim import claim
 from ar_jax.machine.compiled import keep_compiled
 from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.machine.precision import multiply_in, products
+from ar_jax.machine.seeds import key_of
 from ar_jax.machine.sharding import batch_part, batch_rows, make_mesh
 from ar_jax.tokenize import check_cache
-from ar_jax.train.checkpoint import load_matching, save_params
-from ar_jax.train.guards import AGAIN, Stopped
+from ar_jax.train import wandb
+from ar_jax.train.checkpoint import is_there, load_matching, newest, save_params
+from ar_jax.train.guards import Stopped
+from ar_jax.train.history import note
+from ar_jax.train.log import Board
 from ar_jax.train.loop import fit
 from ar_jax.train.measure import measured, remembered
 from ar_jax.train.recipes import Recipe, generator_recipe
@@ -52,11 +61,11 @@ def main(arguments: list[str]) -> None:
         distributed.join(experiment.launch, notices=True)
         keep_compiled()
         try:
-            with multiply_in(experiment.precision):
+            with multiply_in(experiment.precision), claim(path_of(experiment.out) / experiment.name):
                 train(experiment, config, overrides)
         except Stopped as stopped:
             distributed.say(f"train.py: {stopped}")
-            raise SystemExit(AGAIN) from stopped
+            raise SystemExit(stopped.code) from stopped
 
 
 def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
@@ -68,12 +77,23 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     written = codec.encode(experiment)
     if ":" in experiment.data.name:
         trust(experiment.data.name.partition(":")[0])
-    run = Path(experiment.out) / experiment.name
+    if experiment.log not in ("here", "wandb"):
+        raise ValueError(f"log is {experiment.log!r}; it must be here or wandb")
+    beside = wandb.opener(experiment.name, written) if experiment.log == "wandb" else None
+    run = path_of(experiment.out) / experiment.name
     distributed.check_shared(run)
     mesh = make_mesh(experiment.mesh)
-    for kind, stage in (("tokenizer", experiment.tokenizer), ("generator", experiment.generator)):
-        if stage.steps and not stage.path:
-            batch_rows(mesh, stage.batch, f"{kind}.batch")  # both batches are known to fit before either is trained on
+    stages = {"tokenizer": experiment.tokenizer, "generator": experiment.generator}
+    done = {kind: newest(run / kind / "checkpoints") for kind in stages}
+    todo = {kind: stage.steps for kind, stage in stages.items() if stage.steps and not stage.path}
+    for kind in todo:
+        batch_rows(mesh, stages[kind].batch, f"{kind}.batch")  # both are known to fit before either is trained on
+    if done["generator"] and done["tokenizer"] < todo.get("tokenizer", 0) and not stages["generator"].other_tokenizer:
+        raise ValueError(
+            f"{run}: {done['generator']} updates of the generator are made for the tokenizer as it is, and tokenizer.steps="
+            f"{todo['tokenizer']} would change that from update {done['tokenizer']} on. Give --tokenizer.steps {done['tokenizer']}, "
+            "--name for a new run, or --generator.other-tokenizer True to train the generator on for the changed one"
+        )
     split = experiment.data.shards == "split"
     opened = Opened(batch_part(mesh) if split else (0, 1))
     made = run / "generator"
@@ -89,8 +109,15 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
         f"mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}, float32 is multiplied in "
         f"{products(experiment.precision)}"
     )
-    tokenizer_settings = {"data": dataclasses.asdict(experiment.data)}
+    tokenizer_settings = {"data": lasting(experiment.data)}
     tokenizer = prepare(experiment.tokenizer, "tokenizer", run / "tokenizer", info, tokenizer_settings)
+    size = getattr(tokenizer.module, "size", None)
+    if size and tuple(size) != (experiment.data.size,) * 2:
+        height, width = size
+        raise ValueError(
+            f"data.size is {experiment.data.size}, but the tokenizer's images have {height}x{width} pixels; give --data.size "
+            f"{height}" + " or --tokenizer.module.size" * (not experiment.tokenizer.path)
+        )
     stage, data, generator = experiment.generator, experiment.data, None
     if stage.steps or stage.path:  # both networks are known to fit before either is trained
         if stage.tokens:
@@ -101,30 +128,27 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
             stage = dataclasses.replace(stage, module=stage.module.complete(tokenizer.module.spec, info))
         settings = {
             "tokenizer": "../tokenizer", "order": codec.encode(stage.order),
-            "sampling": codec.encode(stage.sampling), "data": dataclasses.asdict(data),
+            "sampling": codec.encode(stage.sampling), "data": lasting(data),
         }  # fmt: skip
         generator = prepare(stage, "generator", run / "generator", info, settings)
     if jax.process_index() == 0:
         keep_config(config, run / "config.py")
-        facts = {
-            "config": config,
-            "overrides": overrides,
-            "versions": versions(),
-            "experiment": written,
-        }
-        write_json(run / "run.json", facts)
+        facts = {"config": config, "overrides": overrides, "versions": versions(), "experiment": written}
+        for line in note(run / "run.json", facts, done, any(done[name] < steps for name, steps in todo.items())):
+            print(f"{run}: {line}")
 
-    tokenizer_key, generator_key = jax.random.split(jax.random.key(experiment.seed))
+    tokenizer_key, generator_key = jax.random.split(key_of(experiment.seed))
     if experiment.tokenizer.steps and not experiment.tokenizer.path:
         recipe = tokenizer_recipe(experiment.tokenizer, tokenizer.module)
-        stage_fit(recipe, experiment.tokenizer, experiment, experiment.data, opened, tokenizer, mesh, tokenizer_key)
+        stage_fit(recipe, experiment.tokenizer, experiment, experiment.data, opened, tokenizer, mesh, tokenizer_key, beside)
     if not experiment.tokenizer.path:
         tokenizer = measured(tokenizer, experiment.tokenizer.module, source, experiment.data, experiment.seed)
     if generator and stage.tokens:
         check_cache(data, tokenizer, opened(plain(data)))
     if generator and not stage.path:
+        generator = trained_on(generator, tokenizer, stage, done["generator"])
         recipe = generator_recipe(stage, generator.module, tokenizer.module, tokenizer.params())
-        stage_fit(recipe, stage, experiment, data, opened, generator, mesh, generator_key)
+        stage_fit(recipe, stage, experiment, data, opened, generator, mesh, generator_key, beside)
 
 
 def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -> Model:
@@ -147,16 +171,47 @@ def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -
     if (folder / "model.json").exists():
         old = open_model(folder, kind)
         module, settings = remembered(module, settings, old)
+        settings = settings | {name: old.settings[name] for name in ("trained_on",) if name in old.settings}
         difference = codec.difference(codec.encode(old.module), codec.encode(module))
         if difference:
             raise ValueError(
                 f"{folder} already holds another {kind}: {difference}. Give --name for a new run, or remove the folder"
             )
-    if given and distributed.agreed(not (folder / "params").exists()):
+    if given and distributed.agreed(not is_there(folder / "params")):
         params = given.params()
         if params:  # patches of pixels have none
             save_params(folder / "params", jax.device_get(params))
     return describe(folder, kind, module, info, settings)
+
+
+def lasting(data: Data) -> dict[str, Any]:
+    """Fields of data, for `model.json`: paths on disks hold from any working directory."""
+
+    def kept(text):
+        there = text != "minilm" and isinstance(path_of(text), Path) and (os.path.exists(os.path.expanduser(text)) or "{" in text)
+        return os.path.abspath(os.path.expanduser(text)) if text and there else text
+
+    return dataclasses.asdict(data) | {"path": kept(data.path), "text": kept(data.text)}
+
+
+def trained_on(generator: Model, tokenizer: Model, stage: GeneratorStage, done: int) -> Model:
+    """The generator, whose `model.json` now says for which tokenizer it is trained.
+
+    Args:
+      done: its updates so far.
+    Raises:
+      ValueError: these were made for another one.
+    """
+    was, now = generator.settings.get("trained_on"), fingerprint(tokenizer.params())
+    if was == now:
+        return generator
+    if was and done and not stage.other_tokenizer:
+        raise ValueError(
+            f"{generator.folder}: its {done} updates are made for a tokenizer with other parameters than {tokenizer.folder} "
+            "has now. Bring that one back, give --name for a new run, or --generator.other-tokenizer True to train on"
+        )
+    settings = generator.settings | {"trained_on": now}
+    return describe(generator.folder, generator.kind, generator.module, generator.info, settings)
 
 
 def stage_fit(
@@ -168,6 +223,7 @@ def stage_fit(
     model: Model,
     mesh: jax.sharding.Mesh,
     key: PRNGKey,
+    beside: Callable[[Path], Board] | None = None,
 ) -> None:
     rows = batch_rows(mesh, stage.batch)
     stream = batches(opened(data), data, batch=stage.batch, seed=experiment.seed, rows=rows)
@@ -184,7 +240,7 @@ def stage_fit(
             f"{stage.best} by; add a validation folder (val/ beside train/), or give best=fd"
         )
     with jax.set_mesh(mesh):
-        fit(recipe, stage, stream, shown, model.folder, mesh, key, start, evaluate, of)
+        fit(recipe, stage, stream, shown, model.folder, mesh, key, start, evaluate, of, beside)
 
 
 def load_start(stage: Stage, kind: str, params: Params) -> Params:

@@ -2,10 +2,11 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import math
+import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -18,10 +19,12 @@ from orbax.checkpoint import v1 as ocp
 
 from ar_jax.files import words
 from ar_jax.files.codec import read_json
+from ar_jax.files.places import absolute, remove_tree, rename_tree, sizes
 from ar_jax.machine.distributed import agreed, barrier, seen
 from ar_jax.train.state import TrainState
 from ar_jax.typing import Params
 
+COMMITTED = "commit_success.txt"  # Orbax's, of what is whole: in a bucket everything has its final name from the start
 CONTENTS = "contents.json"  # in a checkpoint: size and checksum of its files, and the facts saved with the arrays
 SUMMED = 2**26  # bytes; larger files are compared by size only: a save in the last minute must not be read again
 FALLING = ("loss", "fd")  # held-out figures of which a smaller one is better
@@ -31,8 +34,8 @@ class Checkpoints:
     """The checkpoints of a running training, in one folder.
 
     Each holds "model" and, with averaging, "ema", so that a sampler reads no more than it needs, and "training", the
-    rest of the state. Orbax writes under a temporary name and renames, so an interrupted save is never seen again. A
-    list of the files is part of each, so that one which was damaged later is not taken for whole: those at the end of
+    rest of the state. Orbax writes under a temporary name and renames, or in a bucket writes a last file that says so, and an
+    interrupted save is never seen again. A list of the files is part of each, so that one which was damaged later is not taken for whole: those at the end of
     the run are set aside as STEP.broken when this opens the folder.
 
     Args:
@@ -61,8 +64,8 @@ class Checkpoints:
             )
         if first:
             # Leftovers of interrupted saves. Orbax's own clean-up fails where threads of a failed save still write.
-            for leftover in folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in _unfinished(folder):
+                remove_tree(leftover, ignore_errors=True)
             for path, found in broken.items():
                 _set_aside(path, found)
         barrier("broken checkpoints are set aside")
@@ -71,11 +74,11 @@ class Checkpoints:
         kept = [policies.LatestN(keep), _Best(keep_best, best, self._figures)]
         if keep_every:
             kept.append(policies.EveryNSteps(keep_every))
-        context = ocp.Context()
+        context = _writing(folder)
         # a lambda: orbax copies its options deeply, and would copy the object of a bound method with them
         context.asynchronous.post_finalization_callback = lambda: self._list_contents()
         self._checkpointer = ocp.training.Checkpointer(
-            folder.absolute(), context=context, preservation_policy=policies.AnyPreservationPolicy(kept)
+            _for_orbax(folder), context=context, preservation_policy=policies.AnyPreservationPolicy(kept)
         )
         self._best, self._pending, self._reported = best, None, False
 
@@ -125,7 +128,7 @@ class Checkpoints:
         try:
             if unused:
                 with _partial():
-                    loaded = ocp.load_checkpointables(folder.absolute(), parts)
+                    loaded = ocp.load_checkpointables(_for_orbax(folder), parts)
             else:
                 loaded = self._checkpointer.load_checkpointables(step, parts)
         except Exception as error:
@@ -157,10 +160,9 @@ class Checkpoints:
     def _list_contents(self):
         """Orbax calls this on the first process when every file is written, before the checkpoint gets its name."""
         step, contents = self._saving
-        (folder,) = self._folder.glob(f"{step}.orbax-checkpoint-tmp*")
+        (folder,) = (path for path in _unfinished(self._folder) if path.name.split(".")[0] == str(step))
         # Orbax still adds the time of the commit to its metadata, which nothing is read from.
-        files = [path for path in folder.rglob("*") if path.is_file() and path.name != "_CHECKPOINT_METADATA"]
-        _list_files(folder, files, contents, SUMMED)
+        _list_files(folder, "_CHECKPOINT_METADATA", contents, SUMMED if isinstance(folder, Path) else 0)
 
     def _failed(self, error):
         self._reported = True
@@ -192,6 +194,11 @@ def _parts(state: TrainState) -> dict[str, Any]:
 def latest_step(folder: Path) -> int | None:
     """The newest complete checkpoint in a folder of `Checkpoints`; reads only, so a running training may go on."""
     return _newest_whole(folder, lambda path, damage: print(f"checkpoint {path} is broken ({damage}): not used"))
+
+
+def newest(folder: Path) -> int:
+    """The newest step in a folder of `Checkpoints`, whole or not; 0 without any."""
+    return max(_steps(folder), default=0)
 
 
 def find_step(folder: Path, which: str = "newest") -> int:
@@ -231,8 +238,20 @@ def _score(figures: dict[str, float], name: str) -> float:
 
 
 def _steps(folder):
-    """Steps of the checkpoints that have their final name, whole or not, ascending."""
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+    """Steps of the checkpoints that were saved to the end, whole or not, ascending."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and is_there(path))
+
+
+def is_there(folder: Path) -> bool:
+    """Whether a checkpoint or a folder of parameters was written to the end."""
+    return folder.exists() if isinstance(folder, Path) else (folder / COMMITTED).exists()
+
+
+def _unfinished(folder):
+    """Checkpoints that are being saved, or were when their process died."""
+    if isinstance(folder, Path):
+        return list(folder.glob("*.orbax-checkpoint-tmp*"))
+    return [path for path in folder.glob("*") if path.name.isdecimal() and not is_there(path)]
 
 
 def _newest_whole(folder: Path, broken: Callable[[Path, str], None]) -> int | None:
@@ -249,7 +268,7 @@ def _set_aside(path, found):
     """Frees the name of a broken checkpoint, so that the same step can be saved again."""
     names = (path.with_name(f"{path.name}.broken{suffix}") for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
     aside = next(name for name in names if not name.exists())
-    path.rename(aside)
+    rename_tree(path, aside)
     print(f"checkpoint {path} is broken ({found}): kept as {aside.name} and not used")
 
 
@@ -259,12 +278,14 @@ def damage(folder: Path) -> str:
         files = [(name, int(size), checksum) for name, (size, checksum) in _contents(folder)["files"].items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {CONTENTS} is missing, as in earlier versions, or damaged"
+    found = sizes(folder)
     for name, size, _ in files:
-        path = folder / name
-        if not path.is_file():
+        if name not in found:
             return f"{words.name(name)} is missing"
-        if (found := path.stat().st_size) != size:
-            return f"{words.name(name)} has {found} bytes, not {size}"
+        if found[name] != size:
+            return f"{words.name(name)} has {found[name]} bytes, not {size}"
+    if not isinstance(folder, Path):
+        return ""  # no part of a file is ever there, and the store compares checksums: not every host need read all of it
     summed = [(folder / name, checksum) for name, _, checksum in files if checksum is not None]
     for (path, checksum), found in zip(summed, _checksums([path for path, _ in summed])):
         if found != checksum:
@@ -272,15 +293,11 @@ def damage(folder: Path) -> str:
     return ""
 
 
-def _list_files(folder, files, contents, summed):
-    """Writes what a folder holds, and size and checksum of files; those of more than `summed` bytes have no checksum."""
-    files = sorted(files)
-    sizes = [path.stat().st_size for path in files]
-    sums = iter(_checksums([path for path, size in zip(files, sizes) if size <= summed]))
-    contents["files"] = {
-        str(path.relative_to(folder)): (size, next(sums) if size <= summed else None)
-        for path, size in zip(files, sizes)
-    }
+def _list_files(folder, but, contents, summed):
+    """Writes what a folder holds, and size and checksum of files but one; of more than `summed` bytes they have no checksum."""
+    found = {name: size for name, size in sorted(sizes(folder).items()) if name != but}
+    sums = iter(_checksums([folder / name for name, size in found.items() if size <= summed]))
+    contents["files"] = {name: (size, next(sums) if size <= summed else None) for name, size in found.items()}
     (folder / CONTENTS).write_text(json.dumps(contents))  # ends in a brace: no part of it can be read
 
 
@@ -311,9 +328,10 @@ def _figures(folder):
 
 def save_params(folder: Path, params: Params) -> None:
     """Writes one tree of parameters, complete or not at all, and then the checksums of its files."""
-    ocp.save(folder.absolute(), params, overwrite=True)
+    with contextlib.nullcontext() if isinstance(folder, Path) else _writing(folder):
+        ocp.save(_for_orbax(folder), params, overwrite=True)
     if jax.process_index() == 0:
-        _list_files(folder, [path for path in folder.rglob("*") if path.is_file()], {}, math.inf)
+        _list_files(folder, CONTENTS, {}, math.inf)
 
 
 # (path, array) -> the arrays it becomes, by path
@@ -333,7 +351,7 @@ def load_params(folder: Path, like: Params, part: str = "state", become: Become 
       ValueError: the folder holds other leaves than `like`; the first is named. Or it cannot be read, or is not what was
         saved: process 0 compares checksums, which folders of earlier versions do not have.
     """
-    folder = folder.absolute()
+    folder = _for_orbax(folder)
     _inspect(folder)
     with _readable(folder):
         found = ocp.checkpointables_metadata(folder).metadata.get(part)
@@ -368,7 +386,8 @@ def _inspect(folder):
     """Refuses a folder with something else than files in it (Orbax would wait for a pipe), or with changed ones."""
     if not folder.is_dir() or not any(folder.iterdir()):
         raise ValueError(f"{folder} is no folder of parameters; get it again")
-    odd = next((path for path in folder.rglob("*") if not (path.is_file() or path.is_dir())), None)
+    files = folder.rglob("*") if isinstance(folder, Path) else ()
+    odd = next((path for path in files if not (path.is_file() or path.is_dir())), None)
     if odd is not None:
         raise ValueError(f"{odd} is no regular file; get {folder} again")
     if jax.process_index() == 0 and (folder / CONTENTS).exists() and (found := damage(folder)):
@@ -402,7 +421,7 @@ def load_matching(
       ValueError: a leaf is missing in the folder or has another shape and is not named in `fresh`, or a pattern matches
         no leaf.
     """
-    folder = folder.absolute()
+    folder = _for_orbax(folder)
     _inspect(folder)
     with _readable(folder):
         have, want = _shapes(ocp.checkpointables_metadata(folder).metadata.get(part)), flatten_dict(params, sep="/")
@@ -425,6 +444,49 @@ def load_matching(
     loaded = _load_some(folder, part, {tuple(name.split("/")): x for name, x in read.items()})
     loaded = {"/".join(path): x for path, x in loaded.items()}
     return unflatten_dict(want | loaded, sep="/"), stay, sorted(have.keys() - want.keys())
+
+
+def _for_orbax(folder):
+    """The path that Orbax is given."""
+    if str(folder).startswith("s3://"):
+        _teach_s3()
+    return absolute(folder)
+
+
+@functools.cache
+def _teach_s3():
+    """Orbax (0.12) stores arrays by tensorstore, which knows s3://, but asks it for disks and gs:// only.
+
+    Raises:
+      ValueError: it does not ask as it did.
+    """
+    try:
+        from orbax.checkpoint._src.path import gcs_utils
+        from orbax.checkpoint._src.serialization import tensorstore_utils as asking
+
+        remote, normal, spec = asking._use_gcs_driver, asking._normalize_path, gcs_utils.get_kvstore_for_gcs
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"checkpoints cannot be in s3:// with this version of Orbax ({error}); mount the bucket, and give the path"
+        ) from error
+
+    def with_s3(path):
+        bucket, _, rest = path.removeprefix("s3://").partition("/")
+        set_by = {"endpoint": ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"), "aws_region": ("AWS_DEFAULT_REGION", "AWS_REGION")}
+        more = {key: os.environ[name] for key, names in set_by.items() for name in names if name in os.environ}
+        return {"driver": "s3", "bucket": bucket, "path": rest, **more} if path.startswith("s3://") else spec(path)
+
+    asking._use_gcs_driver = lambda path: path.startswith("s3://") or remote(path)
+    asking._normalize_path = lambda path: re.sub("^s3:/+", "s3://", normal(path))
+    gcs_utils.get_kvstore_for_gcs = with_s3
+
+
+def _writing(folder):
+    """How Orbax writes: to a bucket in place, with a last file that says that all is there."""
+    context = ocp.Context()
+    if not isinstance(folder, Path):
+        context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+    return context
 
 
 def _partial():

@@ -4,21 +4,27 @@ import dataclasses
 import faulthandler
 import math
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
 
+from ar_jax.files.places import made, sizes
+from ar_jax.typing import Many
+
 AGAIN = os.EX_TEMPFAIL  # 75: exit code of a training that saved on notice; the same command goes on with it
+INTERRUPTED = 128 + signal.SIGINT  # 130: that of any command that is ended by Ctrl-C
 
 
 @dataclasses.dataclass(frozen=True)
 class Guards:
     """When to speak up, and when to give up."""
 
-    skipped: int = 10
+    skipped: Many = 10
     """Updates in a row without finite loss and gradients after which the training stops; 0 never stops it."""
     spike: float = 6.0
     """Report a loss that is above its running mean by so many running standard deviations; 0 never does."""
@@ -28,26 +34,47 @@ class Guards:
 
 
 class Stopped(Exception):
-    """The training was told to stop, and saved its state first."""
+    """The training was told to stop, and saved its state first.
+
+    Attributes:
+      code: with which the process ends.
+    """
+
+    def __init__(self, message: str, code: int = AGAIN):
+        super().__init__(message)
+        self.code = code
 
 
 class Notice:
-    """Whether this training was told to stop: by SIGTERM or, with `jax.distributed`, the cluster's preemption notice.
+    """Whether this training was told to stop: by Ctrl-C, SIGTERM or, with `jax.distributed`, the cluster's preemption notice.
 
-    A context; SIGTERM ends the process at once before it is entered and after it is left.
+    A context; before it is entered and after it is left, signals end the process at once, as a second Ctrl-C always does.
+
+    Attributes:
+      code: with which the process then ends.
     """
 
     def __enter__(self):
-        self._signalled = False
-        if not jax.distributed.is_initialized():  # its preemption service listens for the signal itself
-            self._before = signal.signal(signal.SIGTERM, self._listen)
+        self._signalled, self.code = False, AGAIN
+        heard = [signal.SIGINT]
+        if not jax.distributed.is_initialized():  # its preemption service listens for this one itself
+            heard.append(signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._listen) for number in heard}
         return self
 
     def __exit__(self, *_):
-        if not jax.distributed.is_initialized():
-            signal.signal(signal.SIGTERM, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
-    def _listen(self, *_):
+    def _listen(self, number, frame):
+        if number == signal.SIGINT:
+            if self.code == INTERRUPTED:
+                os.write(2, b"\nstopped at once; what came after the newest checkpoint is lost\n")
+                os._exit(INTERRUPTED)
+            self.code = INTERRUPTED
+            os.write(2, b"\nsaving after this update; Ctrl-C once more stops at once\n")
+            if jax.distributed.is_initialized():
+                os.kill(os.getpid(), signal.SIGTERM)  # all processes stop after one update
         self._signalled = True
 
     def received(self, step: int) -> bool:
@@ -138,7 +165,8 @@ class Profile:
         """To be called after every update with something it computes."""
         self._seen += 1
         if self._updates and self._seen == self.FIRST - 1:
-            jax.profiler.start_trace(str(self._folder))
+            self._traced = self._folder if isinstance(self._folder, Path) else Path(tempfile.mkdtemp(prefix="ar_jax-"))
+            jax.profiler.start_trace(str(self._traced))
             self._tracing = True
         elif self._tracing and self._seen == self.FIRST - 1 + self._updates:
             jax.block_until_ready(metrics)
@@ -148,6 +176,11 @@ class Profile:
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()
+            if self._traced != self._folder:  # in a bucket
+                for name in sizes(self._traced):
+                    with made(self._folder / name) as part:
+                        shutil.copyfile(self._traced / name, part)
+                shutil.rmtree(self._traced)
             print(f"profile of {self._updates} updates in {self._folder}")
 
     def __enter__(self):

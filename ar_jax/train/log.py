@@ -1,37 +1,76 @@
 """What a run tells: a progress bar, a JSON line and TensorBoard scalars per period, pictures."""
 
 import contextlib
+import io
 import json
+import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Protocol
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from ar_jax.files.images import save_png, tile
+from ar_jax.files.images import save_picture, tile
+from ar_jax.files.places import SCHEMES, made, path_of
 from ar_jax.machine.chips import peak_flops, unknown
 
 SHOWN = ("loss", "psnr", "usage", "images_per_second", "mfu", "input_wait", "memory_gib")  # beside the progress bar
+PERIOD = 30.0  # seconds between two writings of a file in a bucket
+PART = 2**23  # bytes of TensorBoard events in a bucket after which another file is begun
+
+
+class Board(Protocol):
+    """What figures and pictures are told beside the run folder."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None: ...
+
+    def picture(self, step: int, image: np.ndarray) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Log:
-    """Writes to `metrics.jsonl`, TensorBoard events and PNG files in one folder, and shows a progress bar.
+    """Writes to `metrics.jsonl`, `messages.jsonl`, TensorBoard events and PNG files in one folder, and shows a progress bar.
 
-    Only the process with `quiet=False` writes.
+    Only the process with `quiet=False` writes. Where nothing can be appended, in a bucket, files are written anew from time to
+    time (see `PERIOD`; events as often as tensorboardX asks), and when a checkpoint is saved.
     """
 
-    def __init__(self, folder: Path, name: str, first: int, steps: int, chips: int = 1, quiet: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        first: int,
+        steps: int,
+        chips: int = 1,
+        quiet: bool = False,
+        beside: Callable[[Path], Board] | None = None,
+    ):
+        """Opens the files of a stage.
+
+        Args:
+          folder: of the stage.
+          name: beside the progress bar.
+          first: the update that the training goes on from.
+          steps: updates in all.
+          chips: over which the speed is divided.
+          quiet: nothing is written.
+          beside: opens what else figures and pictures are told.
+        """
         self.flops = 0.0  # of an update
         self._folder, self._chips, self._quiet = folder, chips, quiet
         self._bar = tqdm(total=steps, initial=first, desc=name, unit="step", disable=quiet, dynamic_ncols=True)
         if not quiet:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-            self._board = _summary_writer()(str(folder))
+            _cut(folder / "metrics.jsonl", first)
+            self._file = _appended(folder / "metrics.jsonl")
+            self._board = _summary_writer()(str(folder), purge_step=first + 1)
+            self._beside = [beside(folder)] if beside else []
         self._since, self._seen, self._spent = time.perf_counter(), first, {"input": 0.0, "aside": 0.0}
         self._shown = {}
         device = jax.local_devices()[0]
@@ -74,6 +113,8 @@ class Log:
             self._file.write(json.dumps({"step": step, **written}) + "\n")
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+            for board in self._beside:
+                board.metrics(step, {name: value for name, value in written.items() if value is not None})
             self._shown |= {name: f"{values[name]:.4g}" for name in SHOWN if name in values}
             self._bar.set_postfix(self._shown)
 
@@ -81,18 +122,106 @@ class Log:
         """Writes `samples/STEP.png`, a grid of uint8 [m h w c] images."""
         if not self._quiet:
             sheet = tile(images, columns)
-            save_png(self._folder / "samples" / f"{step:07d}.png", np.broadcast_to(sheet, (*sheet.shape[:2], 3)))
+            save_picture(self._folder / "samples" / f"{step:07d}.png", np.broadcast_to(sheet, (*sheet.shape[:2], 3)))
             self._board.add_image("samples", sheet, step, dataformats="HWC")
+            for board in self._beside:
+                board.picture(step, np.broadcast_to(sheet, (*sheet.shape[:2], 3)))
+
+    def saved(self) -> None:
+        """To be called when the state is saved: what led to it is kept as well."""
+        if not self._quiet:
+            self._file.flush()
 
     def say(self, message: str) -> None:
         if not self._quiet:
             self._bar.write(message)
+            line = {"time": round(time.time()), "step": self._bar.n, "message": message}
+            with _appended(self._folder / "messages.jsonl") as file:
+                file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
         self._bar.close()
         if not self._quiet:
             self._file.close()
             self._board.close()
+            for board in self._beside:
+                board.close()
+
+
+def _cut(path: Path, last: int) -> None:
+    """Drops the lines of later updates, which are made again, and one that was not written to its end."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last]
+    if len(kept) < len(lines):
+        with made(path) as part:
+            part.write_text("".join(kept))
+
+
+def _appended(path: Path) -> IO[str]:
+    """A text file that lines are added to."""
+    return open(path, "a", buffering=1) if isinstance(path, Path) else Anew(path)
+
+
+class Anew(io.StringIO):
+    """A text file in a bucket that grows at its end; all of it is written anew, lines written a while ago at the latest."""
+
+    def __init__(self, path: Path):
+        super().__init__(path.read_text() if path.exists() else "")
+        self.seek(0, io.SEEK_END)
+        self._path, self._written = path, time.monotonic()
+
+    def write(self, text: str) -> int:
+        count = super().write(text)
+        if time.monotonic() - self._written > PERIOD:
+            self.flush()
+        return count
+
+    def flush(self) -> None:
+        _put(self._path, self.getvalue().encode())
+        self._written = time.monotonic()
+
+    def close(self) -> None:
+        if not self.closed:
+            self.flush()
+        super().close()
+
+
+class Events:
+    """Writes TensorBoard's events to files in a bucket, as tensorboardX asks of its writers."""
+
+    def __init__(self, path: str):
+        self._path, self._part, self._content, self._written = path, 0, bytearray(), 0
+
+    def write(self, record: bytes) -> None:
+        self._content += record
+
+    def flush(self) -> None:
+        if len(self._content) > self._written:
+            _put(path_of(f"{self._path}.{self._part}"), bytes(self._content))
+            self._written = len(self._content)
+        if len(self._content) > PART:  # or each flush would send all events since the start
+            self._part, self._content, self._written = self._part + 1, bytearray(), 0
+
+    close = flush
+
+    @classmethod
+    def open(cls, path: str) -> "Events":
+        return cls(path)
+
+    @staticmethod
+    def directory_check(path: str) -> None:
+        """A bucket has no folders to make."""
+
+
+def _put(path, content):
+    """Writes a file of what is told of a run, for which no run must end."""
+    try:
+        with made(path) as part:
+            part.write_bytes(content)
+    except Exception as error:  # of each client its own
+        logging.warning("%s could not be written (%s); the training goes on", path, error)
 
 
 def _summary_writer():
@@ -101,8 +230,10 @@ def _summary_writer():
     if hide:
         sys.modules["torch"] = None
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter, record_writer
     finally:
         if hide:
             del sys.modules["torch"]
+    for scheme in SCHEMES:  # its own need further packages, and send all events at every flush
+        record_writer.register_writer_factory(scheme, Events)
     return SummaryWriter

@@ -15,7 +15,7 @@ from ar_jax.machine.distributed import say
 from ar_jax.machine.sharding import batch_sharding, padded, put, put_batch, replicated, shard
 from ar_jax.train.checkpoint import Checkpoints
 from ar_jax.train.guards import Health, Notice, Profile, Stopped, Watchdog
-from ar_jax.train.log import Log
+from ar_jax.train.log import Board, Log
 from ar_jax.train.recipes import Recipe
 from ar_jax.train.state import TrainState
 from ar_jax.typing import Batch, Params, PRNGKey
@@ -32,6 +32,7 @@ def fit(
     start: Callable[[Params], Params] | None = None,
     evaluate: Callable[[Params], dict[str, float]] | None = None,
     shown_are: str = "held_out",
+    beside: Callable[[Path], Board] | None = None,
 ) -> None:
     """Trains until `stage.steps`, from the newest checkpoint in `folder` if there is one.
 
@@ -46,6 +47,7 @@ def fit(
       start: see `initial`; asked if there is no checkpoint.
       evaluate: parameters of the model -> further figures, measured every `stage.evaluate_every` updates.
       shown_are: "held_out" or "train_sample"; what the names of the figures begin with.
+      beside: opens what figures and pictures are told beside the folder (see `Log`).
 
     Raises:
       Stopped: told to (see `Notice`); a checkpoint of the last update is written.
@@ -84,7 +86,7 @@ def fit(
     key, shown_key = jax.jit(lambda keys: keys, out_shardings=replicated(mesh))((key, shown_key))
     update = jax.jit(advance, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
     preview = jax.jit(recipe.preview, out_shardings=replicated(mesh))
-    log = Log(folder, name, first, stage.steps, mesh.size, quiet)
+    log = Log(folder, name, first, stage.steps, mesh.size, quiet, beside)
     if first:
         log.say(f"{name}: resumed at update {first}")
     health, advised, running = Health(stage.guards), False, collections.deque()
@@ -145,8 +147,9 @@ def fit(
                 settle(0)
                 with log.spending("aside"), jax.transfer_guard("allow"):  # orbax copies arrays in its own ways
                     checkpoints.save(state, {"data": batches.get_state()}, figures)
+                    log.saved()
             if stop:
-                raise Stopped(f"{name}: told to stop, saved update {step}; the same command goes on from there")
+                raise Stopped(f"{name}: told to stop, saved update {step}; the same command goes on from there", notice.code)
             if last:
                 break
 

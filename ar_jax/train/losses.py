@@ -14,7 +14,7 @@ from ar_jax.nets.patchgan import PatchGan
 from ar_jax.nets.resize import resize
 from ar_jax.tokenizers.quantize import normalise
 from ar_jax.train.teachers import EfficientNet
-from ar_jax.typing import Array, Float, Params, PRNGKey, typed
+from ar_jax.typing import Array, Float, Many, Params, PRNGKey, typed
 
 DISTANCES = {"l1": jnp.abs, "l2": jnp.square}
 ADVERSARIAL = {
@@ -170,7 +170,7 @@ class Losses:
     """More parts, each with the name of its figure: further teachers, losses of your own."""
     adversarial: float = 0.5
     """Weight of the discriminator's verdict; 0 trains no discriminator."""
-    adversarial_start: int = 20000
+    adversarial_start: Many = 20000
     """First update in which the discriminator counts and learns."""
     adversarial_kind: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
     adaptive: bool = False

@@ -4,14 +4,14 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
-from ar_jax.typing import Params, PRNGKey
+from ar_jax.typing import Params, PRNGKey, Share, Within
 
 Moment = Literal["float32", "bfloat16"]
 
@@ -20,7 +20,7 @@ Moment = Literal["float32", "bfloat16"]
 class AdamW:
     """Source: arXiv:1412.6980, with decoupled decay as in arXiv:1711.05101."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     """Decay of the two moments."""
     moment: Moment = "float32"
     """How the first moment is stored; the second is float32."""
@@ -33,7 +33,7 @@ class AdamW:
 class Lion:
     """The sign of a moving average; takes a learning rate several times smaller than AdamW's. Source: arXiv:2302.06675."""
 
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Share, Share] = (0.9, 0.99)
     """Share of the moment in the step, and its decay."""
     moment: Moment = "float32"
     """How it is stored."""
@@ -49,7 +49,7 @@ class Adafactor:
     Source: arXiv:1804.04235, as in arXiv:2106.04560.
     """
 
-    momentum: float = 0.9
+    momentum: Share = 0.9
     """Decay of the first moment; 0 keeps none."""
     moment: Moment = "bfloat16"
     """How it is stored."""
@@ -73,8 +73,8 @@ class Muon:
     Source: Muon (Jordan, 2024), with the size of arXiv:2502.16982.
     """
 
-    momentum: float = 0.95
-    betas: tuple[float, float] = (0.9, 0.95)
+    momentum: Share = 0.95
+    betas: tuple[Share, Share] = (0.9, 0.95)
     """Of AdamW."""
     others: tuple[str, ...] = ("/(head|mask_head|conditioning|inputs?)/", "/conv_(in|out)/")
     """Patterns searched in the paths of kernels that AdamW takes too: of the first and of the last layers."""
@@ -128,7 +128,7 @@ def _stored(rule):
 class Optim:
     """The optimiser."""
 
-    lr: float = 1e-4
+    lr: Annotated[float, Within(0, math.inf)] = 1e-4
     """Peak learning rate."""
     rule: Callable = AdamW()
     """What makes a step of the gradients: `AdamW`, `Muon`, `Adafactor`, `Lion`, or any dataclass whose call gives such a
@@ -147,7 +147,7 @@ class Optim:
     """Where the warm-up begins, as a part of `lr`."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """After the warm-up."""
-    hold: float = 0.0
+    hold: Share = 0.0
     """Part of the run after the warm-up in which the linear schedule stays at `lr`."""
     end_lr: float = 0.0
     """Where cosine and linear schedule end."""
@@ -156,13 +156,13 @@ class Optim:
     trained: tuple[str, ...] = ()
     """Patterns searched in the paths of the parameters that are trained; all others stay and have no moments. () trains
     all."""
-    ema: float = 0.0
+    ema: Share = 0.0
     """Decay of the moving average of the weights; 0 keeps none."""
     accumulate: int = 1
     """Parts a batch is split into to save memory; gradients are averaged."""
     gradients: Literal["product", "float32"] = "product"
     """Of linear layers: in the dtype of their products, or not rounded to it, which doubles what a mesh has to sum."""
-    betas: tuple[float, float] | None = None
+    betas: tuple[Share, Share] | None = None
     """Short for those of the rule."""
 
     def __post_init__(self):

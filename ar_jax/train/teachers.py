@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import jax.export
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 
 from ar_jax.evals.efficientnet import EfficientNetLite0
 from ar_jax.evals.networks import PROTOCOLS, open_network, pil_bicubic
+from ar_jax.files.places import path_of
 from ar_jax.files.weights import read_weights
 from ar_jax.typing import Array, Float, Params
 
@@ -44,7 +44,7 @@ class Exported:
     """File of arrays by name, which the function takes as a dict before the images; empty if it has them inside."""
 
     def open(self) -> Params:
-        if not Path(self.path).is_file():
+        if not path_of(self.path).is_file():
             raise ValueError(f"losses.teacher.network.path is {self.path!r}, which is no file")
         return dict(read_weights(self.weights)) if self.weights else {}
 
@@ -55,6 +55,6 @@ class Exported:
 @functools.lru_cache
 def _program(path):
     try:
-        return jax.export.deserialize(bytearray(Path(path).read_bytes()))
+        return jax.export.deserialize(bytearray(path_of(path).read_bytes()))
     except ImportError as error:
         raise ValueError(f"losses.teacher.network.path is {path!r}; to read it, pip install flatbuffers") from error

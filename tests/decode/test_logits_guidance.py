@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ar_jax.decode import logits
 from ar_jax.decode.guidance import Interval, Linear, Ramp
 from ar_jax.decode.logits import Filter, top_k, top_p
 from ar_jax.decode.temperature import Constant
@@ -70,6 +71,23 @@ def test_top_p_always_keeps_the_most_likely():
 
 def test_top_p_keeps_ties_and_leaves_removed_entries_out():
     np.testing.assert_array_equal(top_p(np.float32([3, 3, NONE, 0]), 0.3), [3, 3, NONE, NONE])
+
+
+def test_filters_find_the_same_threshold_by_large_digits_without_a_sort_or_a_loop(monkeypatch):
+    """As on a GPU, where every bit of a loop would start kernels."""
+    x = np.concatenate([rows(6, 80), np.round(rows(2, 80)), np.float32([[0.0, -0.0, NONE, 7] * 20])])
+
+    def filtered(device, function):
+        monkeypatch.setattr(logits, "platform", lambda: device)
+        compiled = jax.jit(lambda x: function(x)).lower(x).compile()
+        return np.asarray(compiled(x)), compiled.as_text()
+
+    for function in (lambda x: top_k(x, 9), lambda x: top_p(x, 0.7)):
+        (want, _), (got, text) = filtered("cpu", function), filtered("gpu", function)
+        np.testing.assert_array_equal(got, want)
+        assert " while(" not in text
+        assert " sort(" not in text
+        assert text.count(" reduce(") <= 2 + 2 * 8, "a pass for every digit, and the sum of its results"
 
 
 def test_top_p_of_one_changes_nothing():

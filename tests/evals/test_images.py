@@ -6,7 +6,7 @@ from PIL import Image
 
 from ar_jax.data import Data, open_source
 from ar_jax.evals.images import DataImages, open_images, open_reference
-from ar_jax.files.images import save_png
+from ar_jax.files.images import save_picture
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_npz_is_read_in_any_order(tmp_path, pixels, write):
 
 def test_folders_have_classes(tmp_path, pixels):
     for i, image in enumerate(pixels):
-        save_png(tmp_path / f"{'ab'[i % 2]}" / f"{i}.png", image)
+        save_picture(tmp_path / f"{'ab'[i % 2]}" / f"{i}.png", image)
     images = open_images(str(tmp_path))
     assert images.names == ("a", "b")
     np.testing.assert_array_equal(images.labels, [0] * 5 + [1] * 4)
@@ -87,8 +87,8 @@ def test_bad_files_are_named(tmp_path, pixels):
 
 
 def test_mixed_sizes_are_refused(tmp_path, pixels):
-    save_png(tmp_path / "a.png", pixels[0])
-    save_png(tmp_path / "b.png", pixels[1, :5])
+    save_picture(tmp_path / "a.png", pixels[0])
+    save_picture(tmp_path / "b.png", pixels[1, :5])
     images = open_images(str(tmp_path))
     with pytest.raises(ValueError, match=r"b\.png has 8x5 pixels, but a\.png has 8x6"):
         images.read(range(2))
@@ -97,11 +97,11 @@ def test_mixed_sizes_are_refused(tmp_path, pixels):
 def test_images_are_found_as_training_finds_them(tmp_path, pixels, capsys):
     """Hidden folders and those of systems, forks of files, linked folders, formats."""
     root, place = tmp_path / "data", tmp_path / "elsewhere"
-    save_png(place / "0.png", pixels[0])
+    save_picture(place / "0.png", pixels[0])
     for i, folder in enumerate(
         ("cat", ".ipynb_checkpoints", "cat/.ipynb_checkpoints", "@eaDir", "cat/@eaDir/1.png", "__MACOSX/cat")
     ):
-        save_png(root / folder / f"{i}.png", pixels[i])
+        save_picture(root / folder / f"{i}.png", pixels[i])
     for name in ("1.tif", "2.gif", "3.WEBP"):
         Image.fromarray(pixels[1]).save(root / "cat" / name)
     (root / "cat" / "._0.png").write_bytes(b"a fork")
@@ -122,7 +122,7 @@ def test_images_are_found_as_training_finds_them(tmp_path, pixels, capsys):
 
 
 def test_no_advice_is_given_that_the_evaluator_does_not_have(tmp_path, pixels):
-    save_png(tmp_path / "0.png", pixels[0])
+    save_picture(tmp_path / "0.png", pixels[0])
     (tmp_path / "1.png").write_bytes(b"damaged")
     for images in (open_images(str(tmp_path)), DataImages(Data(name="image_folder", path=str(tmp_path)))):
         with pytest.raises(ValueError, match=r"cannot read .*1\.png .*; mend or remove it$"):

@@ -158,6 +158,17 @@ def test_sigterm_is_noticed_inside_and_means_what_it_did_outside():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_second_interrupt_stops_at_once(monkeypatch, capfd):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with Notice() as notice:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert notice.received(1)
+        assert notice.code == 130
+        with pytest.raises(SystemExit, match="130"):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert "Ctrl-C once more stops at once" in capfd.readouterr().err
+
+
 HANG = """
 import time
 from ar_jax.train.guards import Watchdog

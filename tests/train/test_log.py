@@ -65,6 +65,17 @@ def test_without_known_limits_neither_memory_nor_mfu_is_told(tmp_path, clock):
     opened.close()
 
 
+def test_a_resumed_run_drops_the_lines_of_updates_that_it_makes_again(tmp_path, clock):
+    """And one that a killed process did not write to its end."""
+    lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (5, 10, 15)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + lines[0][:9])
+    opened = log.Log(tmp_path, "stage", first=10, steps=100)
+    opened.metrics(15, {"loss": 2.0})
+    opened.close()
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in found] == [(5, 1.0), (10, 1.0), (15, 2.0)]
+
+
 def test_lines_are_json_and_other_processes_write_nothing(opened, tmp_path, clock):
     opened.metrics(11, {"loss": 1.23456789})
     opened.metrics(12, {"spike/loss": 3.0, "lr": 4e-7, "grad_norm": float("nan")})
