@@ -4,9 +4,12 @@ import concurrent.futures
 import contextlib
 import functools
 import json
+import logging
 import math
 import os
 import re
+import sys
+import threading
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -28,6 +31,10 @@ COMMITTED = "commit_success.txt"  # Orbax's, of what is whole: in a bucket every
 CONTENTS = "contents.json"  # in a checkpoint: size and checksum of its files, and the facts saved with the arrays
 SUMMED = 2**26  # bytes; larger files are compared by size only: a save in the last minute must not be read again
 FALLING = ("loss", "fd")  # held-out figures of which a smaller one is better
+
+
+# What fails in orbax's threads is raised again where a save is waited for; its logs have a traceback for each of them
+logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
 
 
 class Checkpoints:
@@ -166,10 +173,19 @@ class Checkpoints:
 
     def _failed(self, error):
         self._reported = True
+        threading._register_atexit(_say_no_more)  # what `atexit` calls comes after threads have ended
+        step = latest_step(self._folder)
         return ValueError(
-            f"could not write a checkpoint to {self._folder}: {error}. Nothing half-written is kept; the newest complete "
-            f"checkpoint is step {latest_step(self._folder)}. Free some space and run the same command again"
+            f"could not write a checkpoint to {self._folder}: {error}. Nothing half-written is kept; "
+            + (f"the newest complete checkpoint is step {step}" if step else "there is no complete checkpoint yet")
+            + ". Free some space and run the same command again"
         )
+
+
+def _say_no_more():
+    """While the process ends: every write that tensorstore still ends would print that its event loop is closed."""
+    sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 class _Best:
