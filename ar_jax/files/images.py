@@ -45,5 +45,5 @@ def save_png(path: str | os.PathLike, image: np.ndarray, text: dict[str, str] | 
         info.add_text(name, value)
     path = path_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with made(path) as part:
-        Image.fromarray(image).save(part, format="PNG", pnginfo=info)
+    with made(path) as part, open(part, "wb") as file:
+        Image.fromarray(image).save(file, format="PNG", pnginfo=info)
