@@ -60,5 +60,5 @@ def save_picture(path: str | os.PathLike, image: np.ndarray, text: dict[str, str
         for name, value in text.items():
             how["pnginfo"].add_text(name, value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with made(path) as part:
-        Image.fromarray(image).save(part, format=kind, **how)
+    with made(path) as part, open(part, "wb") as file:
+        Image.fromarray(image).save(file, format=kind, **how)
