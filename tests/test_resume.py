@@ -84,30 +84,31 @@ def test_a_checkpoint_folder_emptied_on_purpose_is_gone_back_from(place, whole, 
     assert arrays(run, "generator") == arrays(whole, "generator")
 
 
-def sent_sigterm(monkeypatch, update):
-    """Lets the batch of an update be accompanied by SIGTERM."""
+def sent(monkeypatch, update, number):
+    """Lets the batch of an update be accompanied by a signal."""
     count = iter(range(1, 100))
 
     def put(batch, mesh):
         if next(count) == update:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return put_batch(batch, mesh)
 
     monkeypatch.setattr(loop, "put_batch", put)
 
 
 @pytest.mark.parametrize(
-    ("update", "stage", "step"), [(1, "tokenizer", "1"), (4, "tokenizer", "4"), (9, "generator", "5")]
+    ("update", "stage", "step", "number"),
+    [(1, "tokenizer", "1", signal.SIGTERM), (4, "tokenizer", "4", signal.SIGTERM), (9, "generator", "5", signal.SIGINT)],
 )
-def test_sigterm_saves_the_update_under_way_and_asks_to_be_run_again(
-    place, whole, monkeypatch, capsys, update, stage, step
+def test_sigterm_and_ctrl_c_save_the_update_under_way_and_ask_to_be_run_again(
+    place, whole, monkeypatch, capsys, update, stage, step, number
 ):
     name = f"told_{update}"
     with monkeypatch.context() as patch:
-        sent_sigterm(patch, update)
+        sent(patch, update, number)
         with pytest.raises(SystemExit) as caught:
             trained(place, "--name", name)
-    assert caught.value.code == guards.AGAIN == 75
+    assert caught.value.code == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
     assert f"{stage}: told to stop, saved update {step}; the same command goes on" in capsys.readouterr().out
     assert checkpoints(place / name, stage)[-1] == step
     trained(place, "--name", name)

@@ -200,6 +200,11 @@ def command(name: str) -> Iterator[None]:
         yield
     except SystemExit:
         raise
+    except KeyboardInterrupt as error:
+        if jax.distributed.is_initialized():
+            os._exit(130)
+        print(f"{name}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from error
     except BaseException as error:
         alone = not jax.distributed.is_initialized()
         known = isinstance(error, ValueError | OSError)

@@ -9,7 +9,7 @@
 
 The run folder (runs/NAME) holds checkpoints, pictures, TensorBoard logs and metrics.jsonl of both stages;
 `python sample.py runs/NAME` draws from it. SIGTERM or a preemption notice ends it with exit code 75 once the state is
-saved.
+saved, Ctrl-C with 130.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from ar_jax.machine.sharding import batch_part, batch_rows, make_mesh
 from ar_jax.tokenize import check_cache
 from ar_jax.train import wandb
 from ar_jax.train.checkpoint import load_matching, save_params
-from ar_jax.train.guards import AGAIN, Stopped
+from ar_jax.train.guards import Stopped
 from ar_jax.train.log import Board
 from ar_jax.train.loop import fit
 from ar_jax.train.measure import measured, remembered
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
                 train(experiment, config, overrides)
         except Stopped as stopped:
             distributed.say(f"train.py: {stopped}")
-            raise SystemExit(AGAIN) from stopped
+            raise SystemExit(stopped.code) from stopped
 
 
 def train(experiment: Experiment, config: str, overrides: list[str]) -> None:

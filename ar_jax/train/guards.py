@@ -12,6 +12,7 @@ import jax
 from jax.experimental import multihost_utils
 
 AGAIN = os.EX_TEMPFAIL  # 75: exit code of a training that saved on notice; the same command goes on with it
+BY_HAND = 128 + signal.SIGINT  # 130: the same after Ctrl-C
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,27 +29,46 @@ class Guards:
 
 
 class Stopped(Exception):
-    """The training was told to stop, and saved its state first."""
+    """The training was told to stop, and saved its state first.
+
+    Attributes:
+      code: to exit with.
+    """
+
+    def __init__(self, message: str, code: int = AGAIN):
+        super().__init__(message)
+        self.code = code
 
 
 class Notice:
-    """Whether this training was told to stop: by SIGTERM or, with `jax.distributed`, the cluster's preemption notice.
+    """Whether this training was told to stop: by Ctrl-C, by SIGTERM or, with `jax.distributed`, the cluster's preemption
+    notice.
 
-    A context; SIGTERM ends the process at once before it is entered and after it is left.
+    A context; signals end the process at once before it is entered and after it is left. So does a second Ctrl-C.
+
+    Attributes:
+      code: to exit with.
     """
 
     def __enter__(self):
-        self._signalled = False
+        self._signalled, self.code = False, AGAIN
+        self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._interrupt)}
         if not jax.distributed.is_initialized():  # its preemption service listens for the signal itself
-            self._before = signal.signal(signal.SIGTERM, self._listen)
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._listen)
         return self
 
     def __exit__(self, *_):
-        if not jax.distributed.is_initialized():
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _listen(self, *_):
         self._signalled = True
+
+    def _interrupt(self, *_):
+        signal.signal(signal.SIGINT, lambda *_: os._exit(BY_HAND))  # files are renamed when they are whole
+        print("\nstopping after this update, which is saved; Ctrl-C once more ends at once", file=sys.stderr, flush=True)
+        self.code = BY_HAND
+        os.kill(os.getpid(), signal.SIGTERM)  # as all processes hear it
 
     def received(self, step: int) -> bool:
         """To be asked after every update; True after the same update on all processes."""

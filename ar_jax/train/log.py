@@ -61,8 +61,9 @@ class Log:
         self._bar = tqdm(total=steps, initial=first, desc=name, unit="step", disable=quiet, dynamic_ncols=True)
         if not quiet:
             folder.mkdir(parents=True, exist_ok=True)
+            resumed = _cut(folder / "metrics.jsonl", first)
             self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-            self._board = _summary_writer()(str(folder))
+            self._board = _summary_writer()(str(folder), purge_step=first + 1 if resumed else None)
             self._beside = [beside(folder)] if beside else []
         self._since, self._seen, self._spent = time.perf_counter(), first, {"input": 0.0, "aside": 0.0}
         self._shown = {}
@@ -134,6 +135,27 @@ class Log:
             self._board.close()
             for board in self._beside:
                 board.close()
+
+
+def _cut(file: Path, last: int) -> bool:
+    """Leaves out what a log says of updates after the last one that counts, which a resumed training makes again.
+
+    Half a line, which a killed process leaves, is left out too. Returns whether there was a log.
+    """
+    if not file.exists():
+        return False
+    kept = []
+    for line in file.read_text(errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if line.endswith("\n") and json.loads(line)["step"] <= last:
+                kept.append(line)
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.write_text("".join(kept))
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
 
 
 def _summary_writer():

@@ -148,7 +148,7 @@ def fit(
                 with log.spending("aside"), jax.transfer_guard("allow"):  # orbax copies arrays in its own ways
                     checkpoints.save(state, {"data": batches.get_state()}, figures)
             if stop:
-                raise Stopped(f"{name}: told to stop, saved update {step}; the same command goes on from there")
+                raise Stopped(f"{name}: told to stop, saved update {step}; the same command goes on from there", notice.code)
             if last:
                 break
 

@@ -158,6 +158,33 @@ def test_sigterm_is_noticed_inside_and_means_what_it_did_outside():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+TWICE = """
+import os, signal, sys, time
+from ar_jax.machine import distributed
+from ar_jax.train.guards import Notice
+
+with distributed.command("command"):
+    if sys.argv[1] == "inside":
+        with Notice() as notice:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert notice.received(1) and notice.code == 130
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "said"), [("inside", "Ctrl-C once more ends at once\n"), ("outside", "command: interrupted\n")]
+)
+def test_ctrl_c_ends_with_a_sentence_and_130(where, said):
+    done = subprocess.run([sys.executable, "-c", TWICE, where], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert done.stderr.endswith(said)
+    assert "Traceback" not in done.stderr
+
+
 HANG = """
 import time
 from ar_jax.train.guards import Watchdog

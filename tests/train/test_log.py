@@ -81,6 +81,17 @@ def test_lines_are_json_and_other_processes_write_nothing(opened, tmp_path, cloc
     assert not (tmp_path / "other").exists()
 
 
+def test_a_resumed_log_says_nothing_twice(tmp_path):
+    log.Log(tmp_path, "stage", first=0, steps=4).metrics(1, {"loss": 1.0})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "loss": 2.0}\n{"step": 2, "held_out/loss": 2.5}\n{"step": 3, "loss": 3.0}\n{"step": 4, "lo')
+    log.Log(tmp_path, "stage", first=2, steps=4).metrics(3, {"loss": 3.5})
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert found == [
+        {"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 2, "held_out/loss": 2.5}, {"step": 3, "loss": 3.5},
+    ]  # fmt: skip
+
+
 def test_an_accelerator_whose_figures_are_not_known_is_named(tmp_path, capsys, monkeypatch):
     for platform in ("cpu", "gpu"):
         device = types.SimpleNamespace(platform=platform, device_kind="New Chip")
