@@ -333,9 +333,17 @@ def scan_steps(
                 state = fn(state, int(part[0]), int(first[part[0]]), room)
             else:
 
-                def body(carry, at, room=room):
-                    return fn(carry, *at, room), None
+                def body(i, carry, room=room, rank=_by_step(first, part)):
+                    return fn(carry, i, rank(i), room)
 
-                state, _ = lax.scan(body, state, (jnp.asarray(part), jnp.asarray(first[part])))
+                state = lax.fori_loop(int(part[0]), int(part[-1]) + 1, body, state)
         step += len(steps)
     return state
+
+
+def _by_step(first, part):
+    """Step -> first rank, for the steps of a loop: calculated where it can be, since a GPU starts a copy for every look-up."""
+    if np.ptp(rise := np.diff(first[part])):
+        table = jnp.asarray(first)
+        return lambda i: table[i]
+    return lambda i: int(first[part[0]]) + (i - int(part[0])) * int(rise[0])
