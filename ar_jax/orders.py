@@ -329,11 +329,9 @@ class Stretch(NamedTuple):
         """
         if len(self.steps) == 1:
             return fn(state, int(self.steps[0]), int(self.first[0]), self.room)
-        steps, first = jnp.asarray(self.steps), jnp.asarray(self.first)
-        if part is not None:
-            return lax.fori_loop(*part, lambda i, state: fn(state, steps[i], first[i], self.room), state)
-        state, _ = lax.scan(lambda state, at: (fn(state, *at, self.room), None), state, (steps, first))
-        return state
+        start, rank = int(self.steps[0]), _by_step(self.steps, self.first)
+        begin, end = part or (0, len(self.steps))
+        return lax.fori_loop(start + begin, start + end, lambda i, state: fn(state, i, rank(i), self.room), state)
 
 
 def stretches(
@@ -375,3 +373,12 @@ def scan_steps(
     for stretch in stretches(sizes, rooms, done, segments):
         state = stretch.run(fn, grow(state, stretch.ranks))
     return state
+
+
+def _by_step(steps, first):
+    """Step -> first rank, for the steps of a loop: calculated where it can be, since a GPU starts a copy for every look-up."""
+    start = int(steps[0])
+    if np.ptp(rise := np.diff(first)):
+        table = jnp.asarray(first)
+        return lambda i: table[i - start]
+    return lambda i: int(first[0]) + (i - start) * int(rise[0])

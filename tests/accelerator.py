@@ -12,6 +12,7 @@ found. A check or measurement that fails is an entry with its error. Parts:
               bfloat16, random weights, against both. Programs are compiled in threads, a round at a time, and run one
               after the other.
 
+--flags=--xla_gpu_enable_command_buffer=+WHILE makes one CUDA graph of a whole token loop, where XLA makes one of a token.
 --tiny takes networks that a CPU runs in seconds, to test this script.
 """
 

@@ -86,6 +86,18 @@ def test_scan_steps_traces_a_run_of_equal_sizes_once():
     assert traced == [1, 2, 1]
 
 
+def test_first_ranks_of_equal_steps_are_calculated_not_looked_up():
+    """A GPU starts a copy for every look-up, and its loop is then none that it could run by itself."""
+    run = lambda sizes: jax.jit(lambda x: scan_steps(sizes, lambda x, i, first, size: 3 * x + first + i, x))  # noqa: E731
+    looked_up = ["dynamic_slice" in run(sizes).lower(jnp.int32(0)).as_text() for sizes in ((3,) * 8, (3, 4) * 4)]
+    assert looked_up == [False, False], "unequal steps are not in a loop"
+    rooms = jax.jit(lambda x: scan_steps((3, 4) * 4, lambda x, i, first, size: 3 * x + first + i, x, rooms=(4,) * 8))
+    x = 0
+    for i, first in enumerate((0, 3, 7, 10, 14, 17, 21, 24)):
+        x = 3 * x + first + i
+    assert int(rooms(jnp.int32(0))) == x
+
+
 def test_grid_lists_level_row_and_column_in_reading_order():
     assert grid(2, 3).dtype == np.int32
     np.testing.assert_array_equal(grid(2, 3), [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2]])

@@ -152,7 +152,7 @@ class Causal(Generator):
         """Reveals the ranks of a step."""
         h, cache = self.rows(state, now.first, now.size, setting)
         token = self.head.sample(h, now.keys, setting.knobs, now.i, setting.tokenizer)
-        return State(lax.dynamic_update_slice_in_dim(state.tokens, token, now.first, axis=1), cache)
+        return State(_written(state.tokens, token, now.first), cache)
 
     def rows(
         self, state: State, first: Index, size: int, setting: Setting
@@ -180,6 +180,14 @@ def lognorm(spec: TokenSpec) -> np.ndarray:
     each = np.exp(-0.5 * np.square((place[::-1] - place.mean()) / place.std(ddof=1)))
     each /= each.sum()
     return np.repeat(each / np.square(sides), np.square(sides).round().astype(int)).astype(np.float32)
+
+
+def _written(tokens: Tokens, new: Tokens, first: Index) -> Tokens:
+    """Tokens with new ones from rank `first` on."""
+    if new.shape[1] > 1:
+        return lax.dynamic_update_slice_in_dim(tokens, new, first, axis=1)
+    # of one image XLA makes that a copy by the host's hand, a second launch for every token on a GPU
+    return jnp.where(jnp.arange(tokens.shape[1])[:, None] == first, new, tokens)
 
 
 def _steps(p: int, order: Order) -> Array:

@@ -243,9 +243,9 @@ def make_optimiser(optim: Optim, steps: int, networks: Mapping[str, Params]) -> 
         label[path] = network if free else "still"
         shrinks[path] = may and not _matches(optim.no_decay, inside)
 
-    def one():
+    def one(network):
         return optax.chain(
-            optax.clip_by_global_norm(optim.clip) if optim.clip else optax.identity(),
+            clipped(optim.clip, network) if optim.clip else optax.identity(),
             optax.chain(
                 optim.rule(),
                 optax.add_decayed_weights(decay_schedule(optim, steps), lambda params: _looked_up(shrinks, params)),
@@ -253,9 +253,23 @@ def make_optimiser(optim: Optim, steps: int, networks: Mapping[str, Params]) -> 
             ),
         )
 
-    rules = {name: one() for name in networks}
+    rules = {name: one(name) for name in networks}
     still = {"still": optax.set_to_zero()} if "still" in label.values() else {}
     return optax.partition(rules | still, lambda params: _looked_up(label, params))
+
+
+def clipped(largest: float, network: str) -> optax.GradientTransformationExtraArgs:
+    """Gradients of a network, scaled down to this norm where theirs is larger.
+
+    `update` may be given `norms`, those of all networks by name. The scale is one factor, which is multiplied where the
+    gradients are read for the moments: clipping takes no pass over them of its own.
+    """
+
+    def update(grads, state, params=None, *, norms=None, **_):
+        scale = jnp.minimum(1, largest / (optax.tree.norm(grads) if norms is None else norms[network]))
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _looked_up(table, tree):

@@ -119,10 +119,11 @@ def make_update(
         key, after_key = jax.random.split(key)
         with float32_gradients(float32):
             grads, extra, metrics = gradients(state, frozen, batch, key)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads))
+        norms = {name: optax.tree.norm(part) for name, part in grads.items()}
+        finite = jnp.isfinite(jnp.stack([metrics["loss"], *norms.values()])).all()
 
         def apply(state, grads, extra):
-            updates, opt = tx.update(grads, state.opt, state.params)
+            updates, opt = optax.with_extra_args_support(tx).update(grads, state.opt, state.params, norms=norms)
             params, average = optax.apply_updates(state.params, updates), state.ema
             if ema:
                 average = jax.tree.map(lambda old, new: old + (1 - ema) * (new - old), state.ema, params["model"])
@@ -134,7 +135,7 @@ def make_update(
             return state.replace(**counts)
 
         state = jax.lax.cond(finite, apply, skip, state, grads, extra)
-        metrics |= {"grad_norm": optax.tree.norm(grads["model"])}
+        metrics |= {"grad_norm": norms["model"]}
         return state, metrics | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
 
     return update

@@ -14,6 +14,7 @@ from cases import CASES
 
 from ar_jax.config import Losses, TokenizerStage
 from ar_jax.files.images import to_float
+from ar_jax.machine.hlo import Program
 from ar_jax.nets.patchgan import PatchGan
 from ar_jax.tokenizers.quantize import Codebook, vector_quantise
 from ar_jax.tokenizers.vqgan import VQGAN
@@ -50,6 +51,18 @@ def test_two_half_batches_give_the_update_of_the_whole_batch(valid):
     np.testing.assert_allclose(whole[1]["grad_norm"], parts[1]["grad_norm"], rtol=1e-4)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), CASE.params, whole[0].params["model"])
     assert max(jax.tree.leaves(moved)) > 1e-2, "the tolerance must be small against the update"
+
+
+def test_an_update_passes_over_the_gradients_three_times():
+    """For their norm and for two moments (two reads, two writes); the step reads moments and parameters, and writes these."""
+    params = {"model": {"kernel": jnp.ones((300, 400))}}
+    tx = make_optimiser(Optim(clip=1.0), 10, {"model": {"kernel": True}})
+    given = lambda params, extra, frozen, batch, key, step: ({"model": batch}, extra, {"loss": jnp.zeros(())})  # noqa: E731
+    state = create(params, {}, tx, 0.0)
+    update = jax.jit(make_update(given, tx), donate_argnums=0)
+    text = update.lower(state, {}, params["model"], jax.random.key(0)).compile().as_text()
+    moved = sum(work.bytes for work in Program(text).work().values()) / params["model"]["kernel"].nbytes
+    assert 10.9 < moved < 11.2
 
 
 def test_parts_count_by_their_weights():
