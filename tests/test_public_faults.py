@@ -1,5 +1,8 @@
 """Faults that users of the field met in public, each held to what is right."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ from ar_jax.machine.seeds import seed_key
 from ar_jax.sample import GRIDS, Options, read_edit
 from ar_jax.sampler import image_keys
 from ar_jax.tokenizers.vqgan import VQGAN
+from ar_jax.train.claim import claimed
 
 TOKENIZER = VQGAN((8, 8), features=4, mult=(1, 2), res_blocks=0, latent=4, codes=16, code_features=4, groups=2)
 
@@ -43,6 +47,37 @@ def test_a_photo_to_edit_lies_as_viewers_show_it(tmp_path):
     assert (given.image[:, :3] < 50).all()
     assert given.free[:, 5:].all()
     assert not given.free[:, :3].any()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ar_jax.train.claim import claimed
+with claimed(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_folder_is_trained_once_at_a_time(tmp_path):
+    run = tmp_path / "runs" / "mine"
+    with claimed(run):
+        assert run.is_dir()
+    assert not (tmp_path / "runs").exists(), "what stayed empty leaves nothing behind"
+    other = subprocess.Popen([sys.executable, "-c", HOLD, run], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(ValueError, match=rf"is being trained by process {other.pid} on .*, since 20\d\d-"),
+            claimed(run),
+        ):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    with claimed(run):  # a killed process holds nothing
+        (run / "kept").touch()
+    assert [file.name for file in run.iterdir()] == ["kept"]
 
 
 @pytest.mark.parametrize("name", ["grid.PNG", "grid.jpg", "GRID.JPEG", "grid.webp"])

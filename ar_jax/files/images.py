@@ -55,7 +55,7 @@ def save_png(path: str | os.PathLike, image: np.ndarray, text: dict[str, str] | 
     try:
         with open(temporary, "wb") as file:
             kind = OTHERS.get(path.suffix.lower(), "PNG")
-            Image.fromarray(image).save(file, kind, **({"pnginfo": info} if kind == "PNG" else {"quality": 95}))
+            Image.fromarray(image).save(file, format=kind, **({"pnginfo": info} if kind == "PNG" else {"quality": 95}))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -35,6 +35,7 @@ from ar_jax.machine.sharding import batch_part, batch_rows, make_mesh
 from ar_jax.tokenize import check_cache
 from ar_jax.train import wandb
 from ar_jax.train.checkpoint import load_matching, save_params
+from ar_jax.train.claim import claimed
 from ar_jax.train.guards import Stopped
 from ar_jax.train.log import Board
 from ar_jax.train.loop import fit
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> None:
         distributed.join(experiment.launch, notices=True)
         keep_compiled()
         try:
-            with multiply_in(experiment.precision):
+            with multiply_in(experiment.precision), claimed(f"{experiment.out}/{experiment.name}"):
                 train(experiment, config, overrides)
         except Stopped as stopped:
             distributed.say(f"train.py: {stopped}")
