@@ -48,7 +48,9 @@ def claimed(run: str | os.PathLike) -> Iterator[None]:
         try:
             with contextlib.suppress(OSError):  # a full disk: who has the folder is not said, but it is had
                 file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}\n")
+                file.write(
+                    f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M')}\n"
+                )
                 file.flush()
             yield
         finally:
