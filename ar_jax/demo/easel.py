@@ -33,6 +33,7 @@ from ar_jax.sampler import Given, arranged, by_token, condition_table, image_key
 
 GLIMPSES = 16  # pictures of a drawing in the making, about
 MOST = 64  # images at a time
+KEPT = 256  # programs; every hole is an order of its own for generators that take any
 
 
 class Request(NamedTuple):
@@ -130,11 +131,9 @@ class Easel:
             batch = {name: rows[ids] for name, rows in table.items()}
             names = tuple(names[i] for i in shown)
             for note, images, done in work.run(batch, request.seed):
-                images = (
-                    images
-                    if images is None
-                    else np.broadcast_to(images[: request.count], (request.count, *self.shape[:2], 3))
-                )
+                if images is not None:
+                    images = images[: request.count]
+                    images = np.broadcast_to(images, (*images.shape[:3], 3))
                 yield Stage(note, images, names, done)
         finally:
             self._turn.release()
@@ -142,12 +141,14 @@ class Easel:
     def program(self, key: tuple, function: Callable, arguments: tuple, clock: Clock, donate: tuple[int, ...] = ()):
         """The compiled program of a key; says so, with `yield`, before it compiles."""
         if key not in self._programs:
-            yield f"compiling program {len(self._programs) + 1}", None, False
+            yield f"compiling program {self.compiled + 1}", None, False
             with clock.running("compile"), multiply_in(self.drawer.options.precision):
                 with blamed(self.drawer.model, self.drawer.tokenizer):
                     lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
                 self._programs[key] = lowered.compile()
                 self.compiled += 1
+                if len(self._programs) > KEPT:
+                    del self._programs[next(iter(self._programs))]
         return self._programs[key]
 
     @functools.cached_property

@@ -68,7 +68,8 @@ class Page:
                         "### Fill a hole, extend an image\nClick a picture above to put it here, or choose a file."
                     )
                     self.canvas = gr.HTML(
-                        "", html_template=canvas.html(easel.shape), css_template=canvas.CSS, js_on_load=canvas.SCRIPT, apply_default_css=False, elem_id="canvas"
+                        "", html_template=canvas.html(easel.shape), css_template=canvas.CSS, js_on_load=canvas.SCRIPT,
+                        apply_default_css=False, elem_id="canvas",
                     )  # fmt: skip
                     with gr.Row():
                         scales = len(easel.drawer.decoder.spec.scales)
@@ -85,8 +86,8 @@ class Page:
             self.address = gr.Textbox(visible=False)  # of the page, as the browser has it
             self.outputs = [*shown, *other, self.link]
             self.inputs = [
-                self.address,
-                self.words, self.number, self.seed, self.canvas, self.kept, self.paste, self.compare, *self.first, *self.second
+                self.address, self.words, self.number, self.seed, self.canvas, self.kept, self.paste, self.compare,
+                *self.first, *self.second,
             ]  # fmt: skip
             private = {"api_visibility": "private", "show_progress": "minimal"}
             one = {"concurrency_id": "drawing", "concurrency_limit": 1, **private}
@@ -100,15 +101,8 @@ class Page:
             address = "(link) => { window.history.replaceState(null, '', link); }"
             self.link.change(None, self.link, None, js=address, api_visibility="private")
             restored = [
-                self.address,
-                self.words,
-                self.number,
-                self.seed,
-                self.compare,
-                *self.first,
-                *self.second,
-                shown[1],
-            ]
+                self.address, self.words, self.number, self.seed, self.compare, *self.first, *self.second, shown[1],
+            ]  # fmt: skip
             self.blocks.load(
                 self.opened,
                 self.address,
@@ -168,8 +162,9 @@ class Page:
     def _result(self, prefix, visible):
         with gr.Column(visible=visible, min_width=260):
             images = gr.Gallery(
-                label="Drawn" if visible else "The other settings", format="png", columns=2, height="auto", object_fit="contain",
-                elem_classes="drawn", elem_id=f"{prefix}drawn", buttons=["download", "fullscreen"], interactive=False,
+                label="Drawn" if visible else "The other settings", format="png", columns=2, height="auto",
+                object_fit="contain", elem_classes="drawn", elem_id=f"{prefix}drawn", buttons=["download", "fullscreen"],
+                interactive=False,
             )  # fmt: skip
             told = gr.Markdown(elem_classes="told", elem_id=f"{prefix}told")
             file = gr.DownloadButton(
@@ -317,7 +312,8 @@ def launch(page: Page, host: str, port: int, block: bool = True) -> str:
       block: until the process is told to stop.
     """
     _, address, _ = page.blocks.launch(
-        server_name=host, server_port=port or None, prevent_thread_lock=not block, quiet=True, share=False, theme=THEME, css=CSS,
-        footer_links=[], max_file_size=canvas.LARGEST, show_error=True, pwa=False, mcp_server=False, enable_monitoring=False, ssr_mode=False, state_session_capacity=200,
+        server_name=host, server_port=port or None, prevent_thread_lock=not block, quiet=True, share=False,
+        theme=THEME, css=CSS, footer_links=[], max_file_size=canvas.LARGEST, show_error=True, pwa=False,
+        mcp_server=False, enable_monitoring=False, ssr_mode=False, state_session_capacity=200,
     )  # fmt: skip
     return address

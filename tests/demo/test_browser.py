@@ -6,13 +6,19 @@ import shutil
 
 import numpy as np
 import pytest
+import test_easel
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from test_easel import described
 
-from ar_jax.demo.easel import Easel
-from ar_jax.demo.settings import Board
+from ar_jax.data import Info
+from ar_jax.demo.easel import Easel, Request
+from ar_jax.demo.settings import Board, Choice, Wish
+from ar_jax.generators.causal import Causal
+from ar_jax.nets.conditioning import Caption
+from ar_jax.nets.transformer import Transformer
 from ar_jax.options import Sampler
+from ar_jax.orders import raster
 
 pages, playwright = pytest.importorskip("ar_jax.demo.page"), pytest.importorskip("playwright.sync_api")
 
@@ -23,6 +29,20 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
 @pytest.fixture(scope="module")
 def easel(tmp_path_factory):
     return Easel(str(described(tmp_path_factory.mktemp("browser") / "mine", "causal")), Sampler())
+
+
+def test_a_page_for_captions(tmp_path, monkeypatch):
+    monkeypatch.setattr(test_easel, "INFO", Info(captions=True, text="minilm", text_rows=4, text_width=6))
+    words = (test_easel.GRID, Causal(Transformer(1, 16, 2, hidden=24), Caption(16), test_easel.HEAD), raster)
+    monkeypatch.setitem(test_easel.MODELS, "words", words)
+    easel = Easel(str(described(tmp_path / "mine", "words")), Sampler())
+    page = pages.Page(easel, Board(easel.drawer), ["a red heart", "a snowman"], tmp_path)
+    panel = [Choice().way, *(setting.value for setting in page.board.settings.values())]
+    wish, _ = page.wish(("a cat\n\n a dog ", 3.0, "7", "", 0, True, True, *panel, *panel))
+    assert wish == Wish((), ("a cat", "a dog"), 3, 7, Choice(), Choice())
+    assert page.opened("http://here/?captions=a%20b&seed=3#top")[:4] == ["http://here/", "a b", 4, "3"]
+    with pytest.raises(ValueError, match=r"all-MiniLM-L6-v2|needs"):
+        list(easel.draw(Request(page.board.sampling(wish.choice), captions=wish.captions)))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from test_easel import described
 from ar_jax.decode.guidance import Interval
 from ar_jax.decode.jacobi import Jacobi
 from ar_jax.decode.logits import Filter
+from ar_jax.demo import __main__ as command
 from ar_jax.demo import canvas, pictures
 from ar_jax.demo.settings import Board, Choice, Wish
 from ar_jax.options import Sampler
@@ -91,6 +93,14 @@ def test_a_link_holds_all_settings_and_only_what_differs(boards):
     assert board.link(Wish(choice=Choice(values={"guidance.weight": 1.5, "soft": False}))) == ""
     assert board.read("").other is None
     assert board.read("captions=a&captions=b").captions == ("a", "b")
+
+
+def test_without_gradio_the_command_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "ar_jax.demo.page", raising=False)
+    run = described(tmp_path / "mine", "causal")
+    with pytest.raises(SystemExit, match=r"ar_jax\.demo: the page is made with gradio, .*; pip install 'gradio>=6'"):
+        command.main([str(run)])
 
 
 # The canvas
