@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from cases import SPEC, backwards, shuffled
 
+from ar_jax import orders
 from ar_jax.orders import Order, raster, scan_steps, to_ranks, to_slots
 from ar_jax.tokens import TokenSpec, grid
 
@@ -86,8 +87,9 @@ def test_scan_steps_traces_a_run_of_equal_sizes_once():
     assert traced == [1, 2, 1]
 
 
-def test_first_ranks_of_equal_steps_are_calculated_not_looked_up():
+def test_a_gpu_calculates_first_ranks_of_equal_steps(monkeypatch):
     """A GPU starts a copy for every look-up, and its loop is then none that it could run by itself."""
+    monkeypatch.setattr(orders, "platform", lambda: "gpu")
     run = lambda sizes: jax.jit(lambda x: scan_steps(sizes, lambda x, i, first, size: 3 * x + first + i, x))  # noqa: E731
     looked_up = ["dynamic_slice" in run(sizes).lower(jnp.int32(0)).as_text() for sizes in ((3,) * 8, (3, 4) * 4)]
     assert looked_up == [False, False], "unequal steps are not in a loop"
