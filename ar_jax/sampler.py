@@ -21,7 +21,7 @@ from ar_jax.files.places import path_of, seekable
 from ar_jax.machine.flops import with_fields
 from ar_jax.machine.precision import multiply_in
 from ar_jax.machine.seeds import key_of
-from ar_jax.machine.sharding import batch_sharding, put
+from ar_jax.machine.sharding import batch_sharding, put, whole
 from ar_jax.nets.resize import resize
 from ar_jax.options import Sampler, changes, open_models, own_sampling
 from ar_jax.orders import Order, OrderFn, known_first
@@ -105,7 +105,7 @@ class Drawer(NamedTuple):
         params = self.model.params(dtype, options.average, mesh, unroll)
         frozen = self.tokenizer.params(average=options.average, mesh=mesh)
         was = self.model.settings.get("trained_on")
-        if was and options.average and not options.tokenizer and fingerprint(frozen) != was:
+        if was and options.average and not options.tokenizer and fingerprint(whole(frozen, mesh)) != was:
             raise ValueError(
                 f"{self.model.folder} is trained for a tokenizer with other parameters than {self.tokenizer.folder} has now: "
                 f"train it on, or draw nevertheless with --tokenizer {self.tokenizer.folder}"

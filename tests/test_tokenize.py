@@ -295,8 +295,8 @@ def test_captions_and_their_features_are_kept(place, tmp_path):
         (["--data.flip"], "give --flip or --crops 10"),
         (["--crops", "10", "--flip"], "leave out --flip"),
         (["--crops", "10", "--scales", "0.9"], "at least 1 times"),
-        (["--batch", "0"], "must be at least 1"),
-        (["--shards", "0"], "must be at least 1"),
+        (["--batch", "0"], "batch is 0; it must be a whole number from 1 to"),
+        (["--shards", "0"], "shards is 0; it must be a whole number from 1 to"),
         (["--data.name", "image_foldr"], "image_folder"),
     ],
 )

@@ -437,7 +437,7 @@ def test_labels_are_used_in_turn(run, drawn, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--labels", "33"), "no class '33'; near ones: 3; give a name or number from 0 to 9"),
+        (("--labels", "33"), "no class '33'; near ones: 3; there are 0, 1, 2, 3, 4, 5, ..."),
         (("--captions", "a red heart"), "captions given, but this model takes class labels; give --labels"),
         (("--features", "x.npz"), "captions given, but this model takes class labels"),
         (("--count", "0"), "count is 0; it must be a whole number from 1 to"),

@@ -93,7 +93,8 @@ def identified(path: Path, weights: dict[str, np.ndarray], **known: Any) -> tupl
             found = identify(_shapes(named), **known)
             break
         except ValueError as error:
-            if refusal is None or recognised(_shapes(named))[0]:
+            # names that all begin alike say more without that; a word before some of them may be one of the network
+            if refusal is None or (not apart and recognised(_shapes(named))[0]):
                 refusal = error
             head = None if len(before) == WORDS else _head(named)
             if head is None:

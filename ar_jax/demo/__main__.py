@@ -24,7 +24,7 @@ from ar_jax.data import Data, open_source
 from ar_jax.demo.easel import Easel, Request
 from ar_jax.demo.settings import Board, Wish
 from ar_jax.files.models import Model
-from ar_jax.files.places import on_disk
+from ar_jax.files.places import reachable
 from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         raise SystemExit(__doc__)
     with distributed.command("ar_jax.demo"):
-        own, arguments = options_of(on_disk(taken(arguments)))
+        own, arguments = options_of(reachable(taken(arguments)))
         default = Options(run=tyro.MISSING, sampling=own.sampling, fields=own.fields)
         options = tyro.cli(
             Options, args=arguments, default=default, prog="ar_jax.demo", description=__doc__,

@@ -218,6 +218,12 @@ def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str
         return {name: jax.make_array_from_process_local_data(where, value) for name, value in batch.items()}
 
 
+def whole(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Arrays on a mesh as numpy arrays, on every process."""
+    gathered = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree)
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), gathered)
+
+
 def put(tree: Any, where: Any) -> Any:
     """Whole arrays, the same on every process, on the devices of a mesh.
 

@@ -188,8 +188,9 @@ def lasting(data: Data) -> dict[str, Any]:
     """Fields of data, for `model.json`: paths on disks hold from any working directory."""
 
     def kept(text):
-        there = text != "minilm" and isinstance(path_of(text), Path) and (os.path.exists(os.path.expanduser(text)) or "{" in text)
-        return os.path.abspath(os.path.expanduser(text)) if text and there else text
+        path = os.path.expanduser(text)
+        there = text not in ("", "minilm") and "://" not in text and (os.path.exists(path) or "{" in text)
+        return os.path.abspath(path) if there else text
 
     return dataclasses.asdict(data) | {"path": kept(data.path), "text": kept(data.text)}
 
