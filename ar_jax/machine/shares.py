@@ -91,6 +91,8 @@ def draw(fn: Callable[[PRNGKey, tuple[int, ...]], Array], key: PRNGKey, shape: t
 
     @own.def_vmap
     def for_all(shares, batched, key, share):
+        if batched[0]:
+            raise ValueError("a share's own key gives no rows of a draw for all: shares.draw takes the key of the whole batch")
         return fn(key, (shares * shape[0], *shape[1:])).reshape(shares, *shape), True
 
     return own(key, lax.axis_index(_NAME))

@@ -105,6 +105,10 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
     train_order = stage.train_order or stage.order
     held_out_loss = generator_loss(generator, tokenizer, train_order, 0.0, train=False)
 
+    # Methods from elsewhere may draw for rows without `shares.draw`: these sum gradients once a part, which is right for all
+    parts = generator, generator.conditioning, train_order, tokenizer, *generator.parts().values()
+    by_rows = all(getattr(part, "func", part).__module__.startswith("ar_jax.") for part in parts)
+
     def rounded(params):
         def one(path, own, multiplied):
             return own.astype(multiplied.dtype) if path[-1].key == "kernel" else own
@@ -113,7 +117,7 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
 
     def update_of(generator):
         grad_fn = gradients(generator_loss(generator, tokenizer, train_order, stage.drop), stage.optim)
-        return make_update(grad_fn, tx, rounded=rounded, **update_settings(stage.optim))
+        return make_update(grad_fn, tx, rounded=rounded if by_rows else None, **update_settings(stage.optim))
 
     def init(key):
         return create({"model": generator.init_params(key)}, {}, tx, stage.optim.ema)
