@@ -454,6 +454,13 @@ def test_bad_requests_are_refused_in_words(run, tmp_path, options, message, caps
     assert not (tmp_path / "x.png").exists()
 
 
+def test_a_refused_command_leaves_nothing_that_the_corrected_one_meets(run, tmp_path):
+    for bad in (("--top-p", "0"), ("--guidance", "nan"), ("--labels", "33")):
+        refused(sample.main, run, "--out", tmp_path / "x.npz", "--count", 2, *bad)
+        assert list(tmp_path.iterdir()) == []
+    assert sampled(run, tmp_path / "x.npz", "--count", 2, "--top-p", "0.9").exists()
+
+
 def test_a_run_that_is_none_is_refused(tmp_path):
     assert f"{tmp_path / 'no'} does not exist; a generator is needed" in refused(sample.main, tmp_path / "no")
     assert "holds no model.json; a generator is needed" in refused(sample.main, tmp_path)
