@@ -87,7 +87,7 @@ def identified(path: Path, weights: dict[str, np.ndarray], **known: Any) -> tupl
     Raises:
       ValueError: the file is not known or is damaged.
     """
-    refusal, before, apart, named = None, [], [], weights
+    refusal, before, apart, named = None, [], [], _network(path, weights)
     while True:
         try:
             found = identify(_shapes(named), **known)
@@ -111,6 +111,26 @@ def identified(path: Path, weights: dict[str, np.ndarray], **known: Any) -> tupl
     if narrowed := [key for key, value in named.items() if value.dtype == np.float64 and key not in found.strays]:
         print(f"{path}: narrowed to float32: {len(narrowed)} entries in float64, such as {words.name(narrowed[0])}")
     return found, {key: value for key, value in named.items() if key not in found.strays}
+
+
+def _network(path: Path, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights without what the family says lies beside them; the average, where it lies there and its authors evaluate it.
+
+    PyTorch Lightning keeps averages in the same set, as `model_ema.` and the name without its dots.
+    """
+    source, kind = recognised(_shapes(weights))
+    if not (beside := getattr(source, "BESIDE", ())):
+        return weights
+    network = {key: value for key, value in weights.items() if not key.startswith(beside)}
+    if len(network) < len(weights):
+        print(
+            f"{path}: passed over {_some([key for key in weights if key not in network])}, which lie beside the network"
+        )
+    average = {key: f"model_ema.{key.replace('.', '')}" for key in network}
+    if kind in getattr(source, "AVERAGED", ()) and weights.keys() >= set(average.values()):
+        print(f"{path}: takes model_ema, the moving average, which its authors evaluate")
+        return {key: weights[name] for key, name in average.items()}
+    return network
 
 
 def _head(weights: Mapping[str, Any]) -> str | None:
