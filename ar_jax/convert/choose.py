@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ar_jax.convert.sources import Found, identify, recognised
+from ar_jax.convert.sources import SOURCES, Found, identify, recognised
 from ar_jax.files import words
 from ar_jax.files.weights import WeightSets, open_weights
 
@@ -96,7 +96,9 @@ def identified(path: Path, weights: dict[str, np.ndarray], **known: Any) -> tupl
             # names that all begin alike say more without that; a word before some of them may be one of the network
             if refusal is None or (not apart and recognised(_shapes(named))[0]):
                 refusal = error
-            head = None if len(before) == WORDS else _head(named)
+            word = getattr(recognised(_shapes(named))[0], "BEFORE", None)
+            whole = word is not None and all(key.startswith(word) for key in named)
+            head = None if whole or len(before) == WORDS else _head(named)
             if head is None:
                 raise refusal from None
             before.append(head)
@@ -118,6 +120,13 @@ def _network(path: Path, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
     PyTorch Lightning keeps averages in the same set, as `model_ema.` and the name without its dots.
     """
+    for family in SOURCES.values():
+        if not (word := getattr(family, "BEFORE", "")) or any(key.startswith(word) for key in weights):
+            continue
+        longer = {word + key: value for key, value in weights.items()}
+        if family.recognise(_shapes(longer)) == "generator":
+            print(f"{path}: names are read with {word}, which stands before them all in released files")
+            weights = longer
     source, kind = recognised(_shapes(weights))
     if not (beside := getattr(source, "BESIDE", ())):
         return weights

@@ -11,6 +11,7 @@ A family is a module with these names, and a line in `SOURCES`:
     fills        (may be left out) network -> {key: array}, contents of its buffers that are not zero
     AVERAGED     (may be left out) kinds of which the authors evaluate the moving average
     BESIDE       (may be left out) what names of entries begin with that lie beside the network: losses, another network
+    BEFORE       (may be left out) a word before all names of its generators, which files may leave out
 """
 
 import functools
@@ -31,10 +32,10 @@ SOURCES: dict[str, ModuleType] = {
     "var": var,
     "flexvar": flexvar,
     "next_scale": next_scale,
+    "open_magvit2": open_magvit2,
     "llamagen": llamagen,
     "flowar": flowar,
     "xar": xar,
-    "open_magvit2": open_magvit2,
     "mar": mar,
     "rar": rar,
 }  # the special before the general

@@ -1,15 +1,25 @@
-"""Open-MAGVIT2: the lookup-free tokenizer."""
+"""Open-MAGVIT2: the lookup-free tokenizer and the generator of factorised tokens."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from parity.common import fixed, loaded, nchw, nhwc
+from parity.common import along, draws, fixed, loaded, nchw, nhwc
 
 from ar_jax.convert import open_magvit2 as source
 from ar_jax.convert.names import to_weights
+from ar_jax.data import Info
+from ar_jax.decode.guidance import BySubCode
+from ar_jax.decode.sampling import Sampling
+from ar_jax.decode.temperature import BySubCode as Temperatures
+from ar_jax.generators.causal import Causal
+from ar_jax.heads.factorised import Factorised
 from ar_jax.nets import patchgan as gan
+from ar_jax.nets.conditioning import Label
+from ar_jax.nets.transformer import Transformer
+from ar_jax.orders import raster
 from ar_jax.tokenizers.lookup_free import LookupFree
 from ar_jax.tokenizers.quantize_lookup_free import SignLoss, sign_entropies, sign_quantise
+from ar_jax.tokens import TokenSpec, grid
 
 
 def vq(folder):
@@ -99,4 +109,71 @@ def adversarial(real, fake):
     }
 
 
-CASES = {"openmagvit2_vq": vq}
+def build(folder):
+    """The generator and its parameters; in released files a word stands before all names."""
+    h, width = folder.h, folder.h["dim"]
+    multiple = h["ffn_multiple_of"]
+    net = {
+        "width": width, "heads": h["heads"], "hidden": -(-(8 * width // 3) // multiple) * multiple, "dropout": 0.1,
+        "base": h["rope_base"], "eps": h["norm_eps"],
+    }  # fmt: skip
+    generator = Causal(
+        Transformer(h["spatial_layers"], **net, final=False), Label(width), Factorised(h["factorized_layers"], **net)
+    )
+    spec = TokenSpec(grid(h["grid"], h["grid"]), codes=tuple(2**bits for bits in h["factor_bits"]))
+    generator = generator.complete(spec, Info(classes=h["class_num"]))
+    weights = {"transformer." + key: value for key, value in folder.weights.items()}
+    return generator, loaded(generator, weights, source)[0]
+
+
+def ar(folder):
+    h, io = folder.h, folder.io
+    generator, params = build(folder)
+    tokens = jnp.stack([io["tokens_pre"], io["tokens_post"]], axis=-1)
+    order, labels = raster(generator.spec), {"label": jnp.asarray(io["labels"])}
+
+    @jax.jit
+    def forced(params):
+        def run(self):
+            cond = self.condition(labels, jnp.zeros(len(tokens), bool))
+            logits = self.head(self.hidden(tokens, cond, order), tokens)
+            loss, weight, _ = self.loss(tokens, labels, order, drop=jnp.zeros(len(tokens), bool))
+            return (loss * weight).sum() / weight.sum(), logits
+
+        return jax.value_and_grad(lambda params: generator.apply({"params": params}, method=run), has_aux=True)(params)
+
+    (loss, (pre, post)), grads = forced(params)
+    first, *others = h["guidance_scale"]
+    warm, *cool = h["temperature"]
+    guidance, temperature = BySubCode(first, tuple(others)), Temperatures(warm, tuple(cool))
+    knobs = Sampling(guidance, Temperatures(0.0, (0.0,) * len(cool))).knobs(order, generator.spec)
+    batch = {"label": jnp.asarray(io["gen_labels"])}
+    drawn = draws(generator, params, batch, raster, knobs, guided=True)
+    raw = along_pairs(generator, params, batch, drawn)
+    weights, degrees = (rule(order, generator.spec)[0] for rule in (guidance, temperature))
+    guided = [(u + w * (c - u)) / t for (c, u), w, t in zip((np.split(x, 2) for x in raw), weights, degrees)]
+    return {
+        "logits_pre": pre,
+        "logits_post": post,
+        "loss": loss,
+        "gen_pre": drawn[..., 0],
+        "gen_post": drawn[..., 1],
+        "gen_logits_pre": guided[0],
+        "gen_logits_post": guided[1],
+    } | gradients(folder, generator, grads, word="transformer.", loss="loss")
+
+
+def along_pairs(generator, params, batch, tokens):
+    """Logits of both sub-codes of cached steps along given tokens."""
+    both = jnp.repeat(jnp.asarray(tokens), 2, axis=0)
+
+    def readout(self, h):
+        return h
+
+    hidden = along(generator, params, batch, raster, tokens, readout)
+    given = np.concatenate([both[0::2], both[1::2]])
+    run = jax.jit(lambda params, h: generator.apply({"params": params}, method=lambda self: self.head(h, given)))
+    return [np.asarray(x) for x in run(params, jnp.asarray(hidden))]
+
+
+CASES = {"openmagvit2_vq": vq, "openmagvit2_ar": ar}
