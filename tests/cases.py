@@ -14,6 +14,7 @@ from ar_jax.generators.hmar import Hmar
 from ar_jax.generators.inputs import NextScale, Upsampled
 from ar_jax.generators.rar import Aimed, Placed, StartLabel
 from ar_jax.heads.categorical import Categorical
+from ar_jax.heads.factorised import Factorised
 from ar_jax.nets.adaln import AdaLN
 from ar_jax.nets.conditioning import Caption, Label
 from ar_jax.nets.transformer import Transformer
@@ -93,6 +94,12 @@ def _rar(order):
     return Case(Causal(net, StartLabel(16), Categorical(bias=True, std=0.02), Aimed()).complete(SPEC, INFO), order)
 
 
+def _open_magvit2():
+    net = {"width": 16, "heads": 2, "hidden": 24}
+    generator = Causal(Transformer(2, **net, final=False), Label(16), Factorised(1, **net))
+    return Case(generator.complete(TokenSpec(grid(3, 4), codes=(12, 16)), INFO))
+
+
 NET = {"features": 4, "mult": (1, 2), "res_blocks": 1, "codes": 12, "code_features": 4, "groups": 2}
 RESIDUAL = ResidualPyramid(size=(6, 6), scales=(1, 2, 3), **NET)
 INDEPENDENT = Pyramid(size=(6, 6), scales=(1, 2, (1, 3), 3), latent=8, **NET)
@@ -104,6 +111,7 @@ CASES = {
     "causal_backwards": _causal(Label(16), backwards),
     "causal_order_per_image": _causal(Caption(16), shuffled),
     "rar": _rar(shuffled),
+    "open_magvit2": _open_magvit2(),
     "var": _scales(RESIDUAL),
     "var_shared": _scales(RESIDUAL, shared=True, l2_norm=False, remat="dots"),
     "flexvar": _scales(INDEPENDENT, Upsampled(channels=4, side=4)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ar_jax.convert.sources import Found, identify, recognised
+from ar_jax.convert.sources import SOURCES, Found, identify, recognised
 from ar_jax.files import words
 from ar_jax.files.weights import WeightSets, open_weights
 
@@ -87,7 +87,7 @@ def identified(path: Path, weights: dict[str, np.ndarray], **known: Any) -> tupl
     Raises:
       ValueError: the file is not known or is damaged.
     """
-    refusal, before, apart, named = None, [], [], weights
+    refusal, before, apart, named = None, [], [], _network(path, weights)
     while True:
         try:
             found = identify(_shapes(named), **known)
@@ -96,7 +96,9 @@ def identified(path: Path, weights: dict[str, np.ndarray], **known: Any) -> tupl
             # names that all begin alike say more without that; a word before some of them may be one of the network
             if refusal is None or (not apart and recognised(_shapes(named))[0]):
                 refusal = error
-            head = None if len(before) == WORDS else _head(named)
+            word = getattr(recognised(_shapes(named))[0], "BEFORE", None)
+            whole = word is not None and all(key.startswith(word) for key in named)
+            head = None if whole or len(before) == WORDS else _head(named)
             if head is None:
                 raise refusal from None
             before.append(head)
@@ -111,6 +113,33 @@ def identified(path: Path, weights: dict[str, np.ndarray], **known: Any) -> tupl
     if narrowed := [key for key, value in named.items() if value.dtype == np.float64 and key not in found.strays]:
         print(f"{path}: narrowed to float32: {len(narrowed)} entries in float64, such as {words.name(narrowed[0])}")
     return found, {key: value for key, value in named.items() if key not in found.strays}
+
+
+def _network(path: Path, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights without what the family says lies beside them; the average, where it lies there and its authors evaluate it.
+
+    PyTorch Lightning keeps averages in the same set, as `model_ema.` and the name without its dots.
+    """
+    for family in SOURCES.values():
+        if not (word := getattr(family, "BEFORE", "")) or any(key.startswith(word) for key in weights):
+            continue
+        longer = {word + key: value for key, value in weights.items()}
+        if family.recognise(_shapes(longer)) == "generator":
+            print(f"{path}: names are read with {word}, which stands before them all in released files")
+            weights = longer
+    source, kind = recognised(_shapes(weights))
+    if not (beside := getattr(source, "BESIDE", ())):
+        return weights
+    network = {key: value for key, value in weights.items() if not key.startswith(beside)}
+    if len(network) < len(weights):
+        print(
+            f"{path}: passed over {_some([key for key in weights if key not in network])}, which lie beside the network"
+        )
+    average = {key: f"model_ema.{key.replace('.', '')}" for key in network}
+    if kind in getattr(source, "AVERAGED", ()) and weights.keys() >= set(average.values()):
+        print(f"{path}: takes model_ema, the moving average, which its authors evaluate")
+        return {key: weights[name] for key, name in average.items()}
+    return network
 
 
 def _head(weights: Mapping[str, Any]) -> str | None:

@@ -10,6 +10,8 @@ A family is a module with these names, and a line in `SOURCES`:
     rules        network -> the rules that name its parameters (`names.Rule`)
     fills        (may be left out) network -> {key: array}, contents of its buffers that are not zero
     AVERAGED     (may be left out) kinds of which the authors evaluate the moving average
+    BESIDE       (may be left out) what names of entries begin with that lie beside the network: losses, another network
+    BEFORE       (may be left out) a word before all names of its generators, which files may leave out
 """
 
 import functools
@@ -21,7 +23,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from ar_jax.convert import flexvar, flowar, llamagen, mar, next_scale, rar, var, xar
+from ar_jax.convert import flexvar, flowar, llamagen, mar, next_scale, open_magvit2, rar, var, xar
 from ar_jax.convert.names import Rule, differences, key_shapes
 from ar_jax.files import words
 from ar_jax.typing import Params
@@ -30,6 +32,7 @@ SOURCES: dict[str, ModuleType] = {
     "var": var,
     "flexvar": flexvar,
     "next_scale": next_scale,
+    "open_magvit2": open_magvit2,
     "llamagen": llamagen,
     "flowar": flowar,
     "xar": xar,

@@ -36,6 +36,37 @@ class Interval:
 
 
 @dataclasses.dataclass(frozen=True)
+class BySubCode:
+    """One weight for all steps, but for each sub-code of a token its own; float32 [steps k].
+
+    Source: Open-MAGVIT2 (arXiv:2409.04410).
+    """
+
+    weight: float = 1.0
+    """Of the condition, for the first sub-code; 1 is unguided."""
+    others: tuple[float, ...] = ()
+    """For the sub-codes after it; () is the same for all."""
+
+    def __post_init__(self):
+        for weight in (self.weight, *self.others):
+            finite("guidance.weight", weight)
+
+    def __call__(self, order: Order, spec: TokenSpec) -> np.ndarray:
+        return by_sub_code("guidance", (self.weight, *self.others), order, spec)
+
+
+def by_sub_code(name: str, values: tuple[float, ...], order: Order, spec: TokenSpec) -> np.ndarray:
+    """A number for every step and sub-code, float32 [steps k]; of a single one [steps]."""
+    if len(values) == 1:
+        return np.full(len(order.sizes), values[0], np.float32)
+    if len(values) != len(spec.codes):
+        raise ValueError(
+            f"{name}.others is {values[1:]}, but tokens have {len(spec.codes)} sub-codes; give {len(spec.codes) - 1} numbers"
+        )
+    return np.tile(np.float32(values), (len(order.sizes), 1))
+
+
+@dataclasses.dataclass(frozen=True)
 class Ramp:
     """1 + t, for (1 + t) cond - t uncond: t rises over the steps.
 

@@ -8,6 +8,7 @@ import dataclasses
 
 import numpy as np
 
+from ar_jax.decode.guidance import by_sub_code
 from ar_jax.orders import Order
 from ar_jax.tokens import TokenSpec, by_side
 from ar_jax.typing import finite
@@ -25,6 +26,24 @@ class Constant:
 
     def __call__(self, order: Order, spec: TokenSpec) -> np.ndarray:
         return np.full(len(order.sizes), self.value, np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class BySubCode(Constant):
+    """The same in all steps, but for each sub-code of a token its own; float32 [steps k].
+
+    Source: Open-MAGVIT2 (arXiv:2409.04410).
+    """
+
+    others: tuple[float, ...] = ()
+    """`value` is of the first sub-code, these of those after it; () is the same for all."""
+
+    def __post_init__(self):
+        for value in (self.value, *self.others):
+            finite("temperature.value", value, least=0)
+
+    def __call__(self, order: Order, spec: TokenSpec) -> np.ndarray:
+        return by_sub_code("temperature", (self.value, *self.others), order, spec)
 
 
 @dataclasses.dataclass(frozen=True)

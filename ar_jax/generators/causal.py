@@ -34,7 +34,8 @@ class Causal(Generator):
     Attributes:
       backbone: the network (`Transformer`, `AdaLN`, `EncoderDecoder`).
       conditioning: makes condition rows from a batch (`Label`, `Caption`).
-      head: turns hidden rows into a distribution over tokens (`Categorical`; `Diffusion`, `Flow`, `GaussianMixture`).
+      head: turns hidden rows into a distribution over tokens (`Categorical`, `Factorised`; `Diffusion`, `Flow`,
+        `GaussianMixture`).
       inputs: what rows carry (`Previous`, `NextScale`, `Upsampled`, `NextLatent`).
       dropout: rate on the input rows; active only when a "dropout" key is given to `apply`.
       emphasis: weight of a step's tokens in training: all tokens alike ("equal"), or "lognorm" (see `lognorm`).
@@ -61,10 +62,13 @@ class Causal(Generator):
     def by_layer(self) -> "Causal":
         return self.clone(
             **{name: module.clone(unroll=True) for name, module in self.parts(Backbone).items()},
+            **{name: module.by_layer() for name, module in self.parts().items() if hasattr(module, "by_layer")},
             **{name: module.clone(output_major=True) for name, module in self.parts(Categorical).items()},
         )
 
     def slices(self, path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:
+        if hasattr(part := self.parts().get(path[0]), "slices"):
+            return part.slices(path, leaf)
         if path[0] in self.parts(Categorical):
             return {path: output_major(path[-1], leaf)}
         return slices(path, leaf) if path[0] in self.parts(Backbone) else {path: leaf}

@@ -29,7 +29,7 @@ def some(x: Array, first: Index, size: int, axis: int = 1) -> Array:
 class Previous(nn.Module):
     """The row of rank r carries the token of rank r-1; that of rank 0 is the condition's last row.
 
-    Of a code it carries a learned embedding, of a continuous token a projection.
+    Of a code it carries a learned embedding, of several sub-codes the sum of theirs, of a continuous token a projection.
 
     Attributes:
       width: of the rows; 0 until the network is known (`Causal.on`).
@@ -56,13 +56,23 @@ class Previous(nn.Module):
             )
 
     def setup(self):
-        if self.spec.codes:
-            self.embedding = self.param("embedding", nn.initializers.normal(0.02), (self.spec.codes[0], self.width))
+        std = nn.initializers.normal(0.02)
+        if len(self.spec.codes) == 1:
+            self.embedding = self.param("embedding", std, (self.spec.codes[0], self.width))
+        elif self.spec.codes:
+            sizes = enumerate(self.spec.codes)
+            self.tables = [nn.Embed(v, self.width, embedding_init=std, name=f"code_{i}") for i, v in sizes]
         else:
             self.projection = Linear(self.width, kernel_init=nn.initializers.xavier_uniform(), bias=True)
 
     def embed(self, tokens: Tokens) -> Float[Array, "b m d"]:
-        return look_up(self.embedding, tokens[..., 0]) if self.spec.codes else self.projection(tokens)
+        if not self.spec.codes:
+            return self.projection(tokens)
+        return sum(self.embed_code(i, tokens[..., i]) for i in range(len(self.spec.codes)))
+
+    def embed_code(self, i: int, index: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+        """Embeddings of the i-th sub-code."""
+        return look_up(self.embedding if len(self.spec.codes) == 1 else self.tables[i].embedding, index)
 
     @typed
     def __call__(

@@ -170,6 +170,38 @@ def non_saturating_generator(fake: Float[Array, "..."]) -> Float[Array, ""]:
     return _swapped(1.0, fake)
 
 
+@typed
+def averaged_discriminator(real: Float[Array, "b ..."], fake: Float[Array, "b ..."]) -> Float[Array, ""]:
+    """Cross entropy of real against generated, of logits averaged over each image."""
+    return (nn.softplus(-_by_image(real)) + nn.softplus(_by_image(fake))).mean()
+
+
+@typed
+def averaged_generator(fake: Float[Array, "b ..."]) -> Float[Array, ""]:
+    """Cross entropy of generated images against real, of logits averaged over each image: Open-MAGVIT2 (arXiv:2409.04410)."""
+    return nn.softplus(-_by_image(fake)).mean()
+
+
+@typed
+def lecam(
+    real: Float[Array, "..."], fake: Float[Array, "..."], average: Float[Array, "2"], decay: float = 0.999
+) -> tuple[Float[Array, ""], Float[Array, "2"]]:
+    """Keeps logits near what the other kind got on average, which regularises a discriminator; and the averages after these.
+
+    Args:
+      average: of the logits of real and of generated images so far, from zeros on; it counts these before it is used.
+    Source: LeCAM (arXiv:2104.03310), in the form of Open-MAGVIT2 (arXiv:2409.04410).
+    """
+    now = jax.lax.stop_gradient(jnp.stack([real.mean(), fake.mean()]))
+    average = decay * average + (1 - decay) * now
+    apart = nn.relu(real - average[1]), nn.relu(average[0] - fake)
+    return sum(jnp.square(x).mean() for x in apart), average
+
+
+def _by_image(logits: Array) -> Array:
+    return logits.reshape(len(logits), -1).mean(1)
+
+
 def _swapped(label: float, logits: Array) -> Array:
     """Cross entropy with its arguments swapped: the label is the logit, the logits are the target."""
     return nn.softplus(label) - label * logits.mean()

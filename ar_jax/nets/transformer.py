@@ -196,6 +196,7 @@ class Transformer(Backbone):
       hidden: width of the SwiGLU; 0 takes Llama's rule, 8/3 width rounded up to a multiple of 256.
       dropout: rate after attention and MLP; active only when a "dropout" key is given to `apply`.
       base: wave length base of the rotary positions.
+      final: whether there is a last norm.
       dtype, remat, unroll: see `Backbone`.
     """
 
@@ -203,6 +204,7 @@ class Transformer(Backbone):
     dropout: Share = 0.0
     base: Annotated[float, Within(1, 2**24)] = 10000.0
     eps: float = 1e-5
+    final: bool = True
 
     turned = True
 
@@ -210,7 +212,7 @@ class Transformer(Backbone):
         hidden = self.hidden or -(-(8 * self.width // 3) // 256) * 256
         sizes = (self.width, self.heads, hidden, self.dropout, self.eps, self.dtype, self.unroll)
         self.blocks = self.stack(Block, sizes, (nn.broadcast, nn.broadcast, nn.broadcast))
-        self.norm = RMSNorm(self.eps)
+        self.norm = RMSNorm(self.eps) if self.final else lambda x: x
 
     @property
     def rules(self) -> Rules:

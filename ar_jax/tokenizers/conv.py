@@ -50,20 +50,21 @@ class Convolutional:
 
 
 class ResBlock(nn.Module):
-    """norm, swish, 3x3 convolution, twice, plus the (projected) input."""
+    """norm, swish, 3x3 convolution, twice, plus the (projected) input; `bias` is of the convolutions."""
 
     features: int
     groups: int
     dtype: Any
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x):
-        y = x
+        y, net = x, {"kernel_init": init, "dtype": self.dtype, "use_bias": self.bias}
         for i in (1, 2):
             y = nn.silu(norm(self.groups, self.dtype, name=f"norm{i}")(y))
-            y = conv3(self.features, self.dtype, name=f"conv{i}")(y)
+            y = nn.Conv(self.features, (3, 3), **net, name=f"conv{i}")(y)
         if x.shape[-1] != self.features:
-            x = nn.Conv(self.features, (1, 1), kernel_init=init, dtype=self.dtype, name="nin_shortcut")(x)
+            x = nn.Conv(self.features, (1, 1), **net, name="nin_shortcut")(x)
         return x + y
 
 

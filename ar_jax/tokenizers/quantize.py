@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from ar_jax.nets.resize import resize
+from ar_jax.tokenizers import quantize_blocks as blocks
 from ar_jax.tokens import TokenSpec, rows
 from ar_jax.typing import Array, Float, Int, Metrics, Tokens, typed
 
@@ -61,7 +62,7 @@ class VectorLoss:
 
 @typed
 def vector_quantise(
-    z: Float[Array, "*b c"], codebook: Float[Array, "v c"], loss: VectorLoss = VectorLoss()
+    z: Float[Array, "*b c"], codebook: Float[Array, "v c"], loss: VectorLoss = VectorLoss(), limit: int = blocks.BLOCK
 ) -> tuple[Float[Array, "*b c"], Int[Array, "*b"], Metrics]:
     """Replaces each vector by its nearest code (the first of equals), straight-through.
 
@@ -69,20 +70,20 @@ def vector_quantise(
       z: latents; normalise both arguments beforehand for cosine search.
       codebook: codes.
       loss: weights.
+      limit: numbers of [pixels, codes] that are held at a time; more are computed by blocks of codes (`quantize_blocks`).
 
     Returns:
       The codes with the gradient of z, their indices, and the weighted losses "codebook", "commit", "entropy".
     Source: VQ-VAE (arXiv:1711.00937); entropy term as in LlamaGen (arXiv:2406.06525).
     """
-    distance = distances(z, codebook)
-    index = jnp.argmin(distance, axis=-1).astype(jnp.int32)
+    index, entropy = _assigned(z, codebook, loss, limit)
     code = codebook[index]
     losses = {
         "codebook": loss.codebook * jnp.square(code - lax.stop_gradient(z)).mean(),
         "commit": loss.commit * jnp.square(lax.stop_gradient(code) - z).mean(),
     }
     if loss.entropy:
-        losses["entropy"] = loss.entropy * _entropy_loss(-distance / loss.temperature)
+        losses["entropy"] = loss.entropy * entropy
     return straight_through(z, code), index, losses
 
 
@@ -114,8 +115,7 @@ def residual_quantise(
     rest, total, levels = lax.stop_gradient(latents), jnp.zeros_like(latents), []
     for level, size in enumerate(sizes):
         z = resize(rest, size, "area")
-        distance = distances(normalise(z), normalise(codebook)) if cosine else distances(z, codebook)
-        index = jnp.argmin(distance, axis=-1).astype(jnp.int32)
+        index, entropy = _assigned(*((normalise(z), normalise(codebook)) if cosine else (z, codebook)), loss)
         added = part(level, codebook[index])
         total, rest = total + added, rest - lax.stop_gradient(added)
         losses = {
@@ -123,11 +123,30 @@ def residual_quantise(
             "commit": loss.commit * jnp.square(lax.stop_gradient(total) - latents).mean(),
         }
         if loss.entropy:
-            losses["entropy"] = loss.entropy * _entropy_loss(-distance / loss.temperature)
+            losses["entropy"] = loss.entropy * entropy
         levels.append((index, z, losses))
     index, z, losses = zip(*levels)
     losses = jax.tree.map(lambda *x: sum(x) / len(x), *losses)
     return straight_through(latents, total), rows(index), rows(z), losses
+
+
+def _assigned(z, codebook, loss, limit=blocks.BLOCK):
+    """Index of the nearest code, and sample minus batch entropy of the soft assignment, or None where it has no weight."""
+    rows = blocks.rows_of(z)
+    if blocks.few(rows, len(codebook), limit):
+        distance = distances(z, codebook)
+        entropy = _entropy_loss(-distance / loss.temperature) if loss.entropy else None
+        return jnp.argmin(distance, axis=-1).astype(jnp.int32), entropy
+
+    def near(codes):
+        return -distances(z, codes)
+
+    index, top = blocks.best(near, codebook, rows, limit)
+    if not loss.entropy:
+        return index, None
+    soft = (codebook, top / loss.temperature, rows, limit)
+    sample, batch = blocks.entropies(lambda codes: near(codes) / loss.temperature, *soft)
+    return index, sample - batch
 
 
 def _entropy_loss(affinity):

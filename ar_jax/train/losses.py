@@ -21,6 +21,8 @@ ADVERSARIAL = {
     "hinge": (patchgan.hinge_discriminator, patchgan.hinge_generator),
     "vanilla": (patchgan.vanilla_discriminator, patchgan.hinge_generator),
     "non_saturating": (patchgan.non_saturating_discriminator, patchgan.non_saturating_generator),
+    "averaged": (patchgan.averaged_discriminator, patchgan.averaged_generator),
+    "hinge_averaged": (patchgan.hinge_discriminator, patchgan.averaged_generator),
 }
 
 
@@ -172,7 +174,9 @@ class Losses:
     """Weight of the discriminator's verdict; 0 trains no discriminator."""
     adversarial_start: Many = 20000
     """First update in which the discriminator counts and learns."""
-    adversarial_kind: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
+    adversarial_kind: Literal["hinge", "vanilla", "non_saturating", "averaged", "hinge_averaged"] = "hinge"
+    lecam: float = 0.0
+    """Weight of what keeps the discriminator's logits near their averages (`nets.patchgan.lecam`); 0 is off."""
     adaptive: bool = False
     """Scale the verdict so that its gradient at the tokenizer's last layer is as large as that of the other losses of the
     image."""

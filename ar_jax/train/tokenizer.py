@@ -12,6 +12,7 @@ from jax import lax
 from ar_jax.config import TokenizerStage
 from ar_jax.files.images import to_float, to_uint8
 from ar_jax.generators.base import image_weight
+from ar_jax.nets.patchgan import lecam
 from ar_jax.tokenizers.quantize import count_codes, usage
 from ar_jax.train import codes
 from ar_jax.train.losses import ADVERSARIAL, Losses
@@ -68,6 +69,7 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
         extra = codes.begin(tokenizer, params["model"], bool(losses.reset_after))
         if judge:
             extra["stats"] = judge.init_stats()
+            extra |= {"lecam": jnp.zeros(2)} if losses.lecam else {}
         params |= {name: others[name](others_key) for name in shrinks}
         return create(params, extra, tx, stage.optim.ema)
 
@@ -155,12 +157,16 @@ def tokenizer_gradients(tokenizer: Any, losses: Losses) -> GradFn:
                 logits_real, new = judge.apply({"params": discriminator}, real, stats, True)
                 recon = lax.stop_gradient(made["image"])
                 logits_fake, new = judge.apply({"params": discriminator}, recon, new, True)
-                return weight * discriminator_loss(logits_real, logits_fake), (new, logits_real, logits_fake)
+                loss, kept = discriminator_loss(logits_real, logits_fake), {"stats": new}
+                if losses.lecam:
+                    apart, kept["lecam"] = lecam(logits_real, logits_fake, extra["lecam"])
+                    loss += losses.lecam * apart
+                return weight * loss, (kept, logits_real, logits_fake)
 
-            grads["discriminator"], (stats, logits_real, logits_fake) = jax.grad(judge_loss, has_aux=True)(
+            grads["discriminator"], (kept, logits_real, logits_fake) = jax.grad(judge_loss, has_aux=True)(
                 params["discriminator"]
             )
-            extra = extra | {"stats": stats}
+            extra = extra | kept
             metrics |= {
                 "adversarial": verdict, "adversarial_weight": weight * scale,
                 "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean(),

@@ -35,6 +35,10 @@ FAMILIES = {
     "flowar": ((), ("FlowAR-S", "FlowAR-L", "FlowAR-H")),
     "xar": ((), ("xAR-B", "xAR-L", "xAR-H")),
     "rar": (("maskgit-vqgan-imagenet-f16-256",), ("rar_b", "rar_l", "rar_xl", "rar_xxl")),
+    "open_magvit2": (
+        ("openmagvit2_128_L", "openmagvit2_256_L"),
+        ("openmagvit2_AR_B", "openmagvit2_AR_L", "openmagvit2_AR_XL"),
+    ),
 }
 # Checkpoints of other methods that have every key and shape of one of these, so that nothing in the file tells them apart.
 TWINS = {"D-AR-L": "c2i_L_256", "D-AR-XL": "c2i_XL_384"}
