@@ -13,12 +13,14 @@ from ar_jax.generators.causal import Causal
 from ar_jax.generators.hmar import Hmar
 from ar_jax.generators.inputs import NextScale, Upsampled
 from ar_jax.generators.rar import Aimed, Placed, StartLabel
+from ar_jax.heads.bitwise import Bitwise
 from ar_jax.heads.categorical import Categorical
 from ar_jax.heads.factorised import Factorised
 from ar_jax.nets.adaln import AdaLN
 from ar_jax.nets.conditioning import Caption, Label
 from ar_jax.nets.transformer import Transformer
 from ar_jax.orders import Order, raster, scales
+from ar_jax.tokenizers.bit_pyramid import BitPyramid
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
 from ar_jax.tokens import TokenSpec, grid
@@ -75,11 +77,10 @@ def _causal(conditioning, order=raster, head=Categorical(), **backbone):
     return Case(Causal(net, conditioning, head).complete(SPEC, INFO), order)
 
 
-def _scales(tokenizer, inputs=NextScale(channels=4), sees="past", **fields):
+def _scales(tokenizer, inputs=NextScale(channels=4), sees="past", head=Categorical(bias=True, std=0.02), **fields):
     def net(layers, final=True):
         return AdaLN(layers, 16, 2, hidden=24, sees=sees, final=final, gate=0.5, **fields)
 
-    head = Categorical(bias=True, std=0.02)
     if sees == "past":
         generator = Causal(net(2), Label(16), head, inputs)
     else:
@@ -102,6 +103,7 @@ def _open_magvit2():
 
 NET = {"features": 4, "mult": (1, 2), "res_blocks": 1, "codes": 12, "code_features": 4, "groups": 2}
 RESIDUAL = ResidualPyramid(size=(6, 6), scales=(1, 2, 3), **NET)
+BITS = BitPyramid((6, 6), (1, 2, 3), features=4, mult=(1, 2), res_blocks=1, bits=4, groups=2)
 INDEPENDENT = Pyramid(size=(6, 6), scales=(1, 2, (1, 3), 3), latent=8, **NET)
 
 CASES = {
@@ -114,6 +116,7 @@ CASES = {
     "open_magvit2": _open_magvit2(),
     "var": _scales(RESIDUAL),
     "var_shared": _scales(RESIDUAL, shared=True, l2_norm=False, remat="dots"),
+    "infinity_bits": _scales(BITS, head=Bitwise()),
     "flexvar": _scales(INDEPENDENT, Upsampled(channels=4, side=4)),
     "hmar": _scales(RESIDUAL, sees="step"),
 }

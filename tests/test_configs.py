@@ -30,6 +30,8 @@ PUBLISHED = {  # variant -> manifest; the size of the image does not change the 
     "var:vq": "vae_ch160v4096z32",
     "flexvar:vq": "FlexVAE",
     "mar:kl16": "kl16",
+    **{f"infinity:vae_d{bits}": f"infinity_vae_d{bits}" for bits in (16, 24, 32, 64)},
+    "infinity:vae_d56": "infinity_vae_d56_f8_14_patchify",
     "rar:vq": "maskgit-vqgan-imagenet-f16-256",
     **{f"rar:{size}": f"rar_{size}" for size in ("b", "l", "xl", "xxl")},
     "open_magvit2:vq_256": "openmagvit2_256_L",

@@ -84,6 +84,7 @@ BUILT = {
     *("kl16_vae", "mar", "disa_mar", "givt_ar", "givt_masked", "givt_vae", "flowar", "flowar_cross", "xar"),
     *("rar", "maskgit_vqgan"),
     *("openmagvit2_vq", "openmagvit2_ar"),
+    "infinity_bsq_vae",
 }
 
 

@@ -23,12 +23,13 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from ar_jax.convert import flexvar, flowar, llamagen, mar, next_scale, open_magvit2, rar, var, xar
+from ar_jax.convert import flexvar, flowar, infinity, llamagen, mar, next_scale, open_magvit2, rar, var, xar
 from ar_jax.convert.names import Rule, differences, key_shapes
 from ar_jax.files import words
 from ar_jax.typing import Params
 
 SOURCES: dict[str, ModuleType] = {
+    "infinity": infinity,
     "var": var,
     "flexvar": flexvar,
     "next_scale": next_scale,

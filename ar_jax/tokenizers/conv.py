@@ -93,8 +93,8 @@ class Encoder(nn.Module):
       res_blocks: residual blocks per level.
       out: channels of the result.
       groups: of the group norms.
-      attention: levels with an attention block after each residual block, 0 the finest, -1 the coarsest; the middle always
-        has one.
+      attention: levels with an attention block after each residual block, 0 the finest, -1 the coarsest.
+      middle: whether the middle has one too.
     """
 
     features: int
@@ -104,6 +104,7 @@ class Encoder(nn.Module):
     groups: int = 32
     dtype: Any = jnp.float32
     attention: tuple[int, ...] = (-1,)
+    middle: bool = True
 
     @nn.compact
     @typed
@@ -130,6 +131,7 @@ class Decoder(nn.Module):
     groups: int = 32
     dtype: Any = jnp.float32
     attention: tuple[int, ...] = (-1,)
+    middle: bool = True
 
     @nn.compact
     @typed
@@ -167,7 +169,7 @@ def _level(net, x, level, mult, blocks):
 
 def _middle(net, x):
     x = ResBlock(x.shape[-1], net.groups, net.dtype, name="mid_0")(x)
-    x = AttnBlock(net.groups, net.dtype, name="mid_1")(x)
+    x = AttnBlock(net.groups, net.dtype, name="mid_1")(x) if net.middle else x
     return ResBlock(x.shape[-1], net.groups, net.dtype, name="mid_2")(x)
 
 

@@ -19,7 +19,78 @@ Held = tuple[Array, Array]
 HELD = ("context", "decode", "decode_until")  # methods that take it
 
 
-class ResidualPyramid(Convolutional, nn.Module):
+class Summed:
+    """What tokenizers share whose latent is a sum over scales; for modules with `spec`, `grid`, `embed`, `part` and `pixels`."""
+
+    shrunk = "area"  # how a sum is brought to the size of the next scale
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of every scale's map of codes."""
+        return self.spec.scales
+
+    def maps(self, codes: Float[Array, "b n c"]) -> list[Float[Array, "b h w d"]]:
+        """Codes of the first scales' tokens, as maps."""
+        return maps(codes, self.spec.scales)
+
+    def rows(self, maps: list[Float[Array, "b h w d"]]) -> Float[Array, "b n c"]:
+        """The inverse of `maps`."""
+        return rows(maps)
+
+    @typed
+    def context(self, tokens: Tokens, held: Held | None = None) -> Float[Array, "b n c"]:
+        """What is known of every slot from coarser scales: their sum in its scale's size; zeros on the first scale.
+
+        A level depends on the tokens of the levels before it only, so later ones may be anything.
+
+        Args:
+          held: tokens of another image, and bool [b h w], the cells of the latent in which they do not count.
+        """
+        sizes, sums = self.sizes, self.sums(tokens, held)
+        start = jnp.zeros((len(tokens), *sizes[0], sums[0].shape[-1]))
+        return self.rows([start, *(resize(x, size, self.shrunk) for x, size in zip(sums, sizes[1:]))])
+
+    @typed
+    def own(self, tokens: Tokens) -> Float[Array, "b n c"]:
+        """What every slot's own scale adds to the latent, in that scale's size; depends on no other scale."""
+        return self.rows([resize(x, size, self.shrunk) for x, size in zip(self.parts(tokens), self.sizes)])
+
+    @typed
+    def decode(
+        self, tokens: Tokens, held: Held | None = None, *, key: PRNGKey | None = None
+    ) -> Float[Array, "b H W rgb"]:
+        """Images in [-1, 1], from the tokens of all scales or of the first few; `held` as in `context`, `key` is unused."""
+        return jnp.clip(self.pixels(self.sums(tokens, held)[-1]), -1, 1)
+
+    @typed
+    def decode_until(self, tokens: Tokens, level: Index, held: Held | None = None) -> Float[Array, "b H W rgb"]:
+        """What `decode` gives of the scales up to a level; later tokens may be anything."""
+        return jnp.clip(self.pixels(jnp.stack(self.sums(tokens, held))[level]), -1, 1)
+
+    @nn.nowrap
+    def held(self, frozen: Callable, tokens: Tokens, free: Bool[Array, "b H W"]) -> Callable:
+        """The frozen tokenizer with the latent of `tokens` wherever no pixel is free (see `decode.edit`)."""
+        cells = touched(free, self.grid)
+
+        def call(*arguments, method):
+            return frozen(*arguments, *([(tokens, cells)] if method in HELD else []), method=method)
+
+        return call
+
+    def parts(self, tokens: Tokens) -> list[Float[Array, "b h w c"]]:
+        """What each of the first scales, whose tokens are given, adds to the latent."""
+        return [self.part(level, codes) for level, codes in enumerate(self.maps(self.embed(tokens)))]
+
+    def sums(self, tokens: Tokens, held: Held | None = None) -> list[Float[Array, "b h w c"]]:
+        """The latent as it is known after each of the first scales, whose tokens are given."""
+        sums = list(itertools.accumulate(self.parts(tokens)))
+        if held is None:
+            return sums
+        others, free = held
+        return [jnp.where(free[..., None], own, other) for own, other in zip(sums, self.sums(others))]
+
+
+class ResidualPyramid(Summed, Convolutional, nn.Module):
     """Image to grids of codes, coarse to fine, and back. The defaults are VAR's tokenizer for 256 pixels.
 
     The latent is a sum over scales: each adds its codes, enlarged to the size of the latent and smoothed by a
@@ -93,46 +164,6 @@ class ResidualPyramid(Convolutional, nn.Module):
         return look_up(self.codebook, tokens)
 
     @typed
-    def context(self, tokens: Tokens, held: Held | None = None) -> Float[Array, "b n c"]:
-        """What is known of every slot from coarser scales: their sum in its scale's size; zeros on the first scale.
-
-        A level depends on the tokens of the levels before it only, so later ones may be anything.
-
-        Args:
-          held: tokens of another image, and bool [b h w], the cells of the latent in which they do not count.
-        """
-        first, *others = self.spec.scales
-        start = jnp.zeros((len(tokens), *first, self.code_features))
-        return rows([start, *(resize(x, size, "area") for x, size in zip(self.sums(tokens, held), others))])
-
-    @typed
-    def own(self, tokens: Int[Array, "b n 1"]) -> Float[Array, "b n c"]:
-        """What every slot's own scale adds to the latent, in that scale's size; depends on no other scale."""
-        return rows([resize(x, size, "area") for x, size in zip(self.parts(tokens), self.spec.scales)])
-
-    @typed
-    def decode(
-        self, tokens: Tokens, held: Held | None = None, *, key: PRNGKey | None = None
-    ) -> Float[Array, "b H W rgb"]:
-        """Images in [-1, 1], from the tokens of all scales or of the first few; `held` as in `context`, `key` is unused."""
-        return jnp.clip(self.pixels(self.sums(tokens, held)[-1]), -1, 1)
-
-    @typed
-    def decode_until(self, tokens: Tokens, level: Index, held: Held | None = None) -> Float[Array, "b H W rgb"]:
-        """What `decode` gives of the scales up to a level; later tokens may be anything."""
-        return jnp.clip(self.pixels(jnp.stack(self.sums(tokens, held))[level]), -1, 1)
-
-    @nn.nowrap
-    def held(self, frozen: Callable, tokens: Tokens, free: Bool[Array, "b H W"]) -> Callable:
-        """The frozen tokenizer with the latent of `tokens` wherever no pixel is free (see `decode.edit`)."""
-        cells = touched(free, self.grid)
-
-        def call(*arguments, method):
-            return frozen(*arguments, *([(tokens, cells)] if method in HELD else []), method=method)
-
-        return call
-
-    @typed
     def autoencode(
         self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None
     ) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
@@ -160,18 +191,6 @@ class ResidualPyramid(Convolutional, nn.Module):
         x = resize(codes, self.grid)
         smoother = smoother_of_level(len(self.scales), self.smooth.count)[level]
         return (1 - self.smoothing) * x + self.smoothing * self.smooth(x, smoother)
-
-    def parts(self, tokens: Tokens) -> list[Float[Array, "b h w c"]]:
-        """What each of the first scales, whose tokens are given, adds to the latent."""
-        return [self.part(level, codes) for level, codes in enumerate(maps(self.embed(tokens), self.spec.scales))]
-
-    def sums(self, tokens: Tokens, held: Held | None = None) -> list[Float[Array, "b h w c"]]:
-        """The latent as it is known after each of the first scales, whose tokens are given."""
-        sums = list(itertools.accumulate(self.parts(tokens)))
-        if held is None:
-            return sums
-        others, free = held
-        return [jnp.where(free[..., None], own, other) for own, other in zip(sums, self.sums(others))]
 
     def pixels(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
         """Images from a latent, not clipped."""

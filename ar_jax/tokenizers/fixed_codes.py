@@ -1,0 +1,93 @@
+"""A convolutional autoencoder around codes that are fixed, not learned (FSQ, BSQ)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ar_jax.tokenizers.conv import Convolutional, Decoder, Encoder, init
+from ar_jax.tokenizers.quantize_scalar import FSQ
+from ar_jax.tokenizers.quantize_spherical import BSQ
+from ar_jax.tokens import TokenSpec, grid
+from ar_jax.typing import Array, Blocks, Float, Int, Metrics, PRNGKey, Size, Tokens, typed
+
+
+class FixedCodes(Convolutional, nn.Module):
+    """Image to a grid of codes and back: the network of `VQGAN`, without its codebook.
+
+    Attributes:
+      size: height and width of the images in pixels, multiples of 2^(levels-1).
+      features: channels of the finest level.
+      mult: channel multiplier of each level, fine to coarse.
+      res_blocks: residual blocks per encoder level; the decoder has one more.
+      latent: channels between the network and the projections around the quantiser.
+      quantiser: which codes there are (`FSQ`, `BSQ`), and the weights of its losses.
+      groups: of the group norms.
+      channels: of the image.
+      dtype: of the convolutions; the quantiser is float32.
+    Source: FSQ (arXiv:2309.15505), BSQ (arXiv:2406.07548), in the network of VQGAN (arXiv:2012.09841).
+    """
+
+    size: Size = (256, 256)
+    features: int = 128
+    mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    res_blocks: Blocks = 2
+    latent: int = 256
+    quantiser: FSQ | BSQ = FSQ()
+    groups: int = 32
+    channels: int = 3
+    dtype: Any = jnp.float32
+
+    @property
+    def spec(self) -> TokenSpec:
+        return TokenSpec(grid(*self.grid), codes=self.quantiser.codes)
+
+    def setup(self):
+        net = {"features": self.features, "res_blocks": self.res_blocks, "groups": self.groups, "dtype": self.dtype}
+        self.encoder = Encoder(mult=self.mult, out=self.latent, **net)
+        self.decoder = Decoder(mult=self.mult, out=self.channels, **net)
+        self.quant = nn.Dense(self.quantiser.features, kernel_init=init)
+        self.post_quant = nn.Dense(self.latent, kernel_init=init)
+
+    @typed
+    def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Int[Array, "b n k"]:
+        """Codes of images in [-1, 1]; `key` is unused, the codes are deterministic."""
+        _, tokens, _ = self.quantiser(self.latents(image))
+        return tokens.reshape(len(image), -1, tokens.shape[-1])
+
+    @typed
+    def embed(self, tokens: Tokens) -> Float[Array, "b n c"]:
+        """What tokens stand for; vectors in their place stay as they are."""
+        return tokens if jnp.issubdtype(tokens.dtype, jnp.floating) else self.quantiser.look_up(tokens)
+
+    @typed
+    def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W rgb"]:
+        """Images, about [-1, 1] but not clipped; `key` is unused."""
+        codes = self.embed(tokens)
+        return self.pixels(codes.reshape(len(codes), *self.grid, -1))
+
+    @typed
+    def autoencode(
+        self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None
+    ) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
+        """One training pass; `key` is unused.
+
+        Returns:
+          The reconstruction; the weighted losses of the quantiser by name; and what training may want to look at:
+          "latents" [b h w c] before quantisation and "tokens" as of `encode`.
+        """
+        latents = self.latents(image)
+        codes, tokens, losses = self.quantiser(latents)
+        return (
+            self.pixels(codes),
+            losses,
+            {"latents": latents, "tokens": tokens.reshape(len(image), -1, tokens.shape[-1])},
+        )
+
+    def latents(self, image: Float[Array, "b H W c"]) -> Float[Array, "b h w c"]:
+        """What the quantiser sees."""
+        return self.quant(self.encoder(image)).astype(jnp.float32)
+
+    def pixels(self, codes: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
+        """Images from a grid of codes."""
+        return self.decoder(self.post_quant(codes))
