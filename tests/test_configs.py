@@ -32,6 +32,11 @@ PUBLISHED = {  # variant -> manifest; the size of the image does not change the 
     "mar:kl16": "kl16",
     "rar:vq": "maskgit-vqgan-imagenet-f16-256",
     **{f"rar:{size}": f"rar_{size}" for size in ("b", "l", "xl", "xxl")},
+    **{
+        f"fqgan:{name.lower()}": f"fqgan_{name}"
+        for kind in ("dual", "triple")
+        for name in (f"{kind}_ds16", f"{kind}_ds8", f"far_{kind}_B", f"far_{kind}_L")
+    },
     **{f"mar:{size}_256": f"MAR-{size.upper()}" for size in "blh"},
     **{f"var:d{depth}": f"var_d{depth}" for depth in (16, 20, 24, 30, 36)},
     "flexvar:d16": "FlexVARd16-epo179",

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from ar_jax.convert import flexvar, flowar, llamagen, mar, next_scale, rar, var, xar
+from ar_jax.convert import flexvar, flowar, fqgan, llamagen, mar, next_scale, rar, var, xar
 from ar_jax.convert.names import Rule, differences, key_shapes
 from ar_jax.files import words
 from ar_jax.typing import Params
@@ -30,6 +30,7 @@ SOURCES: dict[str, ModuleType] = {
     "var": var,
     "flexvar": flexvar,
     "next_scale": next_scale,
+    "fqgan": fqgan,
     "llamagen": llamagen,
     "flowar": flowar,
     "xar": xar,

@@ -149,6 +149,14 @@ class Backbone(nn.Module):
         k, v = ([rows() for _ in range(self.layers)] if self.unroll else rows(self.layers) for _ in "kv")
         return Cache(k, v)
 
+    def by_layer(self) -> "Backbone":
+        """The same network laid out for decoding (see `slices`)."""
+        return self.clone(unroll=True)
+
+    @nn.nowrap
+    def slices(self, path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:
+        return slices(path, leaf)
+
     def modulate(self, vector: Float[Array, "B d"] | None) -> Any:
         """What the condition's vector does to this network, of all its layers at once; nothing."""
         return None
@@ -196,6 +204,7 @@ class Transformer(Backbone):
       hidden: width of the SwiGLU; 0 takes Llama's rule, 8/3 width rounded up to a multiple of 256.
       dropout: rate after attention and MLP; active only when a "dropout" key is given to `apply`.
       base: wave length base of the rotary positions.
+      final: whether there is a last norm.
       dtype, remat, unroll: see `Backbone`.
     """
 
@@ -203,6 +212,7 @@ class Transformer(Backbone):
     dropout: Share = 0.0
     base: Annotated[float, Within(1, 2**24)] = 10000.0
     eps: float = 1e-5
+    final: bool = True
 
     turned = True
 
@@ -210,7 +220,8 @@ class Transformer(Backbone):
         hidden = self.hidden or -(-(8 * self.width // 3) // 256) * 256
         sizes = (self.width, self.heads, hidden, self.dropout, self.eps, self.dtype, self.unroll)
         self.blocks = self.stack(Block, sizes, (nn.broadcast, nn.broadcast, nn.broadcast))
-        self.norm = RMSNorm(self.eps)
+        if self.final:
+            self.norm = RMSNorm(self.eps)
 
     @property
     def rules(self) -> Rules:
@@ -232,7 +243,7 @@ class Transformer(Backbone):
         """
         table = rotary(rows.coords, self.width // self.heads, self.base)
         x, cache = self.run(self.blocks, x.astype(self.dtype), cache, (), (table, rows.sight(), rows.first))
-        return self.norm(x), cache
+        return self.norm(x) if self.final else x, cache
 
 
 def slices(path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:

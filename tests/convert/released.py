@@ -34,6 +34,10 @@ FAMILIES = {
     "mar": (("kl16",), ("MAR-B", "MAR-L", "MAR-H")),
     "flowar": ((), ("FlowAR-S", "FlowAR-L", "FlowAR-H")),
     "xar": ((), ("xAR-B", "xAR-L", "xAR-H")),
+    "fqgan": (
+        tuple(f"fqgan_{kind}_{size}" for kind in ("dual", "triple") for size in ("ds8", "ds16")),
+        tuple(f"fqgan_far_{kind}_{size}" for kind in ("dual", "triple") for size in "BL"),
+    ),
     "rar": (("maskgit-vqgan-imagenet-f16-256",), ("rar_b", "rar_l", "rar_xl", "rar_xxl")),
 }
 # Checkpoints of other methods that have every key and shape of one of these, so that nothing in the file tells them apart.
