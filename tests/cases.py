@@ -11,11 +11,12 @@ from trees import random_params
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.hmar import Hmar
-from ar_jax.generators.inputs import NextScale, Upsampled
+from ar_jax.generators.inputs import Joined, NextScale, Upsampled
 from ar_jax.generators.rar import Aimed, Placed, StartLabel
 from ar_jax.heads.bitwise import Bitwise
 from ar_jax.heads.categorical import Categorical
 from ar_jax.heads.factorised import Factorised
+from ar_jax.heads.factorised_far import Far
 from ar_jax.nets.adaln import AdaLN
 from ar_jax.nets.conditioning import Caption, Label
 from ar_jax.nets.transformer import Transformer
@@ -101,6 +102,12 @@ def _open_magvit2():
     return Case(generator.complete(TokenSpec(grid(3, 4), codes=(12, 16)), INFO))
 
 
+def _far(codes):
+    spec, net = TokenSpec(grid(3, 4), codes=codes), {"width": 16, "heads": 2, "hidden": 24}
+    head = Far(Transformer(1, **net), pull=(1.0, 0.5, 2.0)[: len(codes)])
+    return Case(Causal(Transformer(2, final=False, **net), Label(16), head, Joined()).complete(spec, INFO))
+
+
 NET = {"features": 4, "mult": (1, 2), "res_blocks": 1, "codes": 12, "code_features": 4, "groups": 2}
 RESIDUAL = ResidualPyramid(size=(6, 6), scales=(1, 2, 3), **NET)
 BITS = BitPyramid((6, 6), (1, 2, 3), features=4, mult=(1, 2), res_blocks=1, bits=4, groups=2)
@@ -114,6 +121,7 @@ CASES = {
     "causal_order_per_image": _causal(Caption(16), shuffled),
     "rar": _rar(shuffled),
     "open_magvit2": _open_magvit2(),
+    "fqgan_far": _far((12, 12, 12)),
     "var": _scales(RESIDUAL),
     "var_shared": _scales(RESIDUAL, shared=True, l2_norm=False, remat="dots"),
     "infinity_bits": _scales(BITS, head=Bitwise()),

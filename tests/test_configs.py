@@ -37,6 +37,11 @@ PUBLISHED = {  # variant -> manifest; the size of the image does not change the 
     "open_magvit2:vq_256": "openmagvit2_256_L",
     "open_magvit2:vq_128": "openmagvit2_128_L",
     **{f"open_magvit2:{size}": f"openmagvit2_AR_{size.upper()}" for size in ("b", "l", "xl")},
+    **{
+        f"fqgan:{name.lower()}": f"fqgan_{name}"
+        for kind in ("dual", "triple")
+        for name in (f"{kind}_ds16", f"{kind}_ds8", f"far_{kind}_B", f"far_{kind}_L")
+    },
     **{f"mar:{size}_256": f"MAR-{size.upper()}" for size in "blh"},
     **{f"var:d{depth}": f"var_d{depth}" for depth in (16, 20, 24, 30, 36)},
     "flexvar:d16": "FlexVARd16-epo179",

@@ -85,6 +85,7 @@ BUILT = {
     *("rar", "maskgit_vqgan"),
     *("openmagvit2_vq", "openmagvit2_ar"),
     "infinity_bsq_vae",
+    *("fqgan_dual_vq", "fqgan_triple_vq", "fqgan_dual_far", "fqgan_triple_far"),
 }
 
 

@@ -17,9 +17,8 @@ from ar_jax.nets.attention import Rows
 from ar_jax.nets.conditioning import Cond
 from ar_jax.nets.dropout import Dropout
 from ar_jax.nets.gated import EncoderDecoder
-from ar_jax.nets.linear import output_major
 from ar_jax.nets.positions import NOWHERE
-from ar_jax.nets.transformer import Backbone, Cache, slices
+from ar_jax.nets.transformer import Backbone, Cache
 from ar_jax.orders import NEVER, Order, to_ranks
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Metrics, PRNGKey, Share, Tokens, typed
@@ -34,9 +33,9 @@ class Causal(Generator):
     Attributes:
       backbone: the network (`Transformer`, `AdaLN`, `EncoderDecoder`).
       conditioning: makes condition rows from a batch (`Label`, `Caption`).
-      head: turns hidden rows into a distribution over tokens (`Categorical`, `Factorised`; `Diffusion`, `Flow`,
+      head: turns hidden rows into a distribution over tokens (`Categorical`, `Factorised`, `Far`; `Diffusion`, `Flow`,
         `GaussianMixture`).
-      inputs: what rows carry (`Previous`, `NextScale`, `Upsampled`, `NextLatent`).
+      inputs: what rows carry (`Previous`, `Joined`, `NextScale`, `Upsampled`, `NextLatent`).
       dropout: rate on the input rows; active only when a "dropout" key is given to `apply`.
       emphasis: weight of a step's tokens in training: all tokens alike ("equal"), or "lognorm" (see `lognorm`).
       spec: the tokens; None until the tokenizer is known (`complete`).
@@ -60,18 +59,11 @@ class Causal(Generator):
         return Generator.on(self.clone(inputs=self.inputs.clone(width=self.backbone.width)), spec)
 
     def by_layer(self) -> "Causal":
-        return self.clone(
-            **{name: module.clone(unroll=True) for name, module in self.parts(Backbone).items()},
-            **{name: module.by_layer() for name, module in self.parts().items() if hasattr(module, "by_layer")},
-            **{name: module.clone(output_major=True) for name, module in self.parts(Categorical).items()},
-        )
+        return self.clone(**{name: part.by_layer() for name, part in self.parts().items() if hasattr(part, "by_layer")})
 
     def slices(self, path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:
-        if hasattr(part := self.parts().get(path[0]), "slices"):
-            return part.slices(path, leaf)
-        if path[0] in self.parts(Categorical):
-            return {path: output_major(path[-1], leaf)}
-        return slices(path, leaf) if path[0] in self.parts(Backbone) else {path: leaf}
+        part = self.parts().get(path[0])
+        return part.slices(path, leaf) if hasattr(part, "slices") else {path: leaf}
 
     def example(self) -> tuple[Order, Frozen | None]:
         return self.inputs.example()
@@ -122,12 +114,18 @@ class Causal(Generator):
     ) -> Float[Array, "b n d"]:
         """Hidden row of every rank, from tokens in rank order."""
         p = cond.rows.shape[1]
-        x, coords = self.inputs(tokens, cond, order, tokenizer, 0, order.n)
+        x, coords = self.inputs(tokens, cond, order, self.tables(tokenizer), 0, order.n)
         x = constrain(jnp.concatenate([cond.rows[:, :-1].astype(x.dtype), x], axis=1), BATCH)
         coords = jnp.pad(coords, ((0, 0), (p - 1, 0), (0, 0)), constant_values=NOWHERE)
         x = self.drop(x, deterministic=not self.has_rng("dropout"))
         h, _ = self.network(x, Rows(_steps(p, order), coords, valid=_valid(cond, p - 1 + order.n)), cond)
         return h[:, p - 1 :]
+
+    def tables(self, tokenizer: Frozen | None) -> Frozen | None:
+        """Whose `embed` the inputs may ask for what codes stand for: the head's, if it has tables of its own."""
+        if not hasattr(self.head, "embed"):
+            return tokenizer
+        return lambda *arguments, method: getattr(self.head, method)(*arguments)
 
     def network(self, x: Array, rows: Rows, cond: Cond, cache: Cache | None = None) -> tuple[Array, Cache | None]:
         """Rows through the network, see `Transformer`."""
@@ -164,7 +162,7 @@ class Causal(Generator):
         """Hidden rows of ranks first..first+size, given a state in which all earlier steps are known and cached."""
         cond, order = setting.cond, setting.order
         p = cond.rows.shape[1]
-        x, coords = self.inputs(state.tokens, cond, order, setting.tokenizer, first, size)
+        x, coords = self.inputs(state.tokens, cond, order, self.tables(setting.tokenizer), first, size)
         steps = _steps(p, order)
         step = some(steps, p - 1 + first, size, 0)
         if state.cache is None:

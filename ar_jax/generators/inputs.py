@@ -86,16 +86,44 @@ class Previous(nn.Module):
           order: what each rank is.
           tokenizer: unused.
         """
+        return self.following(self.embed, tokens, cond, order, first, size)
+
+    def following(
+        self, embed: Callable, tokens: Tokens, cond: Cond, order: Order, first: Index, size: int
+    ) -> tuple[Float[Array, "B m d"], Int[Array, "#B m 3"]]:
+        """The rows, of which `embed` makes what they carry."""
         coords = jnp.asarray(self.spec.coords)[order.slot]
 
         def before(x, fill):
             return some(jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=fill), first, size)
 
         ways = len(cond.rows) // len(tokens)
-        x = widen(self.embed(before(tokens, 0)), ways)
+        x = widen(embed(before(tokens, 0)), ways)
         begins = (first + jnp.arange(size) == 0)[:, None]
         coords = before(coords, NOWHERE)
         return jnp.where(begins, cond.rows[:, -1:].astype(x.dtype), x), widen(coords, ways if len(coords) > 1 else 1)
+
+
+class Joined(Previous):
+    """As `Previous`, but the row carries a projection of what the token's codes stand for, side by side.
+
+    That is looked up in the tables of the head, if it has some (`Far`), else in those of the tokenizer.
+
+    Attributes: see `Previous`.
+    Source: FQGAN (arXiv:2411.16681).
+    """
+
+    def setup(self):
+        self.projection = Linear(self.width, bias=True)
+
+    @typed
+    def __call__(
+        self, tokens: Tokens, cond: Cond, order: Order, tokenizer: Frozen | None, first: Index, size: int
+    ) -> tuple[Float[Array, "B m d"], Int[Array, "#B m 3"]]:
+        """As of `Previous`; `tokenizer` calls a method of the head or of the tokenizer, of which "embed" is asked for."""
+        return self.following(
+            lambda tokens: self.projection(tokenizer(tokens, method="embed")), tokens, cond, order, first, size
+        )
 
 
 class NextScale(nn.Module):

@@ -198,7 +198,6 @@ class Placed(Plain):
     """
 
     rows: int = 0
-    eps: float = 1e-6
 
     def complete(self, spec: TokenSpec) -> "Placed":
         return self if self.rows else self.clone(rows=spec.n + 1)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from ar_jax.machine.sharding import Rules
 from ar_jax.nets.conditioning import fold
-from ar_jax.nets.linear import Linear
+from ar_jax.nets.linear import Linear, output_major
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Float, Index, Int, Key, PRNGKey, Tokens, Unstored, typed
 
@@ -42,6 +42,15 @@ class Categorical(nn.Module):
                 f"Categorical needs tokens of one discrete code, but the tokenizer gives codes {spec.codes}"
             )
         return self.clone(codes=spec.codes[0])
+
+    def by_layer(self) -> "Categorical":
+        """The same head laid out for decoding."""
+        return self.clone(output_major=True)
+
+    @nn.nowrap
+    def slices(self, path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:
+        """What becomes of a parameter in that layout."""
+        return {path: output_major(path[-1], leaf)}
 
     def setup(self):
         begin = nn.initializers.normal(self.std) if self.std else nn.initializers.zeros

@@ -149,6 +149,14 @@ class Backbone(nn.Module):
         k, v = ([rows() for _ in range(self.layers)] if self.unroll else rows(self.layers) for _ in "kv")
         return Cache(k, v)
 
+    def by_layer(self) -> "Backbone":
+        """The same network laid out for decoding (see `slices`)."""
+        return self.clone(unroll=True)
+
+    @nn.nowrap
+    def slices(self, path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:
+        return slices(path, leaf)
+
     def modulate(self, vector: Float[Array, "B d"] | None) -> Any:
         """What the condition's vector does to this network, of all its layers at once; nothing."""
         return None
@@ -212,7 +220,8 @@ class Transformer(Backbone):
         hidden = self.hidden or -(-(8 * self.width // 3) // 256) * 256
         sizes = (self.width, self.heads, hidden, self.dropout, self.eps, self.dtype, self.unroll)
         self.blocks = self.stack(Block, sizes, (nn.broadcast, nn.broadcast, nn.broadcast))
-        self.norm = RMSNorm(self.eps) if self.final else lambda x: x
+        if self.final:
+            self.norm = RMSNorm(self.eps)
 
     @property
     def rules(self) -> Rules:
@@ -234,7 +243,7 @@ class Transformer(Backbone):
         """
         table = rotary(rows.coords, self.width // self.heads, self.base)
         x, cache = self.run(self.blocks, x.astype(self.dtype), cache, (), (table, rows.sight(), rows.first))
-        return self.norm(x), cache
+        return self.norm(x) if self.final else x, cache
 
 
 def slices(path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:

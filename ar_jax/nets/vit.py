@@ -32,6 +32,7 @@ class Block(nn.Module):
     dropout: Share
     attention_dropout: Share
     bias: bool
+    eps: float
     dtype: Any
     output_major: bool
 
@@ -39,7 +40,7 @@ class Block(nn.Module):
         def dense(features, bias=True):
             return Linear(features, self.dtype, None, xavier, self.output_major, bias)
 
-        self.attention_norm, self.mlp_norm = (_norm(self.dtype, self.bias) for _ in range(2))
+        self.attention_norm, self.mlp_norm = (_norm(self.dtype, self.bias, self.eps) for _ in range(2))
         self.qkv, self.out = dense(3 * self.width, self.bias), dense(self.width, self.bias)
         self.fc1, self.fc2 = dense(self.hidden), dense(self.width)
         self.drop, self.attention_drop = Dropout(self.dropout), Dropout(self.attention_dropout)
@@ -66,18 +67,20 @@ class Plain(Backbone):
       hidden: width of the perceptrons; 0 is 4 times `width`.
       dropout: rate after attention and in the perceptron; active only when a "dropout" key is given to `apply`.
       attention_dropout: rate of the attention's weights, active with the other.
+      eps: of the norms.
       dtype, remat, unroll: see `Backbone`.
     """
 
     hidden: int = 0
     dropout: Share = 0.0
     attention_dropout: Share = 0.0
+    eps: float = 1e-6
 
     @nn.nowrap
     def blocks_with(self, bias: bool) -> Any:
         sizes = (
             self.width, self.heads, self.hidden or 4 * self.width, self.dropout, self.attention_dropout, bias,
-            self.dtype, self.unroll,
+            self.eps, self.dtype, self.unroll,
         )  # fmt: skip
         return self.stack(Block, sizes, (nn.broadcast, nn.broadcast))
 
@@ -106,7 +109,7 @@ class ViT(Plain):
     """
 
     def setup(self):
-        self.blocks, self.norm = self.blocks_with(bias=True), _norm(self.dtype)
+        self.blocks, self.norm = self.blocks_with(bias=True), _norm(self.dtype, eps=self.eps)
 
     @typed
     def __call__(self, x: Float[Array, "B q d"], *, valid: Bool[Array, "#B q"] | None = None) -> Float[Array, "B q d"]:
@@ -131,7 +134,7 @@ class GPT(Plain):
         return self if self.rows else self.clone(rows=spec.n + 1)
 
     def setup(self):
-        self.blocks, self.norm = self.blocks_with(bias=False), _norm(self.dtype)
+        self.blocks, self.norm = self.blocks_with(bias=False), _norm(self.dtype, eps=self.eps)
         self.positions = self.param("positions", nn.initializers.normal(self.width**-0.5), (self.rows, self.width))
 
     @typed
@@ -148,6 +151,6 @@ class GPT(Plain):
         return self.norm(x), cache
 
 
-def _norm(dtype, bias=True):
+def _norm(dtype, bias=True, eps=1e-6):
     # use_fast_variance loses digits where the mean is large against the spread
-    return nn.LayerNorm(epsilon=1e-6, use_bias=bias, dtype=dtype, use_fast_variance=False)
+    return nn.LayerNorm(epsilon=eps, use_bias=bias, dtype=dtype, use_fast_variance=False)

@@ -91,7 +91,7 @@ class Encoder(nn.Module):
       features: channels of the finest level.
       mult: channel multiplier of each level, fine to coarse; the image shrinks by 2^(levels-1).
       res_blocks: residual blocks per level.
-      out: channels of the result.
+      out: channels of the result; 0 leaves out the last norm and convolution, and gives what the middle blocks make.
       groups: of the group norms.
       attention: levels with an attention block after each residual block, 0 the finest, -1 the coarsest.
       middle: whether the middle has one too.
@@ -115,7 +115,8 @@ class Encoder(nn.Module):
             if level < len(self.mult) - 1:
                 x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))  # below and to the right only
                 x = conv3(x.shape[-1], self.dtype, name=f"down_{level}", strides=2, padding="VALID")(x)
-        return _out(self, _middle(self, x), self.out)
+        x = _middle(self, x)
+        return _out(self, x, self.out) if self.out else x
 
 
 class Decoder(nn.Module):

@@ -136,6 +136,34 @@ class Teacher(Part):
         return wanted.reshape(len(wanted), -1, wanted.shape[-1])
 
 
+@dataclasses.dataclass(frozen=True)
+class Contrast(Part):
+    """Features of an image must tell that image's features by the teacher from those of the other images in the batch.
+
+    -mean log softmax over the batch of the cosines, at the image's own; without a temperature.
+    Source: FQGAN (arXiv:2411.16681).
+    """
+
+    weight: float = 0.5
+    on: str = "features_0"
+    """The features [b d], or rows [b n d] of which the first is the image's; as wide as the teacher's."""
+    network: Any = EfficientNet()
+    """The teacher, as of `Teacher`; a map is averaged over its places, so a class token is a map of one."""
+
+    def open(self) -> Params:
+        return self.network.open()
+
+    def __call__(self, params: Params, frozen: Params, image: Array, made: Array) -> Float[Array, ""]:
+        wanted = jax.lax.stop_gradient(self.network(frozen, image)).astype(jnp.float32).mean((1, 2))
+        told = made.reshape(len(made), -1, made.shape[-1])[:, 0].astype(jnp.float32)
+        if told.shape != wanted.shape:
+            raise ValueError(
+                f"losses.others looks at {self.on!r}, which is {told.shape[-1]} wide, but its teacher's features are "
+                f"{wanted.shape[-1]} wide; give the tokenizer's features this width"
+            )
+        return -jnp.diagonal(jax.nn.log_softmax(normalise(told) @ normalise(wanted).T)).mean()
+
+
 class Projection(nn.Module):
     """From the tokenizer's features to the width of the teacher's."""
 

@@ -35,6 +35,10 @@ FAMILIES = {
     "flowar": ((), ("FlowAR-S", "FlowAR-L", "FlowAR-H")),
     "xar": ((), ("xAR-B", "xAR-L", "xAR-H")),
     "infinity": (tuple(f"infinity_vae_{name}" for name in ("d16", "d24", "d32", "d64", "d56_f8_14_patchify")), ()),
+    "fqgan": (
+        tuple(f"fqgan_{kind}_{size}" for kind in ("dual", "triple") for size in ("ds8", "ds16")),
+        tuple(f"fqgan_far_{kind}_{size}" for kind in ("dual", "triple") for size in "BL"),
+    ),
     "rar": (("maskgit-vqgan-imagenet-f16-256",), ("rar_b", "rar_l", "rar_xl", "rar_xxl")),
     "open_magvit2": (
         ("openmagvit2_128_L", "openmagvit2_256_L"),
