@@ -111,14 +111,14 @@ def emoji() -> Experiment:
         name="emoji_var",
         data=text.data,
         tokenizer=dataclasses.replace(
-            base.tokenizer, module=base.tokenizer.module.clone(features=16, groups=8, codes=512), steps=600
+            base.tokenizer, module=base.tokenizer.module.clone(features=16, groups=8, codes=512), steps=450
         ),
         generator=dataclasses.replace(
             base.generator,
             module=base.generator.module.clone(
                 backbone=text.generator.module.backbone, conditioning=text.generator.module.conditioning
             ),
-            steps=1000,
+            steps=800,
         ),
     )
 

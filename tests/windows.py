@@ -1,9 +1,9 @@
 """Windows of photographs as a folder of images to train on, one class a photograph.
 
-    python tests/windows.py DIR PHOTO... [--train 500] [--test 50] [--pixels 64] [--seed 0]
+    python tests/windows.py DIR PHOTO... [--train 500] [--test 50] [--pixels 32] [--seed 0]
 
-A window is a square whose side is a fifth to a third of the photograph's short side, at a random place, resized to PIXELS.
-Those of DIR/test lie in the last third of the long side and those of DIR/train before it, so that they share no pixel.
+A window is a square whose side is 0.25 to 0.4 of the photograph's short side, at a random place, resized to PIXELS.
+Those of DIR/test lie in the last 0.4 of the long side and those of DIR/train before it, so that they share no pixel.
 DIR.png shows the first of each class, one class a column. Not a pytest file: it needs photographs.
 """
 
@@ -16,8 +16,8 @@ from PIL import Image
 from ar_jax.data.images import read_image
 from ar_jax.files.images import save_picture, tile
 
-SIDES = 1 / 5, 1 / 3  # of the short side
-HELD_OUT = 1 / 3  # of the long side
+SIDES = 0.25, 0.4  # of the short side
+HELD_OUT = 0.4  # of the long side
 SHOWN = 5
 
 
@@ -41,7 +41,7 @@ def main():
     parser.add_argument("photos", nargs="+", type=Path)
     parser.add_argument("--train", type=int, default=500, help="windows of each photograph")
     parser.add_argument("--test", type=int, default=50)
-    parser.add_argument("--pixels", type=int, default=64)
+    parser.add_argument("--pixels", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     columns = []

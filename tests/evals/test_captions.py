@@ -35,8 +35,8 @@ def test_windows_of_the_two_splits_lie_in_the_photograph_and_share_no_pixel(size
         boxes = windows.windows(size, 300, held_out, np.random.default_rng(0))
         sides = boxes[:, 2:] - boxes[:, :2]
         assert (sides[:, 0] == sides[:, 1]).all()
-        assert sides.min() >= min(size) // 5
-        assert sides.max() <= -(-min(size) // 3)
+        assert sides.min() >= 0.25 * min(size)
+        assert sides.max() <= 0.4 * min(size)
         assert (boxes >= 0).all()
         assert (boxes[:, 2:] <= size).all()
         for left, top, right, bottom in boxes:
