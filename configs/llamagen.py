@@ -131,15 +131,15 @@ def emoji() -> Experiment:
     """Unicode names as captions, MiniLM as encoder."""
     base = mnist5k()
     tokenizer = dataclasses.replace(
-        base.tokenizer, module=base.tokenizer.module.clone(features=16, groups=8, codes=512), steps=1000
+        base.tokenizer, module=base.tokenizer.module.clone(features=16, groups=8, codes=512), steps=600
     )
-    module = base.generator.module.clone(conditioning=Caption(128))
+    module = Causal(Transformer(layers=4, width=128, heads=4, hidden=384, dropout=0.1), Caption(128))
     return dataclasses.replace(
         base,
         name="emoji_llamagen",
         data=Data(name="emoji", size=32, text="minilm", text_rows=12, flip=False),
         tokenizer=tokenizer,
-        generator=dataclasses.replace(base.generator, module=module, steps=2000),
+        generator=dataclasses.replace(base.generator, module=module, steps=1500),
     )
 
 

@@ -1,7 +1,7 @@
 """VAR: next-scale prediction on residual codes (arXiv:2404.02905).
 
     python train.py configs/var.py:VARIANT
-    python sample.py runs/var_VARIANT                      runs/mnist5k_var, runs/fashion_mnist_var for the small ones
+    python sample.py runs/var_VARIANT                      runs/mnist5k_var and so on for the small ones
 
 What ran here, pictures, and addresses of released weights: configs/README.md.
 
@@ -10,6 +10,8 @@ Small, for two CPU cores:
     mnist5k          5,000 real digits; 9 minutes
     fashion_mnist    the same networks, trained for longer, on 60,000 pictures of clothes (Debian's package
                      dataset-fashion-mnist); no figures have been measured
+    emoji            text to image: colour emoji by their Unicode names; see llamagen.py:emoji. Captions come before the
+                     scales as rows, in a plain transformer: VAR's own modulates by one vector, a class
 
 The tokenizer, ImageNet, 256 pixels:
 
@@ -98,6 +100,26 @@ def fashion_mnist() -> Experiment:
     )
 
 
+def emoji() -> Experiment:
+    """The data of `llamagen.emoji`. The first scale carries the caption's last row, all scales see its other rows."""
+    base, text = mnist5k(), llamagen.emoji()
+    return dataclasses.replace(
+        base,
+        name="emoji_var",
+        data=text.data,
+        tokenizer=dataclasses.replace(
+            base.tokenizer, module=base.tokenizer.module.clone(features=16, groups=8, codes=512), steps=450
+        ),
+        generator=dataclasses.replace(
+            base.generator,
+            module=base.generator.module.clone(
+                backbone=text.generator.module.backbone, conditioning=text.generator.module.conditioning
+            ),
+            steps=800,
+        ),
+    )
+
+
 def optimiser(depth: int, epochs: int, batch: int) -> dict:
     """`optim` and `steps` by VAR's table."""
     small, steps = depth <= 20, epochs * (llamagen.IMAGENET // batch)
@@ -150,6 +172,7 @@ def class_conditional(depth: int, size: int = 256, batch: int = 768) -> Experime
 VARIANTS = {
     "mnist5k": mnist5k,
     "fashion_mnist": fashion_mnist,
+    "emoji": emoji,
     "vq": partial(llamagen.tokenizer, "var_vq", ResidualPyramid(dtype=jnp.bfloat16), reset_after=200),
     "d16": partial(class_conditional, 16),
     "d20": partial(class_conditional, 20),

@@ -11,15 +11,19 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cases import CASES, INDEPENDENT, RESIDUAL
+import test_laws as laws
+from cases import CASES, INDEPENDENT, INFO, RESIDUAL, Case
 
 from ar_jax.decode.guidance import Ramp
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sampling import Sampling, read_sampling
 from ar_jax.decode.temperature import KnownScales
+from ar_jax.generators.causal import Causal
 from ar_jax.generators.hmar import draw_masked
-from ar_jax.generators.inputs import upsampling
+from ar_jax.generators.inputs import NextScale, upsampling
 from ar_jax.nets.attention import attend, splash, visible
+from ar_jax.nets.conditioning import Caption
+from ar_jax.nets.transformer import Transformer
 from ar_jax.orders import NEVER, DrawnScales, raster, scales
 from ar_jax.tokens import TokenSpec, pyramid
 from ar_jax.train.optim import Optim, only_trained
@@ -55,6 +59,24 @@ def test_a_drawn_order_lists_the_chosen_scales_and_pads_the_rest():
     np.testing.assert_array_equal(np.unique(level, return_counts=True)[1], (np.unique(level) + 1) ** 2)
     with pytest.raises(ValueError, match="but the tokenizer has"):
         DrawnScales()(TokenSpec(pyramid((1, 2)), codes=(8,)), jax.random.split(jax.random.key(0), 1))
+
+
+def test_rows_of_a_caption_come_before_the_scales():
+    net = Causal(Transformer(2, 16, 2, hidden=24), Caption(16), inputs=NextScale(channels=4))
+    case = Case(net.complete(RESIDUAL.spec, INFO), scales, images=2, pyramid=RESIDUAL)
+    laws.test_rows_do_not_see_their_own_or_later_tokens(case)
+    laws.test_cached_sampling_equals_a_redraw_from_the_teacher_forced_pass(case)
+
+    @jax.jit
+    def loss(text):
+        return case.generator.apply(
+            {"params": case.params}, case.tokens, case.batch | {"text": text}, scales(RESIDUAL.spec),
+            drop=jnp.zeros(2, bool), tokenizer=case.tokenizer, method="loss",
+        )[0]  # fmt: skip
+
+    text = case.batch["text"]
+    changed = np.abs(loss(text) - loss(text + (np.arange(4) == 1)[:, None])).max(1)
+    np.testing.assert_array_equal(changed > 1e-4, case.batch["text_mask"][:, 1])
 
 
 def test_what_a_row_knows_of_the_scale_before_is_the_tokenizers_context():
