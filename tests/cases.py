@@ -17,6 +17,7 @@ from ar_jax.heads.categorical import Categorical
 from ar_jax.heads.factorised import Factorised
 from ar_jax.nets.adaln import AdaLN
 from ar_jax.nets.conditioning import Caption, Label
+from ar_jax.nets.modulated import Modulated
 from ar_jax.nets.transformer import Transformer
 from ar_jax.orders import Order, raster, scales
 from ar_jax.tokenizers.pyramid import Pyramid
@@ -112,6 +113,7 @@ CASES = {
     "causal_order_per_image": _causal(Caption(16), shuffled),
     "rar": _rar(shuffled),
     "open_magvit2": _open_magvit2(),
+    "ibq": Case(Causal(Modulated(2, 16, 2, hidden=24, gate_size=0.5), Label(16)).complete(SPEC, INFO)),
     "var": _scales(RESIDUAL),
     "var_shared": _scales(RESIDUAL, shared=True, l2_norm=False, remat="dots"),
     "flexvar": _scales(INDEPENDENT, Upsampled(channels=4, side=4)),

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from ar_jax.convert import flexvar, flowar, llamagen, mar, next_scale, open_magvit2, rar, var, xar
+from ar_jax.convert import flexvar, flowar, ibq, llamagen, mar, next_scale, open_magvit2, rar, var, xar
 from ar_jax.convert.names import Rule, differences, key_shapes
 from ar_jax.files import words
 from ar_jax.typing import Params
@@ -33,6 +33,7 @@ SOURCES: dict[str, ModuleType] = {
     "flexvar": flexvar,
     "next_scale": next_scale,
     "open_magvit2": open_magvit2,
+    "ibq": ibq,
     "llamagen": llamagen,
     "flowar": flowar,
     "xar": xar,

@@ -35,6 +35,7 @@ FAMILIES = {
     "flowar": ((), ("FlowAR-S", "FlowAR-L", "FlowAR-H")),
     "xar": ((), ("xAR-B", "xAR-L", "xAR-H")),
     "rar": (("maskgit-vqgan-imagenet-f16-256",), ("rar_b", "rar_l", "rar_xl", "rar_xxl")),
+    "ibq": (("ibq_16384", "ibq_262144"), ("ibq_AR_B", "ibq_AR_L", "ibq_AR_XL", "ibq_AR_XXL")),
     "open_magvit2": (
         ("openmagvit2_128_L", "openmagvit2_256_L"),
         ("openmagvit2_AR_B", "openmagvit2_AR_L", "openmagvit2_AR_XL"),
