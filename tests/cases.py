@@ -19,6 +19,7 @@ from ar_jax.heads.factorised import Factorised
 from ar_jax.heads.factorised_far import Far
 from ar_jax.nets.adaln import AdaLN
 from ar_jax.nets.conditioning import Caption, Label
+from ar_jax.nets.modulated import Modulated
 from ar_jax.nets.transformer import Transformer
 from ar_jax.orders import Order, raster, scales
 from ar_jax.tokenizers.bit_pyramid import BitPyramid
@@ -122,6 +123,7 @@ CASES = {
     "rar": _rar(shuffled),
     "open_magvit2": _open_magvit2(),
     "fqgan_far": _far((12, 12, 12)),
+    "ibq": Case(Causal(Modulated(2, 16, 2, hidden=24, gate_size=0.5), Label(16)).complete(SPEC, INFO)),
     "var": _scales(RESIDUAL),
     "var_shared": _scales(RESIDUAL, shared=True, l2_norm=False, remat="dots"),
     "infinity_bits": _scales(BITS, head=Bitwise()),

@@ -34,6 +34,8 @@ PUBLISHED = {  # variant -> manifest; the size of the image does not change the 
     "infinity:vae_d56": "infinity_vae_d56_f8_14_patchify",
     "rar:vq": "maskgit-vqgan-imagenet-f16-256",
     **{f"rar:{size}": f"rar_{size}" for size in ("b", "l", "xl", "xxl")},
+    **{f"ibq:vq_{codes}": f"ibq_{codes}" for codes in (16384, 262144)},
+    **{f"ibq:{size}": f"ibq_AR_{size.upper()}" for size in ("b", "l", "xl", "xxl")},
     "open_magvit2:vq_256": "openmagvit2_256_L",
     "open_magvit2:vq_128": "openmagvit2_128_L",
     **{f"open_magvit2:{size}": f"openmagvit2_AR_{size.upper()}" for size in ("b", "l", "xl")},

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from ar_jax.convert import flexvar, flowar, fqgan, infinity, llamagen, mar, next_scale, open_magvit2, rar, var, xar
+from ar_jax.convert import flexvar, flowar, fqgan, ibq, infinity, llamagen, mar, next_scale, open_magvit2, rar, var, xar
 from ar_jax.convert.names import Rule, differences, key_shapes
 from ar_jax.files import words
 from ar_jax.typing import Params
@@ -35,6 +35,7 @@ SOURCES: dict[str, ModuleType] = {
     "next_scale": next_scale,
     "open_magvit2": open_magvit2,
     "fqgan": fqgan,
+    "ibq": ibq,
     "llamagen": llamagen,
     "flowar": flowar,
     "xar": xar,

@@ -65,12 +65,13 @@ def entropies(
     total = _normaliser(affinity, codes, top, rows, limit)
 
     def of_block(first, some, real):
-        fit, p = affinity(some), _share(affinity, total, some, real)
+        log = affinity(some) - total[..., None]
+        p = jnp.exp(jnp.where(real, log, -jnp.inf))
         average = p.reshape(-1, p.shape[-1]).mean(0)
-        return (p * fit).sum(-1), (average * jnp.log(average + 1e-5)).sum()
+        return (p * jnp.where(real, log, 0)).sum(-1), (average * jnp.log(average + 1e-5)).sum()
 
-    fits, negative = _summed(of_block, codes, rows, limit)
-    return (total - fits).mean(), -negative
+    sample, batch = _summed(of_block, codes, rows, limit)
+    return -sample.mean(), -batch
 
 
 def _normaliser(affinity: Affinity, codes: Array, top: Array, rows: int, limit: int) -> Array:
