@@ -14,6 +14,7 @@ from ar_jax.generators.hmar import Hmar
 from ar_jax.generators.inputs import NextScale, Upsampled
 from ar_jax.generators.rar import Aimed, Placed, StartLabel
 from ar_jax.heads.bitwise import Bitwise
+from ar_jax.heads.by_dimension import ByDimension
 from ar_jax.heads.categorical import Categorical
 from ar_jax.nets.adaln import AdaLN
 from ar_jax.nets.conditioning import Caption, Label
@@ -109,6 +110,7 @@ CASES = {
     "var": _scales(RESIDUAL),
     "var_shared": _scales(RESIDUAL, shared=True, l2_norm=False, remat="dots"),
     "infinity_bits": _scales(BITS, head=Bitwise()),
+    "by_dimension": _scales(BITS, head=ByDimension(8, 1, 2, order=(2, 0, 3, 1))),
     "flexvar": _scales(INDEPENDENT, Upsampled(channels=4, side=4)),
     "hmar": _scales(RESIDUAL, sees="step"),
 }
