@@ -162,9 +162,10 @@ def tokenize(tokenizer: Model, options: Options) -> None:
 
 def _kind(module):
     spec, dtype = module.spec, kept_dtype(module)
-    if spec.codes:
+    if spec.codes and not draws(module):
         return f"codes {' x '.join(map(str, spec.codes))} as {dtype}"
-    return f"{spec.channels} numbers, " + ("mean and log-variance" if draws(module) else "as they are") + f" as {dtype}"
+    numbers = spec.channels or len(spec.codes)
+    return f"{numbers} numbers, " + ("mean and log-variance" if draws(module) else "as they are") + f" as {dtype}"
 
 
 def _check(tokenizer, options):
@@ -281,10 +282,10 @@ def draws(module: nn.Module) -> bool:
 
 
 def kept_dtype(module: nn.Module) -> np.dtype:
-    """What a cache keeps is of this type: codes of the smallest, moments float16, other tokens float32."""
-    if module.spec.codes:
-        return np.min_scalar_type(max(module.spec.codes) - 1)
-    return np.dtype(np.float16 if draws(module) else np.float32)
+    """What a cache keeps is of this type: moments float16, codes of the smallest, other tokens float32."""
+    if draws(module):
+        return np.dtype(np.float16)
+    return np.min_scalar_type(max(module.spec.codes) - 1) if module.spec.codes else np.dtype(np.float32)
 
 
 def kept(module: nn.Module, params: Params, image: Array, key: PRNGKey | None) -> Array:

@@ -14,6 +14,7 @@ from ar_jax.generators.hmar import Hmar
 from ar_jax.generators.inputs import Joined, NextScale, Upsampled
 from ar_jax.generators.rar import Aimed, Placed, StartLabel
 from ar_jax.heads.bitwise import Bitwise
+from ar_jax.heads.by_dimension import ByDimension
 from ar_jax.heads.categorical import Categorical
 from ar_jax.heads.factorised import Factorised
 from ar_jax.heads.factorised_far import Far
@@ -127,6 +128,7 @@ CASES = {
     "var": _scales(RESIDUAL),
     "var_shared": _scales(RESIDUAL, shared=True, l2_norm=False, remat="dots"),
     "infinity_bits": _scales(BITS, head=Bitwise()),
+    "by_dimension": _scales(BITS, head=ByDimension(8, 1, 2, order=(2, 0, 3, 1))),
     "flexvar": _scales(INDEPENDENT, Upsampled(channels=4, side=4)),
     "hmar": _scales(RESIDUAL, sees="step"),
 }

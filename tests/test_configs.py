@@ -31,6 +31,8 @@ PUBLISHED = {  # variant -> manifest; the size of the image does not change the 
     "flexvar:vq": "FlexVAE",
     "mar:kl16": "kl16",
     **{f"infinity:vae_d{bits}": f"infinity_vae_d{bits}" for bits in (16, 24, 32, 64)},
+    "tokenbridge:l_256": "tokenbridge_large",
+    "tokenbridge:h_256": "tokenbridge_huge",
     "infinity:vae_d56": "infinity_vae_d56_f8_14_patchify",
     "rar:vq": "maskgit-vqgan-imagenet-f16-256",
     **{f"rar:{size}": f"rar_{size}" for size in ("b", "l", "xl", "xxl")},

@@ -27,6 +27,7 @@ from ar_jax.files.places import path_of, reachable, remove_tree
 from ar_jax.files.trust import taken
 from ar_jax.files.weights import read_weights, write_safetensors
 from ar_jax.files.words import shown
+from ar_jax.tokenizers.dimensionwise import Dimensionwise
 from ar_jax.train.checkpoint import save_params
 
 
@@ -39,6 +40,7 @@ def convert(
     heads: int = 0,
     groups: int = 0,
     scales: tuple[int, ...] = (),
+    levels: int = 0,
     masks: Path | None = None,
     entry: str = "",
     average: bool = True,
@@ -68,6 +70,8 @@ def convert(
       heads: Attention heads, which the file does not hold either. 0 takes the published number for the width.
       groups: Groups of a tokenizer's norms. 0 takes the published number.
       scales: Sides of a token pyramid, coarse to fine. Left out: the published ones of the size.
+      levels: Rounds every number of a continuous tokenizer's tokens to one of so many values, which is all that TokenBridge does
+        to KL-16 (64). 0 leaves them continuous.
       masks: Beside the file of an HMAR's next-scale predictor, that of its masked predictor, trained after it; one model
         of both is written.
       entry: Which weights of a file, for example ema or trainer.var; "" takes the average where its authors evaluate that (MAR,
@@ -79,7 +83,7 @@ def convert(
     if to is not None:
         to_folder(
             path_of(path).expanduser(), path_of(to).expanduser(), size=size, heads=heads, groups=groups, scales=scales,
-            masks=masks and path_of(masks).expanduser(), entry=entry,
+            levels=levels, masks=masks and path_of(masks).expanduser(), entry=entry,
         )  # fmt: skip
     else:
         to_file(path_of(path).expanduser(), path_of(back).expanduser(), average=average)
@@ -93,6 +97,7 @@ def to_folder(
     heads: int = 0,
     groups: int = 0,
     scales: tuple[int, ...] = (),
+    levels: int = 0,
     masks: Path | None = None,
     entry: str = "",
 ) -> None:
@@ -115,6 +120,11 @@ def to_folder(
             path, weights, size=size or int(hint[1] if hint else 0), heads=heads, groups=groups, scales=scales
         )
     words, info, settings = found.source.describe(found.module)
+    if levels:
+        if found.kind != "tokenizer" or not found.module.spec.channels:
+            raise ValueError(f"--levels is {levels}, but {path} is no continuous tokenizer: {found.kind}, {words}")
+        found = found._replace(module=Dimensionwise(found.module, levels))
+        words += f", each rounded to {levels} values"
     print(f"{path}: {found.kind} of {found.family}, {words}; {found.trained:,} parameters in {len(weights)} entries")
     buffers = {key: weights.pop(key) for key in found.buffers if key in weights}
     origin = {"family": found.family, "file": path.name, "entry": entry, "buffers": list(buffers)}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ar_jax.convert.sources import SOURCES, Found, identify, recognised
+from ar_jax.convert.sources import SOURCES, Found, identify, recognised, spelled
 from ar_jax.files import words
 from ar_jax.files.weights import WeightSets, open_weights
 
@@ -89,6 +89,7 @@ def identified(path: Path, weights: dict[str, np.ndarray], **known: Any) -> tupl
     """
     refusal, before, apart, named = None, [], [], _network(path, weights)
     while True:
+        named = spelled(named)
         try:
             found = identify(_shapes(named), **known)
             break

@@ -1,5 +1,6 @@
 """Infinity's released checkpoints: its tokenizers of 16, 24, 32 and 64 bits, and the one whose tokens are patches."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,7 +77,20 @@ def tokenizer(shapes: Shapes, size: int, groups: int = 32, scales: tuple[int, ..
 
 def recognise(shapes: Shapes) -> str:
     """ "tokenizer", or "" for files that are not Infinity's, judged by a few keys; `build` may yet fail."""
-    return "tokenizer" if "encoder.conv_in.conv.weight" in shapes and any(key in shapes for key in PLACES) else ""
+    known = any(f"encoder.conv_in.{rest}" in shapes for rest in ("conv.weight", "weight"))
+    return "tokenizer" if known and any(key in shapes for key in PLACES) else ""
+
+
+def spelled(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a file of Infinity's under the usual names: some leave out what every layer is wrapped as."""
+    if not recognise(weights) or "encoder.conv_in.conv.weight" in weights:
+        return dict(weights)
+    plain = re.compile(r"((?:\w+\.)*(\w+))\.(weight|bias)")
+    found = {key: plain.fullmatch(key) for key in weights}
+    return {
+        f"{match[1]}.{_kind(match[2])}.{match[3]}" if (match := found[key]) else key: value
+        for key, value in weights.items()
+    }
 
 
 def build(

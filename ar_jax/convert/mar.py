@@ -144,6 +144,15 @@ def generator(shapes: Mapping[str, tuple[int, ...]], heads: int = 0) -> Masked:
       heads: of both networks; 0 takes the published number for the width.
     """
     n = shapes["diffusion_pos_embed_learned"][1]
+    encoder, decoder, buffer, side = networks(shapes, n, heads)
+    classes, width = shapes["class_emb.weight"]
+    head = Diffusion(shapes["diffloss.net.input_proj.weight"][0], count(shapes, r"diffloss\.net\.res_blocks\.(\d+)\."))
+    spec = TokenSpec(grid(side, side), channels=shapes["z_proj.weight"][1])
+    return Masked(encoder, decoder, Label(width, apart=True), head, buffer).complete(spec, Info(classes=classes))
+
+
+def networks(shapes: Mapping[str, tuple[int, ...]], n: int, heads: int) -> tuple[ViT, ViT, int, int]:
+    """Encoder and decoder of a file with places for n tokens, its buffer, and the side of the square the tokens make."""
     side, buffer = round(n**0.5), shapes["encoder_pos_embed_learned"][1] - n
     if side**2 != n:
         raise ValueError(f"the file has places for {n} tokens, which make no square")
@@ -158,12 +167,7 @@ def generator(shapes: Mapping[str, tuple[int, ...]], heads: int = 0) -> Masked:
         layers = count(shapes, rf"{name}_blocks\.(\d+)\.")
         return ViT(layers, width, number, hidden=hidden, dropout=0.1, attention_dropout=0.1)
 
-    classes, width = shapes["class_emb.weight"]
-    head = Diffusion(shapes["diffloss.net.input_proj.weight"][0], count(shapes, r"diffloss\.net\.res_blocks\.(\d+)\."))
-    spec = TokenSpec(grid(side, side), channels=shapes["z_proj.weight"][1])
-    return Masked(net("encoder"), net("decoder"), Label(width, apart=True), head, buffer).complete(
-        spec, Info(classes=classes)
-    )
+    return net("encoder"), net("decoder"), buffer, side
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str:

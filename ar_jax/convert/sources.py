@@ -9,6 +9,7 @@ A family is a module with these names, and a line in `SOURCES`:
     describe     network -> a sentence, the `Info` of its data, settings of its model folder
     rules        network -> the rules that name its parameters (`names.Rule`)
     fills        (may be left out) network -> {key: array}, contents of its buffers that are not zero
+    spelled      (may be left out) entries by key -> the same by the names that `rules` gives, if the family has other spellings
     AVERAGED     (may be left out) kinds of which the authors evaluate the moving average
     BESIDE       (may be left out) what names of entries begin with that lie beside the network: losses, another network
     BEFORE       (may be left out) a word before all names of its generators, which files may leave out
@@ -18,14 +19,29 @@ import functools
 import math
 from collections.abc import Mapping
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 
-from ar_jax.convert import flexvar, flowar, fqgan, ibq, infinity, llamagen, mar, next_scale, open_magvit2, rar, var, xar
+from ar_jax.convert import (
+    flexvar,
+    flowar,
+    fqgan,
+    ibq,
+    infinity,
+    llamagen,
+    mar,
+    next_scale,
+    open_magvit2,
+    rar,
+    tokenbridge,
+    var,
+    xar,
+)
 from ar_jax.convert.names import Rule, differences, key_shapes
 from ar_jax.files import words
+from ar_jax.tokenizers.dimensionwise import Dimensionwise
 from ar_jax.typing import Params
 
 SOURCES: dict[str, ModuleType] = {
@@ -39,6 +55,7 @@ SOURCES: dict[str, ModuleType] = {
     "llamagen": llamagen,
     "flowar": flowar,
     "xar": xar,
+    "tokenbridge": tokenbridge,
     "mar": mar,
     "rar": rar,
 }  # the special before the general
@@ -128,6 +145,12 @@ def recognised(shapes: Shapes) -> tuple[ModuleType | None, str]:
     return None, ""
 
 
+def spelled(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a file under the names that its family's rules give."""
+    source, _ = recognised({key: value.shape for key, value in weights.items()})
+    return source.spelled(weights) if hasattr(source, "spelled") else dict(weights)
+
+
 class _Asked(dict):
     """Shapes by key that remember which one was asked for last: it is the one that something is wrong with."""
 
@@ -150,7 +173,7 @@ def export(module: nn.Module, kind: str, family: str = "") -> Found:
     Raises:
       ValueError: no family has such a network.
     """
-    reasons = []
+    reasons, module = [], module.base if isinstance(module, Dimensionwise) else module  # which has no parameters
     for name in [family] if family else SOURCES:
         try:
             return _named(name, kind, module, {})

@@ -15,9 +15,9 @@ from ar_jax.nets.linear import Linear, look_up
 from ar_jax.nets.mlp import norm, xavier
 from ar_jax.nets.transformer import init
 from ar_jax.nets.vit import ViT
-from ar_jax.orders import Order, to_ranks
+from ar_jax.orders import Order, to_ranks, whole
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Metrics, PRNGKey, Share, Within, typed
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Many, Metrics, PRNGKey, Share, Tokens, Within, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Masked(Generator):
       head: turns hidden rows into a distribution over tokens.
       buffer: rows before the tokens; each carries the condition.
       mask: what is hidden in training.
+      vectors: numbers of what the tokenizer says a token of codes stands for (`embed`), which then is what comes in; 0
+        learns an embedding, for tokens of one code.
       spec: the tokens; None until the tokenizer is known (`complete`).
     Source: MAR (arXiv:2406.11838).
     """
@@ -60,13 +62,25 @@ class Masked(Generator):
     head: Head
     buffer: Annotated[int, Within(0, 2**24)] = 64
     mask: MaskRatio = MaskRatio()
+    vectors: Many = 0
     spec: TokenSpec | None = None
 
     any_order = True
 
+    def on(self, spec: TokenSpec) -> "Masked":
+        if len(spec.codes) > 1 and not self.vectors:
+            raise ValueError(
+                f"generator.vectors is 0, but the tokenizer gives codes {spec.codes}; give the numbers that its `embed` "
+                "shows a token by"
+            )
+        return super().on(spec)
+
+    def example(self) -> tuple[Order, Frozen]:
+        return whole(self.spec), lambda tokens, method: jnp.zeros((*tokens.shape[:2], self.vectors))
+
     def setup(self):
         rows, wide, width = self.buffer + self.spec.n, self.encoder.width, self.decoder.width
-        if self.spec.codes:
+        if self.spec.codes and not self.vectors:
             self.input = nn.Embed(self.spec.codes[0], wide, embedding_init=init)
         else:
             self.input = Linear(wide, self.encoder.dtype, None, xavier, bias=True)
@@ -96,7 +110,7 @@ class Masked(Generator):
           order: whatever its steps.
           drop: images trained without their condition.
           key: for the mask and the head.
-          tokenizer: unused.
+          tokenizer: calls a method of the frozen tokenizer; needed with `vectors` only.
 
         Returns:
           The head's loss and weight of every rank (0 where it is known), and metrics.
@@ -106,10 +120,21 @@ class Masked(Generator):
         known = n - jnp.ceil(n * self.mask.draw(mask_key)).astype(jnp.int32)
         target = to_ranks(tokens, order)
         most = n - math.ceil(n * self.mask.least)
-        h = self.hidden(target[:, :most], known, self.condition(batch, drop), order)
+        h = self.hidden(self.shown(target[:, :most], tokenizer), known, self.condition(batch, drop), order)
         loss = self.head.loss(h, target, key=head_key)
         weight = image_weight(batch, len(tokens))[:, None] * (jnp.arange(n) >= known)
         return loss, weight, {"masked": 1 - known / n}
+
+    def shown(self, tokens: Tokens, tokenizer: Frozen | None) -> Tokens:
+        """What the encoder is given of tokens."""
+        if not self.vectors:
+            return tokens
+        found = tokenizer(tokens, method="embed")
+        if found.shape[-1] != self.vectors:
+            raise ValueError(
+                f"generator.vectors is {self.vectors}, but the tokenizer shows a token by {found.shape[-1]} numbers"
+            )
+        return found
 
     @typed
     def hidden(
@@ -118,7 +143,7 @@ class Masked(Generator):
         """Hidden row of every rank.
 
         Args:
-          tokens: the first r ranks.
+          tokens: the first r ranks, as `shown` gives them.
           known: how many of them are known.
           cond: rows of B = b * ways guided images.
           order: gives the places of the ranks.
@@ -138,7 +163,8 @@ class Masked(Generator):
     def encode(self, tokens: Array, known: Index, cond: Cond, order: Order) -> Float[Array, "B p d"]:
         """The encoder's rows: the buffer, then the first ranks; those not yet known mean nothing."""
         ways = len(cond.rows) // len(tokens)
-        embedded = widen(self.input(tokens[..., 0] if self.spec.codes else tokens), ways).astype(self.encoder.dtype)
+        codes = jnp.issubdtype(tokens.dtype, jnp.integer)
+        embedded = widen(self.input(tokens[..., 0] if codes else tokens), ways).astype(self.encoder.dtype)
         buffer = jnp.broadcast_to(cond.rows, (len(cond.rows), self.buffer, cond.rows.shape[-1]))
         x = jnp.concatenate([buffer.astype(embedded.dtype), embedded], axis=1)
         x = (x + self._positions(self.encoder_positions, order, len(x))[:, : x.shape[1]]).astype(x.dtype)
@@ -154,7 +180,8 @@ class Masked(Generator):
 
     def step(self, state: State, now: Step, setting: Setting) -> State:
         """Draws the ranks of a step from those before; there may be more than the step reveals."""
-        h = self.hidden(state.tokens, jnp.asarray(now.first, jnp.int32), setting.cond, setting.order)
+        known = self.shown(state.tokens, setting.tokenizer)
+        h = self.hidden(known, jnp.asarray(now.first, jnp.int32), setting.cond, setting.order)
         ranks = now.first + jnp.arange(now.size)
         drawn = self.head.sample(jnp.take(h, ranks, axis=1, mode="clip"), now.keys, setting.knobs, now.i)
         return State(state.tokens.at[:, ranks].set(drawn, mode="drop"))

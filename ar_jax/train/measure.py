@@ -51,13 +51,14 @@ def moments(module: Any, params: Params, some: Iterable[Batch]) -> tuple[tuple[f
     Args:
       some: batches with "image", uint8 [b h w 3].
     """
-    raw, channels = module.clone(shift=(), scale=()), module.spec.channels // math.prod(sides(module.patch))
+    raw, parts = module.clone(shift=(), scale=()), math.prod(sides(module.patch))
+    method = getattr(module, "measures", "encode")  # codes are measured before they are
 
     @jax.jit
     def sums(params, image, key):
-        x = raw.apply({"params": params}, to_float(image), key=key, method="encode")
+        x = raw.apply({"params": params}, to_float(image), key=key, method=method)
         x = x[:, -math.prod(module.grid) :]  # of a pyramid the last scale, as others are averages of it
-        x = x.reshape(*x.shape[:2], channels, -1)  # a token's numbers lie channel by channel
+        x = x.reshape(*x.shape[:2], -1, parts)  # a token's numbers lie channel by channel
         return x.mean((0, 1, 3)), (x**2).mean((0, 1, 3))
 
     found = [

@@ -1,5 +1,7 @@
 """Infinity's tokenizers: released keys, there and back, refusals."""
 
+import re
+
 import numpy as np
 import pytest
 from released import assert_same, change, names, released, weights_of
@@ -7,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from ar_jax.config import load_config
 from ar_jax.convert.__main__ import main, to_folder
+from ar_jax.convert.choose import identified
 from ar_jax.convert.infinity import fills
 from ar_jax.convert.sources import identify
 from ar_jax.tokenizers.bit_pyramid import BitPyramid
@@ -44,6 +47,14 @@ def test_there_and_back_changes_no_bit(tmp_path, capsys):
     )
     main([str(tmp_path / "model"), "--back", str(tmp_path / "back.safetensors")])
     assert_same(load_file(tmp_path / "back.safetensors"), want)
+
+
+def test_names_without_what_layers_are_wrapped_as_are_read_too(tmp_path):
+    want = weights_of("infinity_bsq_vae")
+    plain = {re.sub(r"\.(conv|norm)\.(weight|bias)$", r".\2", key): value for key, value in want.items()}
+    assert "decoder.up.1.upsample.conv.weight" in plain
+    _, named = identified(tmp_path, plain, size=32, groups=2, scales=(1, 2, 4, 8))
+    assert_same(named, want)
 
 
 @pytest.mark.parametrize(
