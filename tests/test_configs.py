@@ -30,6 +30,7 @@ PUBLISHED = {  # variant -> manifest; the size of the image does not change the 
     "var:vq": "vae_ch160v4096z32",
     "flexvar:vq": "FlexVAE",
     "mar:kl16": "kl16",
+    "vqgan_lc:f16": "vqgan_lc_100K_f16",
     "rar:vq": "maskgit-vqgan-imagenet-f16-256",
     **{f"rar:{size}": f"rar_{size}" for size in ("b", "l", "xl", "xxl")},
     **{

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from ar_jax.convert import flexvar, flowar, fqgan, llamagen, mar, next_scale, rar, var, xar
+from ar_jax.convert import flexvar, flowar, fqgan, llamagen, mar, next_scale, rar, var, vqgan_lc, xar
 from ar_jax.convert.names import Rule, differences, key_shapes
 from ar_jax.files import words
 from ar_jax.typing import Params
@@ -31,6 +31,7 @@ SOURCES: dict[str, ModuleType] = {
     "flexvar": flexvar,
     "next_scale": next_scale,
     "fqgan": fqgan,
+    "vqgan_lc": vqgan_lc,
     "llamagen": llamagen,
     "flowar": flowar,
     "xar": xar,

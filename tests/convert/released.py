@@ -38,6 +38,7 @@ FAMILIES = {
         tuple(f"fqgan_{kind}_{size}" for kind in ("dual", "triple") for size in ("ds8", "ds16")),
         tuple(f"fqgan_far_{kind}_{size}" for kind in ("dual", "triple") for size in "BL"),
     ),
+    "vqgan_lc": (("vqgan_lc_100K_f16",), ()),
     "rar": (("maskgit-vqgan-imagenet-f16-256",), ("rar_b", "rar_l", "rar_xl", "rar_xxl")),
 }
 # Checkpoints of other methods that have every key and shape of one of these, so that nothing in the file tells them apart.
