@@ -15,6 +15,7 @@ COMMANDS = {  # module, what it does
     "demo": ("ar_jax.demo", "opens a page to draw on"),
     "evaluate": ("ar_jax.evaluate", "figures of samples and tokenizers, by the protocols of the field"),
     "tokenize": ("ar_jax.tokenize", "keeps the tokens of a data set in files, to train on"),
+    "codebook": ("ar_jax.codebook", "clusters a teacher's features of your images into a frozen codebook"),
     "convert": ("ar_jax.convert", "released weights in, and back out"),
     "pack": ("ar_jax.data.pack", "a folder of images in few large files"),
     "bench": ("ar_jax.bench", "speed of a config beside what the machine can do"),

@@ -34,6 +34,7 @@ PUBLISHED = {  # variant -> manifest; the size of the image does not change the 
     "tokenbridge:l_256": "tokenbridge_large",
     "tokenbridge:h_256": "tokenbridge_huge",
     "infinity:vae_d56": "infinity_vae_d56_f8_14_patchify",
+    "vqgan_lc:f16": "vqgan_lc_100K_f16",
     "rar:vq": "maskgit-vqgan-imagenet-f16-256",
     **{f"rar:{size}": f"rar_{size}" for size in ("b", "l", "xl", "xxl")},
     **{f"ibq:vq_{codes}": f"ibq_{codes}" for codes in (16384, 262144)},

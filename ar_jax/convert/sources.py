@@ -37,6 +37,7 @@ from ar_jax.convert import (
     rar,
     tokenbridge,
     var,
+    vqgan_lc,
     xar,
 )
 from ar_jax.convert.names import Rule, differences, key_shapes
@@ -52,6 +53,7 @@ SOURCES: dict[str, ModuleType] = {
     "open_magvit2": open_magvit2,
     "fqgan": fqgan,
     "ibq": ibq,
+    "vqgan_lc": vqgan_lc,
     "llamagen": llamagen,
     "flowar": flowar,
     "xar": xar,
