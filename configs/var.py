@@ -116,9 +116,10 @@ def emoji() -> Experiment:
         generator=dataclasses.replace(
             base.generator,
             module=base.generator.module.clone(
-                backbone=text.generator.module.backbone, conditioning=text.generator.module.conditioning
+                backbone=text.generator.module.backbone, conditioning=text.generator.module.conditioning,
+                dropout=text.generator.module.dropout,
             ),
-            steps=800,
+            steps=500,
         ),
     )
 
