@@ -34,7 +34,6 @@ from ar_jax.evals.images import DataImages
 from ar_jax.evals.metrics import frechet_sets
 from ar_jax.evals.networks import PROTOCOLS, open_network
 from ar_jax.evaluate import RunImages
-from ar_jax.files.images import save_picture
 from ar_jax.files.models import open_model
 from ar_jax.machine.compiled import keep_compiled
 from ar_jax.options import Sampler
@@ -87,8 +86,8 @@ def drawn(run: str, captions: list[str], out: Path, labels: np.ndarray) -> np.nd
     return np.load(out)["arr_0"]
 
 
-def picture(captions: list[str], columns: list[np.ndarray], side: int = 64, across: int = 4) -> np.ndarray:
-    """Images of every caption side by side, the caption below, uint8 [h w 3].
+def picture(captions: list[str], columns: list[np.ndarray], side: int = 64, across: int = 4) -> Image.Image:
+    """Images of every caption side by side, the caption below, in 128 colours.
 
     Args:
       columns: of each kind, uint8 images [n h w 3].
@@ -104,7 +103,7 @@ def picture(captions: list[str], columns: list[np.ndarray], side: int = 64, acro
             sheet.paste(small, (x + k * (side + gap), y))
         lines = textwrap.wrap(caption, round(width / 6.2))[:2]
         pen.multiline_text((x, y + side), "\n".join(lines), "black", font, spacing=0)
-    return np.asarray(sheet.quantize(256, Image.Quantize.MEDIANCUT).convert("RGB"))
+    return sheet.quantize(128, dither=Image.Dither.NONE)
 
 
 def main():
@@ -154,7 +153,7 @@ def main():
     print("| chance | " + " | ".join(chance) + " |")
     chosen = spread(n, arguments.show)
     columns = [sets["real"][chosen], *(sets[run][chosen] for run in arguments.runs)]
-    save_picture(arguments.picture, picture([asked[i] for i in chosen], columns))
+    picture([asked[i] for i in chosen], columns).save(arguments.picture, optimize=True)
 
 
 if __name__ == "__main__":
