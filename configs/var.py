@@ -8,8 +8,9 @@ Small, for two CPU cores:
     mnist5k          5,000 real digits: 1,000 samples agree with their class for 100% (tests/agreement.py), 9 minutes
     fashion_mnist    the same networks, trained for longer, on 60,000 pictures of clothes (Debian's package
                      dataset-fashion-mnist); no figures have been measured
-    emoji            text to image: colour emoji by their Unicode names; see llamagen.py:emoji. Captions come before the
-                     scales as rows, in a plain transformer: VAR's own modulates by one vector, a class
+    emoji            text to image: colour emoji by their Unicode names, see llamagen.py:emoji. Captions come before the
+                     scales as rows, in a plain transformer: VAR's own is modulated by one vector, a class. 20 minutes, in
+                     which it does not yet learn to follow captions (configs/README.md)
 
 The tokenizer, ImageNet, 256 pixels:
 
