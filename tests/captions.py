@@ -1,14 +1,14 @@
 """Do images show what their captions say? Figures and a picture of models that draw from words.
 
-    python tests/captions.py RUN [RUN...] [--split test] [--picture captions.png] [--show 24]
+    python tests/captions.py RUN [RUN...] [--split test] [--count 0] [--picture captions.png] [--show 24]
 
-Draws one image for every caption of a split of the run's data, with seed 0, into RUN/captions_SPLIT.npz, and judges it by
-features of EfficientNet-Lite0 that real training images have taught to judge:
+Draws one image for every caption of a split of the run's data (or for COUNT, spread evenly), with seed 0, into
+RUN/captions_SPLIT_COUNT.npz, and judges it by features of EfficientNet-Lite0 that real training images have taught to judge:
 
     retrieval    a ridge regression from features to the caption's vector (MiniLM's rows, averaged) gives every image a
                  vector; how often its caption's is the nearest, or among the 5 or 10 nearest, of all captions of the split,
                  and its median rank
-    group        how often a logistic regression sees the class that the caption belongs to, if there are classes
+    group        how often a linear classifier sees the class that the caption belongs to, if there are classes
     FD           Frechet distance to the real training images (FD-EffLite0)
     nearest      PSNR to the nearest training image, the median: copies are as near as the tokenizer lets them be
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.linear_model import RidgeClassifier, RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -34,7 +34,6 @@ from ar_jax.evals.images import DataImages
 from ar_jax.evals.metrics import frechet_sets
 from ar_jax.evals.networks import PROTOCOLS, open_network
 from ar_jax.evaluate import RunImages
-from ar_jax.files.images import save_picture
 from ar_jax.files.models import open_model
 from ar_jax.machine.compiled import keep_compiled
 from ar_jax.options import Sampler
@@ -73,6 +72,12 @@ def nearest(images: np.ndarray, others: np.ndarray) -> np.ndarray:
     return 20 * np.log10(255) - 10 * np.log10(np.maximum(squared.min(1), 1) / a.shape[1])
 
 
+def spread(n: int, count: int) -> np.ndarray:
+    """`count` of n numbers, evenly; all of them if it is 0 or more than there are."""
+    count = min(count or n, n)
+    return np.arange(count) * n // count
+
+
 def drawn(run: str, captions: list[str], out: Path, labels: np.ndarray) -> np.ndarray:
     """One image for every caption, as `sample.py --captions` draws it; kept in a .npz that `ar_jax.evaluate` reads."""
     if not out.exists():
@@ -81,8 +86,8 @@ def drawn(run: str, captions: list[str], out: Path, labels: np.ndarray) -> np.nd
     return np.load(out)["arr_0"]
 
 
-def picture(captions: list[str], columns: list[np.ndarray], side: int = 64, across: int = 4) -> np.ndarray:
-    """Images of every caption side by side, the caption below, uint8 [h w 3].
+def picture(captions: list[str], columns: list[np.ndarray], side: int = 64, across: int = 4) -> Image.Image:
+    """Images of every caption side by side, the caption below, in 128 colours.
 
     Args:
       columns: of each kind, uint8 images [n h w 3].
@@ -98,13 +103,14 @@ def picture(captions: list[str], columns: list[np.ndarray], side: int = 64, acro
             sheet.paste(small, (x + k * (side + gap), y))
         lines = textwrap.wrap(caption, round(width / 6.2))[:2]
         pen.multiline_text((x, y + side), "\n".join(lines), "black", font, spacing=0)
-    return np.asarray(sheet.quantize(256, Image.Quantize.MEDIANCUT).convert("RGB"))
+    return sheet.quantize(128, dither=Image.Dither.NONE)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--split", default="test")
+    parser.add_argument("--count", type=int, default=0, help="captions, spread evenly over the split; 0 takes all")
     parser.add_argument("--picture", default="captions.png")
     parser.add_argument("--show", type=int, default=24, help="captions in the picture")
     arguments = parser.parse_args()
@@ -116,19 +122,20 @@ def main():
         images = DataImages(part)
         real[split], labels[split] = images.read(range(len(images))), images.labels
         captions[split] = list(open_source(part).captions())
-    asked, group = captions[arguments.split], labels[arguments.split]
+    judged = spread(len(captions[arguments.split]), arguments.count)
+    asked, group = [captions[arguments.split][i] for i in judged], labels[arguments.split][judged]
     extractor = Extractor(open_network("efficientnet-lite0", PROTOCOLS["adm"]), 32)
     taught = extractor(real["train"])["pool"]
     to_caption = make_pipeline(StandardScaler(), RidgeCV(np.logspace(2, 6, 9)))
     to_caption.fit(taught, caption_vectors(captions["train"]))
-    to_group = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=1000)).fit(taught, labels["train"])
+    to_group = make_pipeline(StandardScaler(), RidgeClassifier(1e3)).fit(taught, labels["train"])
     words = caption_vectors(asked)
 
-    sets = {"real": real[arguments.split]}
+    sets = {"real": real[arguments.split][judged]}
     for run in arguments.runs:
         model = ar_jax.load(run)
         sets[f"{run}, tokenizer only"] = model.decode(model.encode(sets["real"]))
-        sets[run] = drawn(run, asked, Path(run) / f"captions_{arguments.split}.npz", group)
+        sets[run] = drawn(run, asked, Path(run) / f"captions_{arguments.split}_{len(asked)}.npz", group)
     print(
         f"{len(asked)} captions of {data.name} ({arguments.split}), one image each; {len(taught)} images taught the judges"
     )
@@ -144,9 +151,9 @@ def main():
     n, most = len(asked), np.bincount(labels["train"]).argmax()
     chance = [f"{k / n:.1%}" for k in AMONG] + [f"{(n + 1) / 2:g}", f"{(group == most).mean():.1%}", "", ""]
     print("| chance | " + " | ".join(chance) + " |")
-    chosen = np.arange(min(arguments.show, n)) * n // min(arguments.show, n)
+    chosen = spread(n, arguments.show)
     columns = [sets["real"][chosen], *(sets[run][chosen] for run in arguments.runs)]
-    save_picture(arguments.picture, picture([asked[i] for i in chosen], columns))
+    picture([asked[i] for i in chosen], columns).save(arguments.picture, optimize=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ def test_the_nearest_image_is_found_by_psnr():
 
 def test_a_picture_has_a_cell_for_every_caption():
     images = np.full((3, 8, 8, 3), 200, np.uint8)
-    found = captions.picture(["a", "b", "some long words of a caption"], [images, images], side=16, across=2)
+    sheet = captions.picture(["a", "b", "some long words of a caption"], [images, images], side=16, across=2)
+    found = np.asarray(sheet.convert("RGB"))
     assert found.shape == (2 * (16 + 32), 2 * (2 * 18 + 12), 3)
     assert (found == 200).all(-1).sum() >= 3 * 2 * 16 * 16
 
