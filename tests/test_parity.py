@@ -83,7 +83,7 @@ BUILT = {
     *("var_vqvae", "var", "var_shared_adaln", "flexvar_vq", "flexvar", "hmar"),
     *("kl16_vae", "mar", "disa_mar", "givt_ar", "givt_masked", "givt_vae", "flowar", "flowar_cross", "xar"),
     *("rar", "maskgit_vqgan"),
-    *("infinity_bsq_vae", "tokenbridge"),
+    *("infinity_bsq_vae", "tokenbridge", "binary_latent"),
 }
 
 

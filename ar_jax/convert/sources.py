@@ -22,7 +22,19 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from ar_jax.convert import flexvar, flowar, infinity, llamagen, mar, next_scale, rar, tokenbridge, var, xar
+from ar_jax.convert import (
+    binary_latent,
+    flexvar,
+    flowar,
+    infinity,
+    llamagen,
+    mar,
+    next_scale,
+    rar,
+    tokenbridge,
+    var,
+    xar,
+)
 from ar_jax.convert.names import Rule, differences, key_shapes
 from ar_jax.files import words
 from ar_jax.tokenizers.dimensionwise import Dimensionwise
@@ -30,6 +42,7 @@ from ar_jax.typing import Params
 
 SOURCES: dict[str, ModuleType] = {
     "infinity": infinity,
+    "binary_latent": binary_latent,
     "var": var,
     "flexvar": flexvar,
     "next_scale": next_scale,
