@@ -25,6 +25,7 @@ import flax.linen as nn
 import jax
 
 from ar_jax.convert import (
+    binary_latent,
     flexvar,
     flowar,
     fqgan,
@@ -47,6 +48,7 @@ from ar_jax.typing import Params
 
 SOURCES: dict[str, ModuleType] = {
     "infinity": infinity,
+    "binary_latent": binary_latent,
     "var": var,
     "flexvar": flexvar,
     "next_scale": next_scale,

@@ -95,6 +95,7 @@ class Encoder(nn.Module):
       groups: of the group norms.
       attention: levels with an attention block after each residual block, 0 the finest, -1 the coarsest.
       middle: whether the middle has one too.
+      last_silu: whether swish comes between the last norm and the last convolution.
     """
 
     features: int
@@ -105,6 +106,7 @@ class Encoder(nn.Module):
     dtype: Any = jnp.float32
     attention: tuple[int, ...] = (-1,)
     middle: bool = True
+    last_silu: bool = True
 
     @nn.compact
     @typed
@@ -133,6 +135,7 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     attention: tuple[int, ...] = (-1,)
     middle: bool = True
+    last_silu: bool = True
 
     @nn.compact
     @typed
@@ -175,5 +178,5 @@ def _middle(net, x):
 
 
 def _out(net, x, features):
-    x = nn.silu(norm(net.groups, net.dtype, name="norm_out")(x))
-    return conv3(features, net.dtype, name="conv_out")(x).astype(jnp.float32)
+    x = norm(net.groups, net.dtype, name="norm_out")(x)
+    return conv3(features, net.dtype, name="conv_out")(nn.silu(x) if net.last_silu else x).astype(jnp.float32)
