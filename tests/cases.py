@@ -26,6 +26,7 @@ from ar_jax.orders import Order, raster, scales
 from ar_jax.tokenizers.bit_pyramid import BitPyramid
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
+from ar_jax.tokenizers.tokenflow import PatchViT, TokenFlow
 from ar_jax.tokens import TokenSpec, grid
 
 SPEC = TokenSpec(grid(3, 4), codes=(12,))
@@ -113,6 +114,9 @@ def _far(codes):
 NET = {"features": 4, "mult": (1, 2), "res_blocks": 1, "codes": 12, "code_features": 4, "groups": 2}
 RESIDUAL = ResidualPyramid(size=(6, 6), scales=(1, 2, 3), **NET)
 BITS = BitPyramid((6, 6), (1, 2, 3), features=4, mult=(1, 2), res_blocks=1, bits=4, groups=2)
+SHARED = TokenFlow(
+    size=(6, 6), scales=(1, 2, 3), latent=8, semantic_features=2, backbone=PatchViT(1, 8, 2, patch=2), target=0, **NET
+)
 INDEPENDENT = Pyramid(size=(6, 6), scales=(1, 2, (1, 3), 3), latent=8, **NET)
 
 CASES = {
@@ -129,6 +133,7 @@ CASES = {
     "var_shared": _scales(RESIDUAL, shared=True, l2_norm=False, remat="dots"),
     "infinity_bits": _scales(BITS, head=Bitwise()),
     "by_dimension": _scales(BITS, head=ByDimension(8, 1, 2, order=(2, 0, 3, 1))),
+    "tokenflow": _scales(SHARED, NextScale(channels=6)),
     "flexvar": _scales(INDEPENDENT, Upsampled(channels=4, side=4)),
     "hmar": _scales(RESIDUAL, sees="step"),
 }

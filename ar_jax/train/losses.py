@@ -108,17 +108,28 @@ class Teacher(Part):
     """1 - cosine (the gradient of the negative cosine), or the squared difference; means over places."""
     hidden: int = 0
     """Width inside the projection; 0 is a linear one."""
+    projected: bool = True
+    """False compares the features as they are, which then must be as wide as the teacher's."""
 
     def open(self) -> Params:
         return self.network.open()
 
     def init(self, key: PRNGKey, frozen: Params, image: Array, made: Array) -> Params:
         width = jax.eval_shape(self.network, frozen, image).shape[-1]
+        if not self.projected:
+            if made.shape[-1] != width:
+                raise ValueError(
+                    f"losses.teacher.projected is False, but {self.on!r} is {made.shape[-1]} wide and the teacher's features "
+                    f"are {width}; give the tokenizer's features this width"
+                )
+            return {}
         return Projection(width, self.hidden).init(key, made)["params"]
 
     def __call__(self, params: Params, frozen: Params, image: Array, made: Array) -> Float[Array, ""]:
         wanted = jax.lax.stop_gradient(self.network(frozen, image)).astype(jnp.float32)
-        told = Projection(wanted.shape[-1], self.hidden).apply({"params": params}, made)
+        told = made.astype(jnp.float32)
+        if self.projected:
+            told = Projection(wanted.shape[-1], self.hidden).apply({"params": params}, made)
         wanted = self._placed(wanted, told.shape[1:-1])
         if self.distance == "squared":
             return jnp.square(told - wanted).mean()
