@@ -86,7 +86,7 @@ BUILT = {
     *("openmagvit2_vq", "openmagvit2_ar", "ibq_vq", "ibq_ar"),
     *("infinity_bsq_vae", "tokenbridge", "binary_latent"),
     *("fqgan_dual_vq", "fqgan_triple_vq", "fqgan_dual_far", "fqgan_triple_far"),
-    *("vqgan_lc", "tokenflow_vq"),
+    *("vqgan_lc", "tokenflow_vq", "robusttok_perturbation"),
 }
 
 

@@ -12,5 +12,6 @@ A tokenizer is a module. Of all are asked `size`, `channels`, `spec`, `rules`, `
   only.
 - `draws = True`, if it draws tokens from a Gaussian: then `encode(image, key=...)` is `drawn(moments(image), key=...)`, and a
   cache keeps the moments.
+- `stepped = True`, if training changes with time: then it is `autoencode(image, key=..., step=...)`, of the update's number.
 - `generative = True`, if `decode` draws by its key; pictures in training then are `decode(encode(image), key=...)`.
 """

@@ -19,7 +19,7 @@ from ar_jax.train.losses import ADVERSARIAL, Losses
 from ar_jax.train.optim import decayed, make_optimiser, schedule
 from ar_jax.train.recipes import Recipe, counted, update_settings
 from ar_jax.train.state import GradFn, create, make_update
-from ar_jax.typing import Array, Metrics, Params, PRNGKey
+from ar_jax.typing import Array, Index, Metrics, Params, PRNGKey
 
 USAGE = re.compile(r"usage(/code\d+)?")
 
@@ -122,7 +122,7 @@ def tokenizer_gradients(tokenizer: Any, losses: Losses) -> GradFn:
         real = to_float(batch["image"])
 
         def make(model):
-            made, own, seen = training_pass(tokenizer, model, real, key, names)
+            made, own, seen = training_pass(tokenizer, model, real, key, names, step)
             return (made, sum(own.values(), jnp.zeros(()))), (own, seen)
 
         def compare(made, trained):
@@ -178,7 +178,7 @@ def tokenizer_gradients(tokenizer: Any, losses: Losses) -> GradFn:
 
 
 def training_pass(
-    tokenizer: Any, params: Params, image: Array, key: PRNGKey | None, names: frozenset[str]
+    tokenizer: Any, params: Params, image: Array, key: PRNGKey | None, names: frozenset[str], step: Index = 0
 ) -> tuple[dict[str, Array], Metrics, Metrics]:
     """What `autoencode` makes of images under those names (see `Part.on`), what it reports as losses, and what it shows.
 
@@ -189,8 +189,15 @@ def training_pass(
     def kept(module, method):
         return method == "__call__" and "/".join(module.path) in names
 
+    plan = {"step": step} if getattr(tokenizer, "stepped", False) else {}
     (recon, own, seen), inside = tokenizer.apply(
-        {"params": params}, image, key=key, method="autoencode", capture_intermediates=kept, mutable=["intermediates"]
+        {"params": params},
+        image,
+        key=key,
+        **plan,
+        method="autoencode",
+        capture_intermediates=kept,
+        mutable=["intermediates"],
     )
     shown = {name: x for name, x in seen.items() if not isinstance(x, tuple)}  # not latents of several codebooks
     made = {}
