@@ -91,7 +91,8 @@ class Factorised(nn.Module):
         before = [self._embedded(i, tokens[..., i], h) for i in range(len(self.codes) - 1)]
         rows = jnp.stack([self._checked(h), *before], axis=2)
         b, m, k, d = rows.shape
-        y, _ = self.net(rows.reshape(b * m, k, d), Rows(np.arange(k), _places(0, k)))
+        # steps that are not known while tracing: kernels for long sequences would pad these few rows to a hundred
+        y, _ = self.net(rows.reshape(b * m, k, d), Rows(jnp.arange(k), _places(0, k)))
         y = y.reshape(b, m, k, d)
         return [readout(y[:, :, i]) for i, readout in enumerate(self.readouts)]
 
