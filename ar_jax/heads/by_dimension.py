@@ -102,7 +102,7 @@ class ByDimension(nn.Module):
         rows = jnp.concatenate([c[:, None], self.embedded(before, np.arange(k - 1)).astype(c.dtype)], axis=1)
         if not self.plain_start:
             rows = rows.at[:, 0].add(self.net.place[0].astype(c.dtype))
-        y, _ = self.net((rows + self.position).astype(c.dtype), Rows(np.arange(k)), mod=c)
+        y, _ = self.net((rows + self.position).astype(c.dtype), Rows(jnp.arange(k)), mod=c)
         y = jnp.einsum(
             "rkw,kwv->rkv", y, self.kernel.astype(y.dtype), preferred_element_type=jnp.float32
         )  # fmt: skip
