@@ -7,7 +7,7 @@ Small, for two CPU cores:
 
     mnist5k          5,000 real digits: the quickstart
     fashion_mnist    the same on 60,000 pictures of clothes; Debian's package dataset-fashion-mnist
-    emoji            text to image: colour emoji by their Unicode names; 18 minutes, figures in configs/README.md
+    emoji            text to image: colour emoji by their Unicode names; 28 minutes, figures in configs/README.md
 
 Tokenizers on ImageNet, 256 pixels:
 
@@ -140,7 +140,7 @@ def emoji() -> Experiment:
         data=Data(name="emoji", size=32, crop="random", min_fraction=0.9, text="minilm", text_rows=12),
         tokenizer=tokenizer,
         generator=dataclasses.replace(
-            base.generator, module=module, steps=500, sampling=Sampling(Interval(2.5), Constant(0.6))
+            base.generator, module=module, steps=1000, sampling=Sampling(Interval(2.5), Constant(0.6))
         ),
     )
 
