@@ -9,7 +9,7 @@ Small, for two CPU cores:
 
     mnist5k          5,000 real digits: the quickstart
     fashion_mnist    the same on 60,000 pictures of clothes; Debian's package dataset-fashion-mnist
-    emoji            text to image: colour emoji by their Unicode names; 18 minutes, figures in configs/README.md
+    emoji            text to image: colour emoji by their Unicode names; 28 minutes, figures in configs/README.md
 
 Tokenizers on ImageNet, 256 pixels:
 
@@ -134,7 +134,7 @@ def emoji() -> Experiment:
     tokenizer = dataclasses.replace(
         base.tokenizer, module=base.tokenizer.module.clone(features=16, groups=8, codes=512), steps=600
     )
-    # 1,239 images: without dropout and crops a generator knows them by heart, and draws nothing from words that are new
+    # without crops and as much dropout the generator soon knows 1,239 images by heart: held-out loss 3.6 at best, not 2.8
     module = Causal(Transformer(layers=4, width=128, heads=4, hidden=384, dropout=0.2), Caption(128), dropout=0.2)
     return dataclasses.replace(
         base,
@@ -142,7 +142,7 @@ def emoji() -> Experiment:
         data=Data(name="emoji", size=32, crop="random", min_fraction=0.9, text="minilm", text_rows=12),
         tokenizer=tokenizer,
         generator=dataclasses.replace(
-            base.generator, module=module, steps=500, sampling=Sampling(Interval(2.5), Constant(0.6))
+            base.generator, module=module, steps=1000, sampling=Sampling(Interval(2.5), Constant(0.6))
         ),
     )
 

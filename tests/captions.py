@@ -87,7 +87,7 @@ def drawn(run: str, captions: list[str], out: Path, labels: np.ndarray) -> np.nd
 
 
 def picture(captions: list[str], columns: list[np.ndarray], side: int = 64, across: int = 4) -> Image.Image:
-    """Images of every caption side by side, the caption below, in 128 colours.
+    """Images of every caption side by side, the caption below, in 256 colours.
 
     Args:
       columns: of each kind, uint8 images [n h w 3].
@@ -103,7 +103,7 @@ def picture(captions: list[str], columns: list[np.ndarray], side: int = 64, acro
             sheet.paste(small, (x + k * (side + gap), y))
         lines = textwrap.wrap(caption, round(width / 6.2))[:2]
         pen.multiline_text((x, y + side), "\n".join(lines), "black", font, spacing=0)
-    return sheet.quantize(128, dither=Image.Dither.NONE)
+    return sheet.quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
 
 
 def main():
