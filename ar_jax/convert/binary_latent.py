@@ -121,6 +121,7 @@ def tokenizer(shapes: Shapes, size: int, groups: int = 32) -> BinaryAutoencoder:
         mult=tuple(multiple(shapes, f"ae.encoder.blocks.{i}.conv1.weight", features) for i in first),
         res_blocks=each[0].count("res"), decoder_blocks=" ".join(decoder).split("scale")[-1].split().count("res"),
         attention=tuple(i for i, level in enumerate(each) if "attn" in level), norm_first=decoder[0] == "norm",
+        unit=bits in (16, 20, 24),  # ELM's released files have these, BLD's 64 and 128; nothing else in a file tells them apart
     )  # fmt: skip
 
 

@@ -28,10 +28,11 @@ class BinaryAutoencoder(Convolutional, nn.Module):
       groups: of the group norms.
       norm_first: the decoder begins with one.
       deterministic: bits are never drawn: 1 where that is likelier. Else training draws them, and `encode` with a key.
+      unit: inside, images lie in [0, 1], not in [-1, 1]: ELM's form.
       code_weight: of the mean of s (1 - s), s the logistic function of a bit's probability: as published, where it hardly acts.
       channels: of the image.
       dtype: of the convolutions; bits are found in float32.
-    Source: Binary Latent Diffusion (arXiv:2304.04820).
+    Source: Binary Latent Diffusion (arXiv:2304.04820); with `unit`, the tokenizer of ELM (arXiv:2410.16257).
     """
 
     size: Size = (256, 256)
@@ -45,6 +46,7 @@ class BinaryAutoencoder(Convolutional, nn.Module):
     groups: int = 32
     norm_first: bool = True
     deterministic: bool = False
+    unit: bool = False
     code_weight: float = 0.0
     channels: int = 3
     dtype: Any = jnp.float32
@@ -101,7 +103,7 @@ class BinaryAutoencoder(Convolutional, nn.Module):
 
     def latents(self, image: Float[Array, "b H W c"]) -> Float[Array, "b h w c"]:
         """What the probabilities are made of."""
-        return self.encoder(image)
+        return self.encoder((image + 1) / 2 if self.unit else image)
 
     def probabilities(self, image: Float[Array, "b H W c"]) -> Float[Array, "b h w k"]:
         """That bits are 1, float32."""
@@ -118,7 +120,8 @@ class BinaryAutoencoder(Convolutional, nn.Module):
 
     def pixels(self, codes: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
         """Images from a grid of sums of vectors."""
-        return self.decoder(self.norm(codes) if self.norm_first else codes)
+        image = self.decoder(self.norm(codes) if self.norm_first else codes)
+        return 2 * image - 1 if self.unit else image
 
 
 @typed

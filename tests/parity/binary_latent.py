@@ -27,13 +27,17 @@ class GivenTosses(BinaryDiffusion):
         return table[0], table[jnp.minimum(now.i + 1, len(table) - 1)]
 
 
-def autoencoder(h):
+def autoencoder(h, **fields):
     levels = [h["img_size"] // 2**i for i in range(len(h["ch_mult"]))]
     return BinaryAutoencoder(
         size=(h["img_size"],) * 2, features=h["nf"], mult=tuple(h["ch_mult"]), res_blocks=h["res_blocks"],
-        latent=h["emb_dim"], bits=h["codebook_size"], groups=h["norm_num_groups"], norm_first=h["norm_first"],
-        attention=tuple(i for i, side in enumerate(levels) if side in h["attn_resolutions"]), code_weight=0.1,
+        latent=h["emb_dim"], norm_first=h["norm_first"], code_weight=0.1,
+        attention=tuple(i for i, side in enumerate(levels) if side in h["attn_resolutions"]), **fields,
     )  # fmt: skip
+
+
+def of_bld(h):
+    return autoencoder(h, bits=h["codebook_size"], groups=h["norm_num_groups"])
 
 
 def split(folder, prefix):
@@ -43,7 +47,7 @@ def split(folder, prefix):
 
 def of_images(folder):
     io = folder.io
-    tokenizer = autoencoder(folder.h)
+    tokenizer = of_bld(folder.h)
     weights, rules = split(folder, "ae."), source.tokenizer_rules(tokenizer)
     unused = [key for key in weights if key.endswith(("conv_out.weight", "conv_out.bias"))]
     params = jax.tree.map(jnp.asarray, to_params(weights, param_shapes(tokenizer), rules, unused))
@@ -85,7 +89,7 @@ def denoiser(folder):
     fixed(h, norm_eps=1e-6, p_flip=True)
     generator = GivenTosses(
         Scaled(h["layers"], h["width"], h["heads"]), Shown(h["width"]), times=h["total_steps"], rule=h["beta_type"]
-    ).complete(autoencoder(h).spec, Info(classes=h["num_classes"]))
+    ).complete(of_bld(h).spec, Info(classes=h["num_classes"]))
     assert generator.spec.n == h["grid"] ** 2
     rules = source.generator_rules(generator, "sampler.")
     params = to_params(split(folder, "sampler."), param_shapes(generator), rules)
@@ -174,4 +178,47 @@ def both(folder):
     return of_images(folder) | of_bits(folder)
 
 
-CASES = {"binary_latent": both}
+def elm(folder):
+    """ELM's tokenizer: the same network, on images in [0, 1]."""
+    h, io = folder.h, folder.io
+    fixed(h, norm_eps=1e-6)
+    tokenizer = autoencoder(h, bits=h["code_bits"], groups=h["norm_groups"], unit=True)
+    rules = source.tokenizer_rules(tokenizer)
+    weights = {f"ae.{key}": np.asarray(folder.weights[key]) for key in folder.weights}
+    unused = [key for key in weights if key.endswith(("conv_out.weight", "conv_out.bias"))]
+    params = jax.tree.map(jnp.asarray, to_params(weights, param_shapes(tokenizer), rules, unused))
+
+    @jax.jit
+    def run(params, image, uniform):
+        call = functools.partial(tokenizer.apply, {"params": params})
+        p = call(2 * image - 1, method="probabilities")
+        likelier, drawn = call(p, None, method="drawn_bits"), (uniform < p).astype(jnp.float32)
+
+        def objective(params):
+            def run(self):
+                p = self.probabilities(2 * image - 1)
+                recon = (self.pixels(self.summed(drawn + p - jax.lax.stop_gradient(p))) + 1) / 2
+                return jnp.abs(recon - image).mean(), recon
+
+            return tokenizer.apply({"params": params}, method=run)
+
+        (_, recon), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        tokens = likelier.reshape(len(image), -1, tokenizer.bits).astype(jnp.int32)
+        return grads, {
+            "encoder_features": nchw(call(2 * image - 1, method="latents")),
+            "bit_probabilities": nchw(p),
+            "bits_deterministic": nchw(likelier),
+            "bits_drawn": nchw(drawn),
+            "reconstruction": nchw(recon),
+            "code_loss": penalty(p),
+            "decoded": nchw((call(tokens, method="decode") + 1) / 2),
+        }
+
+    grads, outputs = run(params, *(nhwc(io[name]) for name in ("image", "uniforms")))
+    (case,) = folder.of("decode")
+    assert case.arguments["bits"] == "bits_deterministic"
+    named = {key.removeprefix("ae."): value for key, value in to_weights(grads, rules).items()}
+    return outputs | {f"grad.{key}": named[key] for key in h["grads"]}
+
+
+CASES = {"binary_latent": both, "elm_bae": elm}
