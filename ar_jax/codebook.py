@@ -66,12 +66,13 @@ class Options:
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     prog = "python -m ar_jax.codebook"
-    if not arguments:
-        raise SystemExit(__doc__)
+    arguments = arguments or ["--help"]
     with distributed.command(prog):
         config, *rest = reachable(taken(arguments))
+        if {config, *rest} & {"--help", "-h"} and config.startswith("-"):
+            tyro.cli(Options, args=["--help"], prog=f"{prog} CONFIG", description=__doc__)
         if config.startswith("-"):
-            raise ValueError("give CONFIG first, such as configs/vqgan_lc.py:mnist5k")
+            raise ValueError(f"CONFIG comes first, such as configs/vqgan_lc.py:mnist5k, but {config} stands there")
         experiment = load_config(config)
         default = Options(tyro.MISSING, dataclasses.replace(experiment.data, crop="centre", flip=False))
         options = tyro.cli(Options, default=default, args=rest, prog=f"{prog} {config}", description=__doc__)

@@ -209,7 +209,7 @@ def test_a_family_without_a_variant_lists_them_and_an_unknown_one_is_refused_wit
     assert FAMILIES["var"]["__doc__"].strip() in str(said.value)
     with pytest.raises(ValueError, match=r"configs/var\.py has no variant 'd6'; near names are d36, d16"):
         load_config("configs/var.py:d6")
-    with pytest.raises(ValueError, match=r"var has no variant '\?'; there are mnist5k, fashion_mnist, vq, d16"):
+    with pytest.raises(ValueError, match=r"var has no variant '\?'; there are mnist5k, fashion_mnist, emoji, vq, d16"):
         load_config("var:?")
 
 
