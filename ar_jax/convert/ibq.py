@@ -120,7 +120,9 @@ def describe(module: nn.Module) -> tuple[str, Info, dict[str, Any]]:
     (codes,) = module.spec.codes
     if isinstance(module, IBQ):
         height, width = module.size
-        return f"{height}x{width} pixels to {rows}x{columns} codes out of {codes}", Info(), {}
+        # files of plain VQGANs with attention have the same names, and nothing in them tells how codes are chosen
+        words = f"{height}x{width} pixels to {rows}x{columns} codes out of {codes}, chosen by inner product (plain VQGANs: not so)"
+        return words, Info(), {}
     net, info = module.backbone, Info(classes=module.conditioning.classes)
     words = (
         f"{net.layers} layers of width {net.width} with {net.heads} heads, {rows}x{columns} tokens with {codes} codes, "
@@ -128,11 +130,6 @@ def describe(module: nn.Module) -> tuple[str, Info, dict[str, Any]]:
     )
     sampling = SAMPLING.get(net.width, Sampling())
     return words, info, {"order": codec.encode(raster), "sampling": codec.encode(sampling)}
-
-
-def buffers(module: nn.Module, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """There are none."""
-    return {}
 
 
 def rules(module: nn.Module) -> list[Rule]:

@@ -143,11 +143,6 @@ def describe(module: nn.Module) -> tuple[str, Info, dict[str, Any]]:
     return words, info, {"order": codec.encode(raster), "sampling": codec.encode(sampling)}
 
 
-def buffers(module: nn.Module, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """There are none."""
-    return {}
-
-
 def rules(module: nn.Module) -> list[Rule]:
     """Names of a network's parameters in the released files.
 

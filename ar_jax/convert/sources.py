@@ -5,7 +5,8 @@ A family is a module with these names, and a line in `SOURCES`:
     FIXED        keys of parameters that are not trained
     recognise    shapes by key -> "tokenizer", "generator" or ""
     build        kind, shapes, and what files do not hold -> the network
-    buffers      network, shapes by key -> {key: shape} of entries that are no part of it; zeros where they are not known
+    buffers      (may be left out) network, shapes by key -> {key: shape} of entries that are no part of it; zeros where they are
+                 not known
     describe     network -> a sentence, the `Info` of its data, settings of its model folder
     rules        network -> the rules that name its parameters (`names.Rule`)
     fills        (may be left out) network -> {key: array}, contents of its buffers that are not zero
@@ -195,5 +196,5 @@ def param_shapes(module: nn.Module) -> Params:
 def _named(family, kind, module, shapes):
     rules = SOURCES[family].rules(module)
     params = param_shapes(module)
-    buffers = SOURCES[family].buffers(module, shapes)
+    buffers = SOURCES[family].buffers(module, shapes) if hasattr(SOURCES[family], "buffers") else {}
     return Found(family, kind, module, params, rules, key_shapes(params, rules), buffers)

@@ -63,6 +63,13 @@ class MaskGIT(Generator):
     any_order = True
     adjustable = ("choice",)
 
+    def on(self, spec: TokenSpec) -> "MaskGIT":
+        if len(spec.codes) > 1:
+            raise ValueError(
+                f"MaskGIT embeds tokens of one code, but the tokenizer gives codes {spec.codes}; use Masked with `vectors`"
+            )
+        return super().on(spec)
+
     def setup(self):
         width = self.backbone.width
         if self.spec.codes:  # the last row is that of a hidden one

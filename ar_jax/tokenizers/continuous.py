@@ -1,11 +1,13 @@
 """What continuous tokenizers share: unit variance, patches of latent places as tokens, Gaussian posteriors."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ar_jax.machine import shares
+from ar_jax.machine.sharding import Rules
 from ar_jax.tokens import Scale, sides
-from ar_jax.typing import Array, Float, PRNGKey, typed
+from ar_jax.typing import Array, Float, Params, PRNGKey, typed
 
 
 class Measured:
@@ -83,3 +85,46 @@ def kl_divergence(mean: Float[Array, "b *n"], logvar: Float[Array, "b *n"]) -> F
     """KL divergence of diagonal Gaussians from the unit Gaussian in nats, summed over everything but images."""
     each = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
     return each.sum(tuple(range(1, each.ndim)))
+
+
+class Around(Measured):
+    """A tokenizer made of another, `base`, with its images and parameters, and nothing to train of its own."""
+
+    patch = 1  # what `train.measure` looks at are whole tokens
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return self.base.size
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return self.base.channels
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.base.grid
+
+    @property
+    def rules(self) -> Rules:
+        """What tensor parallelism divides (see `sharding.shard`)."""
+        return self.base.rules
+
+    @property
+    def draws(self) -> bool:
+        return getattr(self.base, "draws", False)
+
+    @property
+    def generative(self) -> bool:
+        return getattr(self.base, "generative", False)
+
+    @property
+    def last_layer(self) -> str:
+        return getattr(self.base, "last_layer", "")
+
+    def init_params(self, key: PRNGKey) -> Params:
+        return self.base.init_params(key)
+
+    def setup(self):
+        nn.share_scope(self, self.base)

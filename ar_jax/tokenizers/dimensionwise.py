@@ -5,14 +5,13 @@ from typing import Annotated
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ar_jax.machine.sharding import Rules
-from ar_jax.tokenizers.continuous import Measured
+from ar_jax.tokenizers.continuous import Around
 from ar_jax.tokenizers.quantize_normal import normal_codes, normal_quantise
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Float, Having, Int, Metrics, Params, PRNGKey, Tokens, Within, typed
+from ar_jax.typing import Array, Float, Having, Int, Metrics, PRNGKey, Tokens, Within, typed
 
 
-class Dimensionwise(Measured, nn.Module):
+class Dimensionwise(Around, nn.Module):
     """A continuous tokenizer whose numbers are rounded to one of a few values each; nothing is trained for that.
 
     Its parameters are those of the tokenizer it is made of, which may be trained through it.
@@ -33,7 +32,6 @@ class Dimensionwise(Measured, nn.Module):
     shift: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
 
-    patch = 1  # what `train.measure` looks at are whole tokens
     measures = "continuous"
 
     @property
@@ -47,43 +45,6 @@ class Dimensionwise(Measured, nn.Module):
                 "spread above 0"
             )
         return TokenSpec(spec.coords, codes=(self.levels,) * spec.channels)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
-        return self.base.size
-
-    @property
-    def channels(self) -> int:
-        """Of the images."""
-        return self.base.channels
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.base.grid
-
-    @property
-    def rules(self) -> Rules:
-        """What tensor parallelism divides (see `sharding.shard`)."""
-        return self.base.rules
-
-    @property
-    def draws(self) -> bool:
-        return getattr(self.base, "draws", False)
-
-    @property
-    def generative(self) -> bool:
-        return getattr(self.base, "generative", False)
-
-    @property
-    def last_layer(self) -> str:
-        return getattr(self.base, "last_layer", "")
-
-    def init_params(self, key: PRNGKey) -> Params:
-        return self.base.init_params(key)
-
-    def setup(self):
-        nn.share_scope(self, self.base)
 
     @typed
     def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Int[Array, "b n k"]:

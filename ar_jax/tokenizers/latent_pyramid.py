@@ -6,14 +6,13 @@ from typing import Annotated, Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ar_jax.machine.sharding import Rules
 from ar_jax.nets.resize import resize
-from ar_jax.tokenizers.continuous import Measured
+from ar_jax.tokenizers.continuous import Around
 from ar_jax.tokens import Scale, TokenSpec, maps, pyramid, rows, sides
-from ar_jax.typing import Array, Float, Having, Index, Metrics, Params, PRNGKey, Within, typed
+from ar_jax.typing import Array, Float, Having, Index, Metrics, PRNGKey, Within, typed
 
 
-class LatentPyramid(Measured, nn.Module):
+class LatentPyramid(Around, nn.Module):
     """A continuous tokenizer whose grid of tokens is averaged to grids of several sizes; `decode` takes the last one.
 
     Its parameters are those of the tokenizer it is made of.
@@ -34,46 +33,11 @@ class LatentPyramid(Measured, nn.Module):
 
     adjustable = ("via",)
 
-    patch = 1  # what `train.measure` looks at are whole tokens
-
     @property
     def spec(self) -> TokenSpec:
         if not self.scales or sides(self.scales[-1]) != self.base.grid:
             raise ValueError(f"tokenizer.scales is {self.scales}, but its last one must be the base's {self.base.grid}")
         return TokenSpec(pyramid(self.scales), channels=self.base.spec.channels)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
-        return self.base.size
-
-    @property
-    def channels(self) -> int:
-        """Of the images."""
-        return self.base.channels
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.base.grid
-
-    @property
-    def rules(self) -> Rules:
-        """What tensor parallelism divides (see `sharding.shard`)."""
-        return self.base.rules
-
-    @property
-    def draws(self) -> bool:
-        return getattr(self.base, "draws", False)
-
-    @property
-    def last_layer(self) -> str:
-        return getattr(self.base, "last_layer", "")
-
-    def init_params(self, key: PRNGKey) -> Params:
-        return self.base.init_params(key)
-
-    def setup(self):
-        nn.share_scope(self, self.base)
 
     @typed
     def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Float[Array, "b n c2"]:

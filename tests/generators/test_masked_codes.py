@@ -17,6 +17,7 @@ from ar_jax.decode.temperature import Constant
 from ar_jax.generators.masked import Masked
 from ar_jax.generators.maskgit import MaskGIT
 from ar_jax.heads.categorical import Categorical
+from ar_jax.heads.factorised import Factorised
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.vit import GPT, ViT
 from ar_jax.orders import Confident, Shuffled, known_first
@@ -124,3 +125,9 @@ def test_loss_falls_and_every_parameter_moves(name):
     last, losses = train(first)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), first, last)))
     assert losses[-10:].mean() < 0.9 * losses[:3].mean()
+
+
+def test_maskgit_refuses_tokens_of_several_codes():
+    net = MaskGIT(GPT(1, 16, 2, rows=0), Label(16), Factorised(1, 16, 2, hidden=24))
+    with pytest.raises(ValueError, match=r"MaskGIT embeds tokens of one code, but the tokenizer gives codes \(3, 4\)"):
+        net.complete(TokenSpec(grid(3, 4), codes=(3, 4)), Info(classes=3))

@@ -173,7 +173,8 @@ def nhwc(x):
 def loaded(module: nn.Module, weights: Mapping[str, np.ndarray], family: ModuleType) -> tuple[Params, Callable]:
     """Parameters from a state dict, which holds nothing else but the family's buffers; and the module's methods on them."""
     shapes = param_shapes(module)
-    buffers = family.buffers(module, {key: np.shape(value) for key, value in weights.items()}).keys() & weights.keys()
+    known = getattr(family, "buffers", lambda *_: {})(module, {key: np.shape(value) for key, value in weights.items()})
+    buffers = known.keys() & weights.keys()
     kept = {key: weights[key] for key in buffers}
     params = to_params(weights, shapes, family.rules(module), kept)
     params = jax.tree.map(jnp.asarray, params)
