@@ -446,8 +446,9 @@ def load_matching(
             raise ValueError(f"fresh has {pattern!r}, which matches none of the parameters {', '.join(want)}")
     stay = [name for name in want if any(re.search(pattern, name) for pattern in fresh)]
     read = {}
-    for name in want.keys() - set(stay):
-        x = want[name]
+    for name, x in want.items():
+        if name in stay:
+            continue
         if have.get(name) != x.shape:
             state = f"has shape {have[name]} in" if name in have else "is missing in"
             raise ValueError(

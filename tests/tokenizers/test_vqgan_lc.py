@@ -80,7 +80,7 @@ def test_the_command_writes_a_tokenizer_that_begins_with_centres_of_every_class(
     assert len(np.unique(frozen, axis=0)) > 10
     stage, wider = TokenizerStage(start=options.out), param_shapes(SMALL.clone(feature_width=13))
     with pytest.raises(
-        ValueError, match=r"projector/kernel has shape \(12, 3\) in .*, but the configured model needs shape \(13, 3\)"
+        ValueError, match=r"frozen has shape \(20, 12\) in .*, but the configured model needs shape \(20, 13\)"
     ):
         load_start(stage, "tokenizer", wider)
     with pytest.raises(ValueError, match=r"--out is .*made, which is not empty"):
