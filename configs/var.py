@@ -57,7 +57,7 @@ from ar_jax.generators.causal import Causal
 from ar_jax.generators.inputs import NextScale
 from ar_jax.heads.categorical import Categorical
 from ar_jax.nets.adaln import AdaLN
-from ar_jax.nets.conditioning import Label
+from ar_jax.nets.conditioning import Caption, Label
 from ar_jax.orders import scales
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
 from ar_jax.train.optim import AdamW, Optim
@@ -102,22 +102,19 @@ def fashion_mnist() -> Experiment:
 
 
 def emoji() -> Experiment:
-    """The data of `llamagen.emoji`. The first scale carries the caption's last row, all scales see its other rows."""
+    """The data of `llamagen.emoji`. The caption's mean modulates the network, and all scales see its rows."""
     base, text = mnist5k(), llamagen.emoji()
     return dataclasses.replace(
         base,
         name="emoji_var",
         data=text.data,
         tokenizer=dataclasses.replace(
-            base.tokenizer, module=base.tokenizer.module.clone(features=16, groups=8, codes=512), steps=450
+            base.tokenizer, module=base.tokenizer.module.clone(features=16, groups=8, codes=512), steps=800
         ),
         generator=dataclasses.replace(
             base.generator,
-            module=base.generator.module.clone(
-                backbone=text.generator.module.backbone, conditioning=text.generator.module.conditioning,
-                dropout=text.generator.module.dropout,
-            ),
-            steps=500,
+            module=base.generator.module.clone(conditioning=Caption(128), dropout=0.1),
+            steps=1200,
         ),
     )
 
@@ -151,9 +148,7 @@ def ends(depth: int) -> tuple[Label, Categorical]:
 
 def imagenet(size: int, fraction: float, flip: bool = False) -> Data:
     """ImageNet by ADM's random crop. VAR's own always crops from 1.125 times the size, here the most it may be."""
-    return Data(
-        name="image_folder", path="data/imagenet", size=size, crop="random", min_fraction=fraction, flip=flip
-    )
+    return Data(name="image_folder", path="data/imagenet", size=size, crop="random", min_fraction=fraction, flip=flip)
 
 
 def class_conditional(depth: int, size: int = 256, batch: int = 768) -> Experiment:

@@ -96,6 +96,8 @@ class Label(nn.Module):
 class Caption(nn.Module):
     """Caption features through a two-layer perceptron.
 
+    Networks that are modulated get the mean of the caption's rows (of the real ones), the others the rows only.
+
     Attributes:
       width: of the network.
       rows: caption rows; captions are left-padded to it. 0 until the data is known (`complete`).
@@ -132,4 +134,6 @@ class Caption(nn.Module):
         text = jnp.where(drop[:, None, None], none, batch["text"])
         hidden = nn.gelu(nn.Dense(self.width, use_bias=False, kernel_init=init, name="fc1")(text), approximate=True)
         rows = nn.Dense(self.width, use_bias=False, kernel_init=init, name="fc2")(hidden)
-        return Cond(rows, jnp.asarray(batch["text_mask"], bool))
+        valid = jnp.asarray(batch["text_mask"], bool)
+        mean = jnp.where(valid[..., None], rows, 0).sum(1) / jnp.maximum(valid.sum(1), 1)[:, None]
+        return Cond(rows, valid, mean)
