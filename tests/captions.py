@@ -8,12 +8,14 @@ RUN/captions_SPLIT_COUNT.npz, and judges it by features of EfficientNet-Lite0 th
     retrieval    a ridge regression from features to the caption's vector (MiniLM's rows, averaged) gives every image a
                  vector; how often its caption's is the nearest, or among the 5 or 10 nearest, of all captions of the split,
                  and its median rank
-    group        how often a linear classifier sees the class that the caption belongs to, if there are classes
+    group        how often a linear classifier sees the class that the caption belongs to, a mean over the classes
     FD           Frechet distance to the real training images (FD-EffLite0)
     nearest      PSNR to the nearest training image, the median: copies are as near as the tokenizer lets them be
 
-beside those of real images of the split, of what the tokenizers make of them, and of chance. The picture shows SHOW
-captions, spread evenly over the split, each with the real image and one of every run. Not a pytest file: it needs trained runs.
+beside those of real images of the split, of what the tokenizers make of them, and of chance. Retrieval is counted for all
+captions, and for those that are new: whose words before the first comma ("man astronaut, dark skin tone") no training caption
+has before its own. The picture shows SHOW captions, spread evenly over the split, each with the real image and one of every
+run. Not a pytest file: it needs trained runs.
 """
 
 import argparse
@@ -78,6 +80,16 @@ def spread(n: int, count: int) -> np.ndarray:
     return np.arange(count) * n // count
 
 
+def thing(caption: str) -> str:
+    """What a caption names, without what it says of it."""
+    return caption.split(",")[0]
+
+
+def mean_recall(found: np.ndarray, labels: np.ndarray) -> float:
+    """Share of the images whose class was found, a mean over the classes that there are."""
+    return np.mean([(found[labels == label] == label).mean() for label in np.unique(labels)])
+
+
 def drawn(run: str, captions: list[str], out: Path, labels: np.ndarray) -> np.ndarray:
     """One image for every caption, as `sample.py --captions` draws it; kept in a .npz that `ar_jax.evaluate` reads."""
     if not out.exists():
@@ -136,21 +148,27 @@ def main():
         model = ar_jax.load(run)
         sets[f"{run}, tokenizer only"] = model.decode(model.encode(sets["real"]))
         sets[run] = drawn(run, asked, Path(run) / f"captions_{arguments.split}_{len(asked)}.npz", group)
+    new = ~np.isin([thing(x) for x in asked], [thing(x) for x in captions["train"]])
     print(
-        f"{len(asked)} captions of {data.name} ({arguments.split}), one image each; {len(taught)} images taught the judges"
+        f"{len(asked)} captions of {data.name} ({arguments.split}), {new.sum()} of them new, one image each; "
+        f"{len(taught)} images taught the judges"
     )
-    print("| images | " + " | ".join(f"R@{k}" for k in AMONG) + " | median rank | group | FD | nearest |")
-    print("| --- |" + " --- |" * (len(AMONG) + 4))
+    heads = [f"R@{k}" for k in AMONG] + ["median rank"]
+    print("| images | " + " | ".join([*heads, *(f"new: {x}" for x in heads), "group", "FD", "nearest"]) + " |")
+    print("| --- |" + " --- |" * (2 * len(heads) + 3))
+
+    def retrieved(rank):
+        return [f"{(rank <= k).mean():.1%}" for k in AMONG] + [f"{np.median(rank):g}"] if len(rank) else ["-"] * 4
+
     for name, images in sets.items():
         features = extractor(images)["pool"]
         rank = ranks(to_caption.predict(features), words)
-        right = (to_group.predict(features) == group).mean()
-        figures = [f"{(rank <= k).mean():.1%}" for k in AMONG] + [f"{np.median(rank):g}", f"{right:.1%}"]
+        figures = [*retrieved(rank), *retrieved(rank[new]), f"{mean_recall(to_group.predict(features), group):.1%}"]
         figures += [f"{frechet_sets(features, taught):.1f}", f"{np.median(nearest(images, real['train'])):.1f} dB"]
         print(f"| {name} | " + " | ".join(figures) + " |")
-    n, most = len(asked), np.bincount(labels["train"]).argmax()
-    chance = [f"{k / n:.1%}" for k in AMONG] + [f"{(n + 1) / 2:g}", f"{(group == most).mean():.1%}", "", ""]
-    print("| chance | " + " | ".join(chance) + " |")
+    n = len(asked)
+    chance = [f"{k / n:.1%}" for k in AMONG] + [f"{(n + 1) / 2:g}"]
+    print("| chance | " + " | ".join([*chance, *chance, f"{1 / len(np.unique(group)):.1%}", "", ""]) + " |")
     chosen = spread(n, arguments.show)
     columns = [sets["real"][chosen], *(sets[run][chosen] for run in arguments.runs)]
     picture([asked[i] for i in chosen], columns).save(arguments.picture, optimize=True)

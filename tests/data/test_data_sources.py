@@ -331,8 +331,12 @@ def test_emoji_have_names_groups_and_colours():
         source, test = (open_source(Data(name="emoji", split=split)) for split in ("train", "test"))
     except FileNotFoundError as error:
         pytest.skip(f"no colour-emoji font is installed: {error}")
-    assert len(source) > 1000
+    assert len(source) > 3000
     assert len(test) == (len(source) + len(test) + 9) // 10
+    assert {"france flag", "woman astronaut", "man astronaut, medium-dark skin tone"} < set(
+        source.captions() + test.captions()
+    )
+    assert len({*source.captions(), *test.captions()}) == len(source) + len(test)
     assert not set(source.captions()) & set(test.captions())
     assert "Food & Drink" in source.info.class_names
     assert source.info.captions

@@ -21,6 +21,7 @@ from ar_jax.decode.temperature import KnownScales
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.hmar import draw_masked
 from ar_jax.generators.inputs import NextScale, upsampling
+from ar_jax.nets.adaln import AdaLN
 from ar_jax.nets.attention import attend, splash, visible
 from ar_jax.nets.conditioning import Caption
 from ar_jax.nets.transformer import Transformer
@@ -61,8 +62,9 @@ def test_a_drawn_order_lists_the_chosen_scales_and_pads_the_rest():
         DrawnScales()(TokenSpec(pyramid((1, 2)), codes=(8,)), jax.random.split(jax.random.key(0), 1))
 
 
-def test_rows_of_a_caption_come_before_the_scales():
-    net = Causal(Transformer(2, 16, 2, hidden=24), Caption(16), inputs=NextScale(channels=4))
+@pytest.mark.parametrize("backbone", [Transformer(2, 16, 2, hidden=24), AdaLN(2, 16, 2, hidden=24, gate=0.5)])
+def test_rows_of_a_caption_come_before_the_scales(backbone):
+    net = Causal(backbone, Caption(16), inputs=NextScale(channels=4))
     case = Case(net.complete(RESIDUAL.spec, INFO), scales, images=2, pyramid=RESIDUAL)
     laws.test_rows_do_not_see_their_own_or_later_tokens(case)
     laws.test_cached_sampling_equals_a_redraw_from_the_teacher_forced_pass(case)
