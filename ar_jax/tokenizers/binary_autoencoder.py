@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from ar_jax.machine import shares
-from ar_jax.tokenizers.conv import Convolutional, Decoder, Encoder, init, norm
+from ar_jax.tokenizers.conv import Decoder, Encoder, Quantised, init, norm
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.typing import Array, Blocks, Float, Int, Level, Metrics, PRNGKey, Size, Tokens, typed
 
 
-class BinaryAutoencoder(Convolutional, nn.Module):
+class BinaryAutoencoder(Quantised, nn.Module):
     """Image to a grid of bits and back: every bit is a sub-code, and a token stands for the sum of its set bits' vectors.
 
     Attributes:
@@ -73,18 +73,12 @@ class BinaryAutoencoder(Convolutional, nn.Module):
     def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Int[Array, "b n k"]:
         """Bits of images in [-1, 1]: drawn with a key, else the likelier ones."""
         bits = self.drawn_bits(self.probabilities(image), key)
-        return bits.reshape(len(image), -1, self.bits).astype(jnp.int32)
+        return self.in_line(bits.astype(jnp.int32))
 
     @typed
     def embed(self, tokens: Tokens) -> Float[Array, "b n c"]:
         """Sums of the vectors of the bits that are set; vectors in their place stay as they are."""
         return tokens if jnp.issubdtype(tokens.dtype, jnp.floating) else self.summed(tokens.astype(jnp.float32))
-
-    @typed
-    def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W rgb"]:
-        """Images, about [-1, 1] but not clipped; `key` is unused."""
-        codes = self.embed(tokens)
-        return self.pixels(codes.reshape(len(codes), *self.grid, -1))
 
     @typed
     def autoencode(
@@ -98,7 +92,7 @@ class BinaryAutoencoder(Convolutional, nn.Module):
         """
         p = self.probabilities(image)
         bits = self.drawn_bits(p, key)
-        seen = {"latents": p, "tokens": bits.reshape(len(image), -1, self.bits).astype(jnp.int32)}
+        seen = {"latents": p, "tokens": self.in_line(bits.astype(jnp.int32))}
         return self.pixels(self.summed(bits + p - lax.stop_gradient(p))), {"code": self.code_weight * penalty(p)}, seen
 
     def latents(self, image: Float[Array, "b H W c"]) -> Float[Array, "b h w c"]:

@@ -5,14 +5,14 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ar_jax.tokenizers.conv import Convolutional, Decoder, Encoder, init
+from ar_jax.tokenizers.conv import Decoder, Encoder, Quantised, init
 from ar_jax.tokenizers.quantize_scalar import FSQ
 from ar_jax.tokenizers.quantize_spherical import BSQ
 from ar_jax.tokens import TokenSpec, grid
-from ar_jax.typing import Array, Blocks, Float, Int, Metrics, PRNGKey, Size, Tokens, typed
+from ar_jax.typing import Array, Blocks, Float, Int, Metrics, Size, Tokens, typed
 
 
-class FixedCodes(Convolutional, nn.Module):
+class FixedCodes(Quantised, nn.Module):
     """Image to a grid of codes and back: the network of `VQGAN`, without its codebook.
 
     Attributes:
@@ -50,43 +50,16 @@ class FixedCodes(Convolutional, nn.Module):
         self.post_quant = nn.Dense(self.latent, kernel_init=init)
 
     @typed
-    def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Int[Array, "b n k"]:
-        """Codes of images in [-1, 1]; `key` is unused, the codes are deterministic."""
-        _, tokens, _ = self.quantiser(self.latents(image))
-        return tokens.reshape(len(image), -1, tokens.shape[-1])
-
-    @typed
     def embed(self, tokens: Tokens) -> Float[Array, "b n c"]:
         """What tokens stand for; vectors in their place stay as they are."""
         return tokens if jnp.issubdtype(tokens.dtype, jnp.floating) else self.quantiser.look_up(tokens)
 
-    @typed
-    def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W rgb"]:
-        """Images, about [-1, 1] but not clipped; `key` is unused."""
-        codes = self.embed(tokens)
-        return self.pixels(codes.reshape(len(codes), *self.grid, -1))
-
-    @typed
-    def autoencode(
-        self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None
-    ) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
-        """One training pass; `key` is unused.
-
-        Returns:
-          The reconstruction; the weighted losses of the quantiser by name; and what training may want to look at:
-          "latents" [b h w c] before quantisation and "tokens" as of `encode`.
-        """
-        latents = self.latents(image)
-        codes, tokens, losses = self.quantiser(latents)
-        return (
-            self.pixels(codes),
-            losses,
-            {"latents": latents, "tokens": tokens.reshape(len(image), -1, tokens.shape[-1])},
-        )
-
     def latents(self, image: Float[Array, "b H W c"]) -> Float[Array, "b h w c"]:
         """What the quantiser sees."""
         return self.quant(self.encoder(image)).astype(jnp.float32)
+
+    def quantise(self, latents: Float[Array, "*b c"]) -> tuple[Float[Array, "*b c"], Int[Array, "*b k"], Metrics]:
+        return self.quantiser(latents)
 
     def pixels(self, codes: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
         """Images from a grid of codes."""

@@ -12,7 +12,7 @@ from ar_jax.tokenizers.quantize import Codebook, VectorLoss, codebook_init, norm
 from ar_jax.tokenizers.quantize_factorised import factorised_quantise, look_up_all
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import TokenSpec, grid
-from ar_jax.typing import Array, Blocks, Float, Int, Layers, Many, Metrics, PRNGKey, Tokens, typed
+from ar_jax.typing import Array, Blocks, Float, Layers, Many, Metrics, PRNGKey, Tokens, typed
 
 
 class Adapter(nn.Module):
@@ -164,12 +164,6 @@ class FQGAN(VQGAN):
         ]
 
     @typed
-    def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Int[Array, "b n k"]:
-        """Codes of images in [-1, 1]; `key` is unused, the codes are deterministic."""
-        _, index, _ = self.quantise(self.latents(image))
-        return index.reshape(len(image), -1, self.streams)
-
-    @typed
     def embed(self, tokens: Tokens) -> Float[Array, "b n c"]:
         """The (normalised) codes of tokens, side by side; vectors in their place stay as they are."""
         return look_up_all(self._codes(), tokens)
@@ -190,7 +184,7 @@ class FQGAN(VQGAN):
         for head, code in zip(self.told, codes[1:]):
             head(code.reshape(len(code), -1, code.shape[-1]))
         recon = self.pixels(jnp.concatenate(codes, axis=-1))
-        return recon, losses, {"latents": latents, "tokens": index.reshape(len(image), -1, self.streams)}
+        return recon, losses, {"latents": latents, "tokens": self.in_line(index)}
 
     def latents(self, image: Float[Array, "b H W c"]) -> tuple[Float[Array, "b h w c"], ...]:
         """What the quantisers see, before any normalisation."""

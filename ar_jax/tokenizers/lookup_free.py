@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ar_jax.machine.sharding import Rules
-from ar_jax.tokenizers.conv import RULES, Convolutional, ResBlock, conv3, init, norm
+from ar_jax.tokenizers.conv import RULES, Quantised, ResBlock, conv3, init, norm
 from ar_jax.tokenizers.quantize_lookup_free import SignLoss, check_bits, sign_quantise, signs_of
 from ar_jax.tokens import TokenSpec, grid
-from ar_jax.typing import Array, Blocks, Float, Int, Metrics, PRNGKey, Size, Tokens, Within, typed
+from ar_jax.typing import Array, Blocks, Float, Int, Metrics, Size, Tokens, Within, typed
 
 Bits = Annotated[int, Within(1, 30)]
 
@@ -97,7 +97,7 @@ def depth_to_space(x: Float[Array, "b h w c"]) -> Float[Array, "b H W d"]:
     return x.reshape(b, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, c // 4)
 
 
-class LookupFree(Convolutional, nn.Module):
+class LookupFree(Quantised, nn.Module):
     """Image to a grid of signs and back. The defaults are Open-MAGVIT2's for 256 pixels; its other has `mult=(1, 2, 2, 4)`.
 
     Attributes:
@@ -143,38 +143,17 @@ class LookupFree(Convolutional, nn.Module):
         self.decoder = Decoder(out=self.channels, **net)
 
     @typed
-    def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Int[Array, "b n k"]:
-        """Codes of images in [-1, 1]; `key` is unused, the codes are deterministic."""
-        _, tokens, _ = self.quantise(self.latents(image))
-        return tokens.reshape(len(image), -1, len(self.bits))
-
-    @typed
     def embed(self, tokens: Tokens) -> Float[Array, "b n c"]:
         """The signs of tokens; vectors in their place stay as they are."""
         return tokens if jnp.issubdtype(tokens.dtype, jnp.floating) else signs_of(tokens, self.bits)
 
-    @typed
-    def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W rgb"]:
-        """Images, about [-1, 1] but not clipped; `key` is unused."""
-        signs = self.embed(tokens)
-        return self.decoder(signs.reshape(len(signs), *self.grid, -1))
-
-    @typed
-    def autoencode(
-        self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None
-    ) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
-        """One training pass; see `VQGAN`."""
-        latents = self.latents(image)
-        signs, tokens, losses = self.quantise(latents)
-        return (
-            self.decoder(signs),
-            losses,
-            {"latents": latents, "tokens": tokens.reshape(len(image), -1, len(self.bits))},
-        )
-
     def latents(self, image: Float[Array, "b H W c"]) -> Float[Array, "b h w c"]:
         """What the quantiser sees."""
         return self.encoder(image)
+
+    def pixels(self, signs: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
+        """Images from a grid of signs."""
+        return self.decoder(signs)
 
     def quantise(self, latents: Float[Array, "*b c"]) -> tuple[Float[Array, "*b c"], Int[Array, "*b k"], Metrics]:
         return sign_quantise(latents.astype(jnp.float32), self.bits, self.lfq)

@@ -53,7 +53,7 @@ class RobustVQGAN(VQGAN):
         codes, index, losses = self.quantise(latents)
         if key is not None:
             codes = self.perturbed(latents, codes, key, step)
-        return self.pixels(codes), losses, {"latents": latents, "tokens": index.reshape(len(image), -1, 1)}
+        return self.pixels(codes), losses, {"latents": latents, "tokens": self.in_line(index)}
 
     def perturbed(self, latents: Array, codes: Array, key: PRNGKey, step: Index) -> Float[Array, "b h w c"]:
         """Codes of which those of the first images are perturbed, by the plan at an update."""

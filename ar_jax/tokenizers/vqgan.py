@@ -5,13 +5,13 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ar_jax.tokenizers.conv import Convolutional, Decoder, Encoder, init
+from ar_jax.tokenizers.conv import Decoder, Encoder, Quantised, init
 from ar_jax.tokenizers.quantize import Codebook, VectorLoss, codebook_init, look_up, normalise, vector_quantise
 from ar_jax.tokens import TokenSpec, grid
-from ar_jax.typing import Array, Blocks, Float, Int, Layers, Metrics, PRNGKey, Size, Tokens, typed
+from ar_jax.typing import Array, Blocks, Float, Int, Layers, Metrics, Size, Tokens, typed
 
 
-class VQGAN(Convolutional, nn.Module):
+class VQGAN(Quantised, nn.Module):
     """Image to a grid of codes and back. The defaults are LlamaGen's VQ-16; VQ-8 has `mult=(1, 2, 2, 4)`.
 
     Attributes:
@@ -60,35 +60,9 @@ class VQGAN(Convolutional, nn.Module):
         self.codebook = self.param("codebook", codebook_init(self.l2_norm), (self.codes, self.code_features))
 
     @typed
-    def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Int[Array, "b n 1"]:
-        """Codes of images in [-1, 1]; `key` is unused, the codes are deterministic."""
-        _, index, _ = self.quantise(self.latents(image))
-        return index.reshape(len(image), -1, 1)
-
-    @typed
     def embed(self, tokens: Tokens) -> Float[Array, "b n c"]:
         """The (normalised) codes of tokens; vectors in their place stay as they are."""
         return look_up(self._codes(), tokens)
-
-    @typed
-    def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W rgb"]:
-        """Images, about [-1, 1] but not clipped; `key` is unused."""
-        codes = self.embed(tokens)
-        return self.pixels(codes.reshape(len(codes), *self.grid, -1))
-
-    @typed
-    def autoencode(
-        self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None
-    ) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
-        """One training pass; `key` is unused.
-
-        Returns:
-          The reconstruction; the weighted losses of the quantiser by name; and what training may want to look at:
-          "latents" [b h w c] before quantisation and "tokens" as of `encode`.
-        """
-        latents = self.latents(image)
-        codes, index, losses = self.quantise(latents)
-        return self.pixels(codes), losses, {"latents": latents, "tokens": index.reshape(len(image), -1, 1)}
 
     def latents(self, image: Float[Array, "b H W c"]) -> Float[Array, "b h w c"]:
         """What the quantiser sees, before any normalisation."""
