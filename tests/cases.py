@@ -111,6 +111,12 @@ def _far(codes):
     return Case(Causal(Transformer(2, final=False, **net), Label(16), head, Joined()).complete(spec, INFO))
 
 
+def _elm():
+    net, inputs = Transformer(2, 16, 2, hidden=24), Joined(shared=False, bias=False)
+    generator = Causal(net, Label(16), Bitwise(bias=False, std=0.0), inputs)
+    return Case(generator.complete(TokenSpec(grid(3, 4), codes=(12, 12)), INFO))
+
+
 NET = {"features": 4, "mult": (1, 2), "res_blocks": 1, "codes": 12, "code_features": 4, "groups": 2}
 RESIDUAL = ResidualPyramid(size=(6, 6), scales=(1, 2, 3), **NET)
 BITS = BitPyramid((6, 6), (1, 2, 3), features=4, mult=(1, 2), res_blocks=1, bits=4, groups=2)
@@ -128,6 +134,7 @@ CASES = {
     "rar": _rar(shuffled),
     "open_magvit2": _open_magvit2(),
     "fqgan_far": _far((12, 12, 12)),
+    "elm": _elm(),
     "ibq": Case(Causal(Modulated(2, 16, 2, hidden=24, gate_size=0.5), Label(16)).complete(SPEC, INFO)),
     "var": _scales(RESIDUAL),
     "var_shared": _scales(RESIDUAL, shared=True, l2_norm=False, remat="dots"),

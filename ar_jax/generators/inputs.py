@@ -59,6 +59,8 @@ class Previous(nn.Module):
 
     def setup(self):
         std = nn.initializers.normal(0.02)
+        if self.shared:
+            return
         if len(self.spec.codes) == 1:
             self.embedding = self.param("embedding", std, (self.spec.codes[0], self.width))
         elif self.spec.codes:
@@ -112,14 +114,24 @@ class Previous(nn.Module):
 class Joined(Previous):
     """As `Previous`, but the row carries a projection of what the token's codes stand for, side by side.
 
-    Attributes: see `Previous`.
-    Source: FQGAN (arXiv:2411.16681).
+    Attributes:
+      shared: see `Previous`.
+      bias: the projection has one.
+      others: see `Previous`.
+    Source: FQGAN (arXiv:2411.16681); with tables of its own and no bias ELM (arXiv:2410.16257).
     """
 
     shared: bool = True
+    bias: bool = True
+
+    def complete(self, spec: TokenSpec) -> "Joined":
+        if not spec.codes:
+            raise ValueError("Joined needs tokens of codes, but the tokenizer gives continuous ones; use Previous")
+        return super().complete(spec)
 
     def setup(self):
-        self.projection = Linear(self.width, bias=True)
+        super().setup()
+        self.projection = Linear(self.width, bias=self.bias)
 
     def embed(self, tokens: Tokens, elsewhere: Frozen | None = None) -> Float[Array, "b m d"]:
         return self.projection(self.vectors(tokens, elsewhere))
