@@ -54,7 +54,7 @@ from ar_jax.decode.temperature import Constant
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.inputs import Joined
 from ar_jax.heads.categorical import Categorical
-from ar_jax.heads.factorised_far import Far
+from ar_jax.heads.factorised import Factorised
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
 from ar_jax.tokenizers.fqgan import FQGAN
@@ -87,7 +87,7 @@ def mnist5k() -> Experiment:
         ),
         generator=GeneratorStage(
             module=Causal(
-                Transformer(layers=4, final=False, **net), Label(128), Far(Transformer(layers=1, **net)), Joined()
+                Transformer(layers=4, final=False, **net), Label(128), Factorised(Transformer(layers=1, **net)), Joined()
             ),
             steps=500, batch=64, optim=Optim(lr=2e-3, warmup=50, schedule="cosine", ema=0.99),
             sampling=Sampling(Interval(2.5), Constant(0.9)),
@@ -124,7 +124,7 @@ def far(kind: str, model: str) -> Experiment:
         "width": width, "heads": heads, "dropout": 0.1, "dtype": jnp.bfloat16,
         "remat": "none" if model == "b" else "dots",
     }  # fmt: skip
-    head = Far(Transformer(head_layers, **net), Categorical(dtype=jnp.bfloat16))
+    head = Factorised(Transformer(head_layers, **net), Categorical(dtype=jnp.bfloat16))
     module = Causal(Transformer(layers, final=False, **net), Label(width), head, Joined(), dropout=0.1)
     return Experiment(
         name=f"fqgan_far_{kind}_{model}",

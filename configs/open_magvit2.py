@@ -41,6 +41,8 @@ from ar_jax.data import Data
 from ar_jax.decode.guidance import BySubCode
 from ar_jax.decode.temperature import BySubCode as Temperatures
 from ar_jax.generators.causal import Causal
+from ar_jax.generators.inputs import Previous
+from ar_jax.heads.categorical import Categorical
 from ar_jax.heads.factorised import Factorised
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
@@ -68,7 +70,10 @@ def mnist5k() -> Experiment:
             log_every=50, preview_every=125, save_every=125,
         ),
         generator=GeneratorStage(
-            module=Causal(Transformer(4, **net, final=False), Label(128), Factorised(1, **net)),
+            module=Causal(
+                Transformer(4, **net, final=False), Label(128), Factorised(Transformer(1, **net), summed=True),
+                Previous(shared=True),
+            ),
             steps=500, batch=64, optim=Optim(lr=2e-3, warmup=50, schedule="cosine", ema=0.99),
             sampling=Sampling(BySubCode(2.5), Temperatures(0.9)),
             log_every=50, preview_every=250, save_every=250,
@@ -99,7 +104,8 @@ def network(model: str) -> Causal:
     layers, head_layers, width, heads, *_ = SIZES[model]
     net = {"width": width, "heads": heads, "dropout": 0.1, "dtype": jnp.bfloat16}
     backbone = Transformer(layers, **net, final=False, remat="none" if model == "b" else "dots")
-    return Causal(backbone, Label(width), Factorised(head_layers, **net), dropout=0.1)
+    head = Factorised(Transformer(head_layers, **net), Categorical(dtype=jnp.bfloat16), summed=True)
+    return Causal(backbone, Label(width), head, Previous(shared=True), dropout=0.1)
 
 
 def class_conditional(model: str) -> Experiment:

@@ -21,7 +21,7 @@ The tokenizer is MAR's, whose numbers are rounded without any training:
     python train.py configs/tokenbridge.py:l_256
 
 In training here the head's first row carries the vector of its dimension, as in sampling; the published training leaves it
-out (`--generator.module.head.plain-start True`, which converted weights have).
+out (`--generator.module.head.net.plain-start True`, which converted weights have).
 """
 
 import dataclasses
@@ -37,7 +37,9 @@ from ar_jax.data import Data
 from ar_jax.decode.guidance import Linear
 from ar_jax.decode.temperature import Constant
 from ar_jax.generators.masked import Masked
-from ar_jax.heads.by_dimension import ByDimension
+from ar_jax.heads.by_dimension import Dimensions
+from ar_jax.heads.categorical import Categorical
+from ar_jax.heads.factorised import Factorised
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.vit import ViT
 from ar_jax.orders import Shuffled
@@ -53,7 +55,9 @@ def mnist5k() -> Experiment:
     """On the tokenizer of MAR's."""
     base = mar.mnist5k()
     latents = base.tokenizer.module
-    head = ByDimension(width=64, layers=2, heads=4)
+    head = Factorised(
+        Dimensions(layers=2, width=64, heads=4), Categorical(bias=True, std=0.16), projected=True, guided="rows", std=1.0
+    )  # fmt: skip
     return dataclasses.replace(
         base,
         name="mnist5k_tokenbridge",
@@ -72,7 +76,9 @@ def class_conditional(model: str) -> Experiment:
     def net():
         return ViT(layers, width, 16, dropout=0.1, attention_dropout=0.1, dtype=jnp.bfloat16, remat="dots")
 
-    head = ByDimension(1024, depth, order=CHANNELS, dropout=0.1, dtype=jnp.bfloat16, remat="full")
+    small = Dimensions(depth, 1024, 8, dropout=0.1, dtype=jnp.bfloat16, remat="full")
+    readout = Categorical(bias=True, std=0.043, dtype=jnp.bfloat16)  # as Xavier's
+    head = Factorised(small, readout, CHANNELS, projected=True, guided="rows", std=1.0)
     latents = KLVAE(shift=(0.0,), scale=(SCALE,))
     return Experiment(
         name=f"tokenbridge_{model}_256",

@@ -11,13 +11,12 @@ from trees import random_params
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.hmar import Hmar
-from ar_jax.generators.inputs import Joined, NextScale, Upsampled
+from ar_jax.generators.inputs import Joined, NextScale, Previous, Upsampled
 from ar_jax.generators.rar import Aimed, Placed, StartLabel
 from ar_jax.heads.bitwise import Bitwise
-from ar_jax.heads.by_dimension import ByDimension
+from ar_jax.heads.by_dimension import Dimensions
 from ar_jax.heads.categorical import Categorical
 from ar_jax.heads.factorised import Factorised
-from ar_jax.heads.factorised_far import Far
 from ar_jax.nets.adaln import AdaLN
 from ar_jax.nets.conditioning import Caption, Label
 from ar_jax.nets.modulated import Modulated
@@ -101,14 +100,21 @@ def _rar(order):
 
 def _open_magvit2():
     net = {"width": 16, "heads": 2, "hidden": 24}
-    generator = Causal(Transformer(2, **net, final=False), Label(16), Factorised(1, **net))
+    head = Factorised(Transformer(1, **net), summed=True)
+    generator = Causal(Transformer(2, **net, final=False), Label(16), head, Previous(shared=True))
     return Case(generator.complete(TokenSpec(grid(3, 4), codes=(12, 16)), INFO))
 
 
 def _far(codes):
     spec, net = TokenSpec(grid(3, 4), codes=codes), {"width": 16, "heads": 2, "hidden": 24}
-    head = Far(Transformer(1, **net), pull=(1.0, 0.5, 2.0)[: len(codes)])
+    head = Factorised(Transformer(1, **net), order=(2, 0, 1))
     return Case(Causal(Transformer(2, final=False, **net), Label(16), head, Joined()).complete(spec, INFO))
+
+
+def _elm():
+    net, inputs = Transformer(2, 16, 2, hidden=24), Joined(shared=False, bias=False)
+    generator = Causal(net, Label(16), Bitwise(bias=False, std=0.0), inputs)
+    return Case(generator.complete(TokenSpec(grid(3, 4), codes=(12, 12)), INFO))
 
 
 NET = {"features": 4, "mult": (1, 2), "res_blocks": 1, "codes": 12, "code_features": 4, "groups": 2}
@@ -128,11 +134,14 @@ CASES = {
     "rar": _rar(shuffled),
     "open_magvit2": _open_magvit2(),
     "fqgan_far": _far((12, 12, 12)),
+    "elm": _elm(),
     "ibq": Case(Causal(Modulated(2, 16, 2, hidden=24, gate_size=0.5), Label(16)).complete(SPEC, INFO)),
     "var": _scales(RESIDUAL),
     "var_shared": _scales(RESIDUAL, shared=True, l2_norm=False, remat="dots"),
     "infinity_bits": _scales(BITS, head=Bitwise()),
-    "by_dimension": _scales(BITS, head=ByDimension(8, 1, 2, order=(2, 0, 3, 1))),
+    "by_dimension": _scales(
+        BITS, head=Factorised(Dimensions(1, 8, 2), order=(2, 0, 3, 1), projected=True, guided="rows", std=1.0)
+    ),
     "tokenflow": _scales(SHARED, NextScale(channels=6)),
     "flexvar": _scales(INDEPENDENT, Upsampled(channels=4, side=4)),
     "hmar": _scales(RESIDUAL, sees="step"),

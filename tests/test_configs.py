@@ -31,6 +31,7 @@ PUBLISHED = {  # variant -> manifest; the size of the image does not change the 
     "flexvar:vq": "FlexVAE",
     "mar:kl16": "kl16",
     **{f"infinity:vae_d{bits}": f"infinity_vae_d{bits}" for bits in (16, 24, 32, 64)},
+    **{f"elm:{name.replace('-', '_').lower()}": f"ELM-{name}" for name in ("L-1-16", "L-2-10", "XL-2-12", "2B-2-12")},
     "tokenbridge:l_256": "tokenbridge_large",
     "tokenbridge:h_256": "tokenbridge_huge",
     "infinity:vae_d56": "infinity_vae_d56_f8_14_patchify",

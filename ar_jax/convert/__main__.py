@@ -27,6 +27,7 @@ from ar_jax.files.places import path_of, reachable, remove_tree
 from ar_jax.files.trust import taken
 from ar_jax.files.weights import read_weights, write_safetensors
 from ar_jax.files.words import shown
+from ar_jax.tokenizers.binary_autoencoder import BinaryAutoencoder
 from ar_jax.tokenizers.dimensionwise import Dimensionwise
 from ar_jax.train.checkpoint import save_params
 
@@ -41,6 +42,7 @@ def convert(
     groups: int = 0,
     scales: tuple[int, ...] = (),
     levels: int = 0,
+    sub_codes: int = 0,
     masks: Path | None = None,
     entry: str = "",
     average: bool = True,
@@ -72,6 +74,8 @@ def convert(
       scales: Sides of a token pyramid, coarse to fine. Left out: the published ones of the size.
       levels: Rounds every number of a continuous tokenizer's tokens to one of so many values, which is all that TokenBridge does
         to KL-16 (64). 0 leaves them continuous.
+      sub_codes: Reads the bits of a binary tokenizer's tokens as so many sub-codes, as ELM's generators do (2-10: 20 bits as 2).
+        0 leaves each bit by itself, which is Binary Latent Diffusion's form.
       masks: Beside the file of an HMAR's next-scale predictor, that of its masked predictor, trained after it; one model
         of both is written.
       entry: Which weights of a file, for example ema or trainer.var; "" takes the average where its authors evaluate that (MAR,
@@ -83,7 +87,7 @@ def convert(
     if to is not None:
         to_folder(
             path_of(path).expanduser(), path_of(to).expanduser(), size=size, heads=heads, groups=groups, scales=scales,
-            levels=levels, masks=masks and path_of(masks).expanduser(), entry=entry,
+            levels=levels, sub_codes=sub_codes, masks=masks and path_of(masks).expanduser(), entry=entry,
         )  # fmt: skip
     else:
         to_file(path_of(path).expanduser(), path_of(back).expanduser(), average=average)
@@ -98,6 +102,7 @@ def to_folder(
     groups: int = 0,
     scales: tuple[int, ...] = (),
     levels: int = 0,
+    sub_codes: int = 0,
     masks: Path | None = None,
     entry: str = "",
 ) -> None:
@@ -125,6 +130,14 @@ def to_folder(
             raise ValueError(f"--levels is {levels}, but {path} is no continuous tokenizer: {found.kind}, {words}")
         found = found._replace(module=Dimensionwise(found.module, levels))
         words += f", each rounded to {levels} values"
+    if sub_codes:
+        bits = getattr(found.module, "bits", 0) if type(found.module) is BinaryAutoencoder else 0
+        if not bits or sub_codes < 1 or bits % sub_codes:
+            raise ValueError(
+                f"--sub-codes is {sub_codes}, but {path} has no tokens of so many equal parts: {found.kind}, {words}"
+            )
+        found = found._replace(module=found.module.clone(parts=(bits // sub_codes,) * sub_codes))
+        words += f", read as {sub_codes} sub-codes"
     print(f"{path}: {found.kind} of {found.family}, {words}; {found.trained:,} parameters in {len(weights)} entries")
     buffers = {key: weights.pop(key) for key in found.buffers if key in weights}
     origin = {"family": found.family, "file": path.name, "entry": entry, "buffers": list(buffers)}

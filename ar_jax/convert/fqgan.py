@@ -15,7 +15,7 @@ from ar_jax.decode.sampling import Sampling
 from ar_jax.files import codec
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.inputs import Joined
-from ar_jax.heads.factorised_far import Far
+from ar_jax.heads.factorised import Factorised
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
 from ar_jax.orders import raster
@@ -150,7 +150,7 @@ def generator(shapes: Shapes, tokens: int, heads: int = 0) -> Causal:
 
     info = Info(classes=shapes["cls_embedding.embedding_table.weight"][0] - 1)
     spec = TokenSpec(grid(round(tokens**0.5), round(tokens**0.5)), codes=codes)
-    module = Causal(net("layers", final=False), Label(width[0]), Far(net("ar_head")), Joined(), dropout=0.1)
+    module = Causal(net("layers", final=False), Label(width[0]), Factorised(net("ar_head")), Joined(), dropout=0.1)
     return module.complete(spec, info)
 
 
@@ -214,6 +214,7 @@ def rules(module: nn.Module) -> list[Rule]:
     """
     if isinstance(module, FQGAN):
         return tokenizer_rules(module)
-    if type(module) is Causal and isinstance(module.head, Far) and isinstance(module.conditioning, Label):
+    parts = (Factorised, Joined, Label)
+    if type(module) is Causal and (type(module.head), type(module.inputs), type(module.conditioning)) == parts:
         return generator_rules(module)
     raise ValueError(f"FQGAN has no {type(module).__name__}")

@@ -19,12 +19,15 @@ class Layout(NamedTuple):
       to_torch, from_torch: between our array and theirs.
       part: (i, n), ours is the i-th of n equal parts of their entry, or of parts with the sizes n.
       axis: of their entry, along which the parts lie.
+      pieces: ours holds so many of their entries, numbered by the {} of the key, side by side along its last axis; 0, with
+        a {}: each by itself along its first.
     """
 
     to_torch: Callable
     from_torch: Callable
     part: tuple[int, int | tuple[int, ...]] = (0, 1)
     axis: int = 0
+    pieces: int = 0
 
 
 PLAIN = Layout(lambda x: x, lambda x: x)
@@ -102,13 +105,14 @@ def to_params(
     params, asked = {}, set()
     for path, key, layout in _renamed(shapes, rules):
         want = flat[path].shape
-        asked |= {key.format(i) for i in range(want[0])} if "{}" in key else {key}
-        if "{}" in key:
-            parts = [layout.from_torch(_get(weights, key.format(i), path)) for i in range(want[0])]
+        entries, one = _spread(want, key, layout)
+        asked |= {key.format(i) for i in range(entries)} if entries else {key}
+        if entries:
+            parts = [layout.from_torch(_get(weights, key.format(i), path)) for i in range(entries)]
             finite = [_finite(part) for part in parts]
             key = key.format(finite.index(False) if False in finite else 0)
-            if all(part.shape == want[1:] for part in parts):
-                params[path] = np.stack(parts)
+            if all(part.shape == one for part in parts):
+                params[path] = np.concatenate(parts, axis=-1) if layout.pieces else np.stack(parts)
         else:
             params[path] = np.ascontiguousarray(layout.from_torch(_part(_get(weights, key, path), layout)))
             finite = [_finite(params[path])]
@@ -129,7 +133,8 @@ def to_weights(params: Params, rules: list[Rule]) -> dict[str, np.ndarray]:
     for path, key, layout in _renamed(params, rules):
         value = np.asarray(flat[path])
         if "{}" in key:
-            weights |= {key.format(i): np.ascontiguousarray(layout.to_torch(part)) for i, part in enumerate(value)}
+            each = np.split(value, layout.pieces, axis=-1) if layout.pieces else value
+            weights |= {key.format(i): np.ascontiguousarray(layout.to_torch(part)) for i, part in enumerate(each)}
         elif layout.part[1] != 1:
             parts.setdefault(key, (layout.axis, {}))[1][layout.part[0]] = layout.to_torch(value)
         else:
@@ -145,13 +150,22 @@ def key_shapes(shapes: Params, rules: list[Rule]) -> dict[str, tuple[int, ...]]:
     flat = traverse_util.flatten_dict(shapes, sep="/")
     for path, key, layout in _renamed(shapes, rules):
         leaf = flat[path]
-        stacked = "{}" in key
-        one = jax.ShapeDtypeStruct(leaf.shape[1:] if stacked else leaf.shape, leaf.dtype)
+        entries, one = _spread(leaf.shape, key, layout)
+        one = jax.ShapeDtypeStruct(one, leaf.dtype)
         shape, (n, axis) = jax.eval_shape(layout.to_torch, one).shape, (layout.part[1], layout.axis)
         if n != 1:
             shape = (*shape[:axis], sum(n) if isinstance(n, tuple) else shape[axis] * n, *shape[axis + 1 :])
-        keys |= {key.format(i): shape for i in range(leaf.shape[0])} if stacked else {key: shape}
+        keys |= {key.format(i): shape for i in range(entries)} if entries else {key: shape}
     return keys
+
+
+def _spread(shape, key, layout):
+    """Over how many entries a parameter is spread, 0 if it is one, and its shape for one."""
+    if "{}" not in key:
+        return 0, shape
+    if layout.pieces:
+        return layout.pieces, (*shape[:-1], shape[-1] // layout.pieces)
+    return shape[0], shape[1:]
 
 
 def differences(want: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:

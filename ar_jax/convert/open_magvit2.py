@@ -12,6 +12,7 @@ from ar_jax.decode.sampling import Sampling
 from ar_jax.decode.temperature import BySubCode as Temperatures
 from ar_jax.files import codec
 from ar_jax.generators.causal import Causal
+from ar_jax.generators.inputs import Previous
 from ar_jax.heads.factorised import Factorised
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
@@ -55,13 +56,16 @@ def tokenizer_rules(tokenizer: LookupFree) -> list[Rule]:
 
 def generator_rules(generator: Causal) -> list[Rule]:
     rules = [
-        ("inputs/code_0/embedding", "transformer.pre_emb.weight", PLAIN),
-        ("inputs/code_1/embedding", "transformer.post_emb.weight", PLAIN),
+        ("head/tables_0/embedding", "transformer.pre_emb.weight", PLAIN),
+        ("head/tables_1/embedding", "transformer.post_emb.weight", PLAIN),
         ("conditioning/embedding", "transformer.class_emb.embedding_table.weight", PLAIN),
         ("head/net/norm/scale", "transformer.norm.weight", PLAIN),
-        (r"head/readout_(\d)/kernel", r"transformer.head.\1.weight", LINEAR),
+        (r"head/readouts_(\d)/readout/kernel", r"transformer.head.\1.weight", LINEAR),
     ]
-    for ours, theirs, net in (("backbone", "spatial", generator.backbone), ("head/net", "factorized", generator.head)):
+    for ours, theirs, net in (
+        ("backbone", "spatial", generator.backbone),
+        ("head/net", "factorized", generator.head.net),
+    ):
         layer = f"transformer.{theirs}_blocks.{{}}."
         rules += [
             (f"{ours}/blocks/attention_norm/scale", layer + "attention_norm.weight", PLAIN),
@@ -93,8 +97,8 @@ def generator(shapes: Shapes, tokens: tuple[int, int], heads: int = 0) -> Causal
     net = {"width": width, "heads": heads, "dropout": 0.1}
     classes = shapes["transformer.class_emb.embedding_table.weight"][0] - 1
     return Causal(
-        Transformer(**layers("spatial"), **net, final=False), Label(width), Factorised(**layers("factorized"), **net),
-        dropout=0.1,
+        Transformer(**layers("spatial"), **net, final=False), Label(width),
+        Factorised(Transformer(**layers("factorized"), **net), summed=True), Previous(shared=True), dropout=0.1,
     ).complete(TokenSpec(grid(*tokens), codes=codes), Info(classes=classes))  # fmt: skip
 
 
@@ -136,7 +140,7 @@ def describe(module: nn.Module) -> tuple[str, Info, dict[str, Any]]:
         return f"{height}x{width} pixels to {rows}x{columns} codes out of {of}", Info(), {}
     net, info = module.backbone, Info(classes=module.conditioning.classes)
     words = (
-        f"{net.layers} layers and {module.head.layers} of its head of width {net.width} with {net.heads} heads, "
+        f"{net.layers} layers and {module.head.net.layers} of its head of width {net.width} with {net.heads} heads, "
         f"{rows}x{columns} tokens with {of} codes, {info.classes} classes"
     )
     sampling = SAMPLING.get(net.width, Sampling())
@@ -151,6 +155,10 @@ def rules(module: nn.Module) -> list[Rule]:
     """
     if type(module) is LookupFree:
         return tokenizer_rules(module)
-    if type(module) is Causal and type(module.head) is Factorised and len(module.spec.codes) == 2:
+    if (
+        type(module) is Causal
+        and (type(module.head), type(module.inputs)) == (Factorised, Previous)
+        and module.inputs.shared
+    ):
         return generator_rules(module)
     raise ValueError(f"Open-MAGVIT2 has no {type(module).__name__}")

@@ -27,6 +27,7 @@ import jax
 
 from ar_jax.convert import (
     binary_latent,
+    elm,
     flexvar,
     flowar,
     fqgan,
@@ -57,6 +58,7 @@ SOURCES: dict[str, ModuleType] = {
     "fqgan": fqgan,
     "ibq": ibq,
     "vqgan_lc": vqgan_lc,
+    "elm": elm,
     "llamagen": llamagen,
     "flowar": flowar,
     "xar": xar,

@@ -15,7 +15,9 @@ from ar_jax.decode.sampling import Sampling
 from ar_jax.decode.temperature import Constant
 from ar_jax.files import codec
 from ar_jax.generators.masked import Masked
-from ar_jax.heads.by_dimension import ByDimension
+from ar_jax.heads.by_dimension import Dimensions
+from ar_jax.heads.categorical import Categorical
+from ar_jax.heads.factorised import Factorised
 from ar_jax.nets.conditioning import Label
 from ar_jax.orders import Shuffled
 from ar_jax.tokenizers.quantize_normal import normal_bins
@@ -51,18 +53,18 @@ SAMPLING = {
 
 
 def generator_rules(generator: Masked) -> list[Rule]:
-    heads, row = generator.head.heads, Layout(lambda x: x[None], lambda x: x[0])
+    heads, row = generator.head.net.heads, Layout(lambda x: x[None], lambda x: x[0])
     pairs = (
         ("attention_norm", "norm1"), ("mlp_norm", "norm2"), ("q_norm", "attn.q_norm"), ("k_norm", "attn.k_norm"),
         ("out", "attn.proj"), ("fc1", "mlp.fc1"), ("fc2", "mlp.fc2"), ("modulation", "adaLN_modulation.1"),
     )  # fmt: skip
     return [
         ("head_positions", "output_pos_embed", row),
-        ("head/position", "channel_embed", row),
+        ("head/net/position", "channel_embed", row),
         ("head/net/place", "timesteps_embeddings", row),
-        ("head/embedding", "token_embeddings.{}.weight", PLAIN),
-        ("head/kernel", "channel_heads.{}.weight", LINEAR),
-        ("head/bias", "channel_heads.{}.bias", PLAIN),
+        (r"head/tables_(\d+)/embedding", r"token_embeddings.\1.weight", PLAIN),
+        (r"head/readouts_(\d+)/readout/kernel", r"channel_heads.\1.weight", LINEAR),
+        (r"head/readouts_(\d+)/readout/bias", r"channel_heads.\1.bias", PLAIN),
         ("head/net/blocks/qkv/kernel", "channel_blocks.{}.attn.qkv.weight", qkv_layout(heads)),
         ("head/net/blocks/qkv/bias", "channel_blocks.{}.attn.qkv.bias", qkv_bias(heads)),
         *layers("head/net/blocks/", "channel_blocks.{}.", pairs),
@@ -81,14 +83,10 @@ def generator(shapes: Shapes, heads: int = 0) -> Masked:
     """
     n, k, width = shapes["output_pos_embed"][1], *shapes["channel_embed"][1:]
     levels = shapes["channel_heads.0.weight"][0]
-    head = ByDimension(
-        width,
-        count(shapes, r"channel_blocks\.(\d+)\."),
-        heads or HEADS,
-        CHANNELS if k == len(CHANNELS) else (),
-        True,
-        0.1,
-    )
+    depth = count(shapes, r"channel_blocks\.(\d+)\.")
+    small = Dimensions(depth, width, heads or HEADS, dropout=0.1, plain_start=True)
+    order = CHANNELS if k == len(CHANNELS) else ()
+    head = Factorised(small, Categorical(bias=True, std=0.043), order, projected=True, guided="rows", std=1.0)
     encoder, decoder, buffer, side = mar.networks(shapes, n, heads)
     classes, wide = shapes["class_emb.weight"]
     return Masked(encoder, decoder, Label(wide, apart=True), head, buffer, vectors=k).complete(
@@ -130,7 +128,7 @@ def describe(module: nn.Module) -> tuple[str, Info, dict[str, Any]]:
     _, rows, columns = module.spec.coords.max(0) + 1
     words = (
         f"{encoder.layers}+{decoder.layers} layers of width {encoder.width} with {encoder.heads} heads, head of "
-        f"{head.layers} layers of width {head.width}, {rows}x{columns} tokens of {len(head.codes)} numbers of "
+        f"{head.net.layers} layers of width {head.net.width}, {rows}x{columns} tokens of {len(head.codes)} numbers of "
         f"{head.codes[0]} levels, {classes} classes"
     )
     guidance, temperature = SAMPLING.get(encoder.width, (1.0, 1.0))
@@ -148,6 +146,7 @@ def rules(module: nn.Module) -> list[Rule]:
     Raises:
       ValueError: TokenBridge has no such network.
     """
-    if type(module) is Masked and type(module.head) is ByDimension and getattr(module.conditioning, "apart", False):
+    found = type(module) is Masked and type(getattr(module.head, "net", None)) is Dimensions
+    if found and getattr(module.conditioning, "apart", False):
         return generator_rules(module)
     raise ValueError(f"TokenBridge has no {type(module).__name__}")

@@ -5,6 +5,7 @@ head (`nets.conditioning.fold`).
 """
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 
@@ -90,6 +91,38 @@ class Ramp:
         if self.largest:
             weight = np.where(by_side(order, spec) > self.largest, np.float32(1 + self.weight), weight)
         return weight
+
+
+PLANS = {  # of a share r of the steps, that of a step itself counted
+    "linear": lambda r: r,
+    "cos": lambda r: np.sin(np.pi / 2 * r),
+    "log": lambda r: np.log1p(r * (np.e - 1)),
+    "square": np.square,
+    "square_root": lambda r: np.sqrt(r - r[0]),  # which alone does not count it
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rising:
+    """1 + (weight - 1) f(r) in step t of N, r = (t + 1) / N, whatever each reveals: f rises from about 0 to 1.
+
+    Source: ELM (arXiv:2410.16257).
+    """
+
+    weight: float = 1.0
+    """Of the condition in the end; 1 is unguided."""
+    plan: Literal["linear", "cos", "log", "square", "square_root"] = "linear"
+    """f: r, sin(pi r / 2), log(1 + r (e - 1)), r^2, or the root of t / N."""
+
+    def __post_init__(self):
+        finite("guidance.weight", self.weight)
+        if self.plan not in PLANS:
+            raise ValueError(f"guidance.plan is {self.plan!r}; it must be one of {', '.join(PLANS)}")
+
+    def __call__(self, order: Order, spec: TokenSpec) -> np.ndarray:
+        steps = len(order.sizes)
+        share = np.arange(1, steps + 1) / steps
+        return (1 + (self.weight - 1) * PLANS[self.plan](share)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

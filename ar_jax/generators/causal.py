@@ -33,7 +33,7 @@ class Causal(Generator):
     Attributes:
       backbone: the network (`Transformer`, `AdaLN`, `EncoderDecoder`).
       conditioning: makes condition rows from a batch (`Label`, `Caption`).
-      head: turns hidden rows into a distribution over tokens (`Categorical`, `Factorised`, `Far`; `Diffusion`, `Flow`,
+      head: turns hidden rows into a distribution over tokens (`Categorical`, `Factorised`, `Bitwise`; `Diffusion`, `Flow`,
         `GaussianMixture`).
       inputs: what rows carry (`Previous`, `Joined`, `NextScale`, `Upsampled`, `NextLatent`).
       dropout: rate on the input rows; active only when a "dropout" key is given to `apply`.
@@ -122,9 +122,13 @@ class Causal(Generator):
         return h[:, p - 1 :]
 
     def tables(self, tokenizer: Frozen | None) -> Frozen | None:
-        """Whose `embed` the inputs may ask for what codes stand for: the head's, if it has tables of its own."""
-        if not hasattr(self.head, "embed"):
+        """Whose `embed` the inputs may ask for what codes stand for: the head's, if they share its tables."""
+        if not getattr(self.inputs, "shared", False):
             return tokenizer
+        if not hasattr(self.head, "embed"):
+            raise ValueError(
+                f"inputs.shared is True, but {type(self.head).__name__} has no tables to look codes up in; use Factorised"
+            )
         return lambda *arguments, method: getattr(self.head, method)(*arguments)
 
     def network(self, x: Array, rows: Rows, cond: Cond, cache: Cache | None = None) -> tuple[Array, Cache | None]:

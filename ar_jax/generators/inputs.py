@@ -34,11 +34,13 @@ class Previous(nn.Module):
     Attributes:
       width: of the rows; 0 until the network is known (`Causal.on`).
       spec: the tokens; None until the tokenizer is known (`complete`).
+      shared: codes are looked up in the tables of the head (`Factorised`), not in its own.
     Source: LlamaGen (arXiv:2406.06525).
     """
 
     width: int = 0
     spec: TokenSpec | None = None
+    shared: bool = False
 
     def complete(self, spec: TokenSpec) -> "Previous":
         return self.clone(spec=spec)
@@ -57,6 +59,8 @@ class Previous(nn.Module):
 
     def setup(self):
         std = nn.initializers.normal(0.02)
+        if self.shared:
+            return
         if len(self.spec.codes) == 1:
             self.embedding = self.param("embedding", std, (self.spec.codes[0], self.width))
         elif self.spec.codes:
@@ -65,14 +69,23 @@ class Previous(nn.Module):
         else:
             self.projection = Linear(self.width, kernel_init=nn.initializers.xavier_uniform(), bias=True)
 
-    def embed(self, tokens: Tokens) -> Float[Array, "b m d"]:
+    def embed(self, tokens: Tokens, elsewhere: Frozen | None = None) -> Float[Array, "b m d"]:
         if not self.spec.codes:
             return self.projection(tokens)
-        return sum(self.embed_code(i, tokens[..., i]) for i in range(len(self.spec.codes)))
+        found = self.vectors(tokens, elsewhere).reshape(*tokens.shape, -1)
+        if found.shape[-1] != self.width:
+            raise ValueError(
+                f"head.net.width is {found.shape[-1]}; it must be {self.width}, that of the generator's network"
+            )
+        return found.sum(2)
 
-    def embed_code(self, i: int, index: Int[Array, "*b"]) -> Float[Array, "*b d"]:
-        """Embeddings of the i-th sub-code."""
-        return look_up(self.embedding if len(self.spec.codes) == 1 else self.tables[i].embedding, index)
+    def vectors(self, tokens: Int[Array, "b m k"], elsewhere: Frozen | None = None) -> Float[Array, "b m c"]:
+        """What codes stand for, side by side."""
+        if self.shared:
+            return elsewhere(tokens, method="embed")
+        if len(self.spec.codes) == 1:
+            return look_up(self.embedding, tokens[..., 0])
+        return jnp.concatenate([look_up(x.embedding, tokens[..., i]) for i, x in enumerate(self.tables)], axis=-1)
 
     @typed
     def __call__(
@@ -84,21 +97,15 @@ class Previous(nn.Module):
           tokens: in rank order.
           cond: of B = b * ways guided rows.
           order: what each rank is.
-          tokenizer: unused.
+          tokenizer: calls a method of the frozen tokenizer, or of the head if `shared` (see `Causal.tables`).
         """
-        return self.following(self.embed, tokens, cond, order, first, size)
-
-    def following(
-        self, embed: Callable, tokens: Tokens, cond: Cond, order: Order, first: Index, size: int
-    ) -> tuple[Float[Array, "B m d"], Int[Array, "#B m 3"]]:
-        """The rows, of which `embed` makes what they carry."""
         coords = jnp.asarray(self.spec.coords)[order.slot]
 
         def before(x, fill):
             return some(jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=fill), first, size)
 
         ways = len(cond.rows) // len(tokens)
-        x = widen(embed(before(tokens, 0)), ways)
+        x = widen(self.embed(before(tokens, 0), tokenizer), ways)
         begins = (first + jnp.arange(size) == 0)[:, None]
         coords = before(coords, NOWHERE)
         return jnp.where(begins, cond.rows[:, -1:].astype(x.dtype), x), widen(coords, ways if len(coords) > 1 else 1)
@@ -107,23 +114,27 @@ class Previous(nn.Module):
 class Joined(Previous):
     """As `Previous`, but the row carries a projection of what the token's codes stand for, side by side.
 
-    That is looked up in the tables of the head, if it has some (`Far`), else in those of the tokenizer.
-
-    Attributes: see `Previous`.
-    Source: FQGAN (arXiv:2411.16681).
+    Attributes:
+      shared: see `Previous`.
+      bias: the projection has one.
+      others: see `Previous`.
+    Source: FQGAN (arXiv:2411.16681); with tables of its own and no bias ELM (arXiv:2410.16257).
     """
 
-    def setup(self):
-        self.projection = Linear(self.width, bias=True)
+    shared: bool = True
+    bias: bool = True
 
-    @typed
-    def __call__(
-        self, tokens: Tokens, cond: Cond, order: Order, tokenizer: Frozen | None, first: Index, size: int
-    ) -> tuple[Float[Array, "B m d"], Int[Array, "#B m 3"]]:
-        """As of `Previous`; `tokenizer` calls a method of the head or of the tokenizer, of which "embed" is asked for."""
-        return self.following(
-            lambda tokens: self.projection(tokenizer(tokens, method="embed")), tokens, cond, order, first, size
-        )
+    def complete(self, spec: TokenSpec) -> "Joined":
+        if not spec.codes:
+            raise ValueError("Joined needs tokens of codes, but the tokenizer gives continuous ones; use Previous")
+        return super().complete(spec)
+
+    def setup(self):
+        super().setup()
+        self.projection = Linear(self.width, bias=self.bias)
+
+    def embed(self, tokens: Tokens, elsewhere: Frozen | None = None) -> Float[Array, "b m d"]:
+        return self.projection(self.vectors(tokens, elsewhere))
 
 
 class NextScale(nn.Module):

@@ -5,16 +5,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ar_jax.machine import shares
 from ar_jax.tokenizers.conv import Decoder, Encoder, Quantised, init, norm
+from ar_jax.tokenizers.quantize_lookup_free import check_bits
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.typing import Array, Blocks, Float, Int, Level, Metrics, PRNGKey, Size, Tokens, typed
 
 
 class BinaryAutoencoder(Quantised, nn.Module):
-    """Image to a grid of bits and back: every bit is a sub-code, and a token stands for the sum of its set bits' vectors.
+    """Image to a grid of bits and back; a token stands for the sum of its set bits' vectors.
+
+    Every bit is a sub-code, or several together are one (`parts`).
 
     Attributes:
       size: height and width of the images in pixels, multiples of 2^(levels-1).
@@ -24,6 +28,7 @@ class BinaryAutoencoder(Quantised, nn.Module):
       decoder_blocks: of the decoder; 0 is as many.
       latent: channels between the network and the bits.
       bits: of a token.
+      parts: how many bits each sub-code has, the first the most significant; () gives each bit a sub-code of its own.
       attention: levels with attention blocks, see `conv.Encoder`.
       groups: of the group norms.
       norm_first: the decoder begins with one.
@@ -48,6 +53,7 @@ class BinaryAutoencoder(Quantised, nn.Module):
     deterministic: bool = False
     unit: bool = False
     code_weight: float = 0.0
+    parts: tuple[int, ...] = ()
     channels: int = 3
     dtype: Any = jnp.float32
 
@@ -57,7 +63,13 @@ class BinaryAutoencoder(Quantised, nn.Module):
             raise ValueError(
                 f"tokenizer.bits is {self.bits} and tokenizer.res_blocks {self.res_blocks}; both must be 1 or more"
             )
-        return TokenSpec(grid(*self.grid), codes=(2,) * self.bits)
+        if self.parts:
+            check_bits(self.parts)
+            if sum(self.parts) != self.bits:
+                raise ValueError(
+                    f"tokenizer.parts is {self.parts}; its sum must be tokenizer.bits, which is {self.bits}"
+                )
+        return TokenSpec(grid(*self.grid), codes=tuple(2**size for size in self.parts) or (2,) * self.bits)
 
     def setup(self):
         net = {"mult": self.mult, "features": self.features, "groups": self.groups, "attention": self.attention}
@@ -71,14 +83,15 @@ class BinaryAutoencoder(Quantised, nn.Module):
 
     @typed
     def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Int[Array, "b n k"]:
-        """Bits of images in [-1, 1]: drawn with a key, else the likelier ones."""
-        bits = self.drawn_bits(self.probabilities(image), key)
-        return self.in_line(bits.astype(jnp.int32))
+        """Tokens of images in [-1, 1], with bits that are drawn with a key, else the likelier ones."""
+        return self._tokens(self.drawn_bits(self.probabilities(image), key))
 
     @typed
     def embed(self, tokens: Tokens) -> Float[Array, "b n c"]:
         """Sums of the vectors of the bits that are set; vectors in their place stay as they are."""
-        return tokens if jnp.issubdtype(tokens.dtype, jnp.floating) else self.summed(tokens.astype(jnp.float32))
+        if jnp.issubdtype(tokens.dtype, jnp.floating):
+            return tokens
+        return self.summed((bits_of(tokens, self.parts) if self.parts else tokens).astype(jnp.float32))
 
     @typed
     def autoencode(
@@ -92,7 +105,7 @@ class BinaryAutoencoder(Quantised, nn.Module):
         """
         p = self.probabilities(image)
         bits = self.drawn_bits(p, key)
-        seen = {"latents": p, "tokens": self.in_line(bits.astype(jnp.int32))}
+        seen = {"latents": p, "tokens": self._tokens(bits)}
         return self.pixels(self.summed(bits + p - lax.stop_gradient(p))), {"code": self.code_weight * penalty(p)}, seen
 
     def latents(self, image: Float[Array, "b H W c"]) -> Float[Array, "b h w c"]:
@@ -109,6 +122,11 @@ class BinaryAutoencoder(Quantised, nn.Module):
             return (p > 0.5).astype(jnp.float32)
         return (shares.draw(jax.random.uniform, key, p.shape) < p).astype(jnp.float32)
 
+    def _tokens(self, bits: Float[Array, "b h w c"]) -> Int[Array, "b n k"]:
+        """Tokens of bits as float32."""
+        bits = bits.reshape(len(bits), -1, self.bits).astype(jnp.int32)
+        return codes_of(bits, self.parts) if self.parts else bits
+
     def summed(self, bits: Float[Array, "*b k"]) -> Float[Array, "*b c"]:
         return jnp.matmul(bits, self.embedding, precision=lax.Precision.HIGHEST)
 
@@ -116,6 +134,19 @@ class BinaryAutoencoder(Quantised, nn.Module):
         """Images from a grid of sums of vectors."""
         image = self.decoder(self.norm(codes) if self.norm_first else codes)
         return 2 * image - 1 if self.unit else image
+
+
+@typed
+def codes_of(bits: Int[Array, "*b c"], parts: tuple[int, ...]) -> Int[Array, "*b k"]:
+    """Sub-codes of so many bits each, the first the most significant."""
+    each = jnp.split(bits, np.cumsum(parts)[:-1], axis=-1)
+    return jnp.stack([(part << np.arange(size)[::-1]).sum(-1) for part, size in zip(each, parts)], -1).astype(jnp.int32)
+
+
+@typed
+def bits_of(tokens: Int[Array, "*b k"], parts: tuple[int, ...]) -> Int[Array, "*b c"]:
+    """Bits of sub-codes; the inverse of `codes_of`."""
+    return jnp.concatenate([tokens[..., i, None] >> np.arange(size)[::-1] & 1 for i, size in enumerate(parts)], -1)
 
 
 @typed

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 from ar_jax.config import load_config
 from ar_jax.convert.__main__ import main, to_folder
 from ar_jax.convert.sources import identify
-from ar_jax.tokenizers.binary_autoencoder import BinaryAutoencoder
+from ar_jax.files.models import open_model
 
 
 @pytest.mark.parametrize("name", names("binary_latent"))
@@ -20,7 +20,7 @@ def test_released_autoencoders_have_exactly_these_keys_and_are_those_of_the_conf
     unused = sum(int(np.prod(shape)) for shape in found.buffers.values())
     assert found.trained + unused == content["num_params"]
     if name.startswith("ELM"):
-        ours = BinaryAutoencoder(bits=int(name.rpartition("-")[2]), unit=True)
+        ours = load_config(f"elm:bae_{name.rpartition('-')[2]}").tokenizer.module
     else:
         ours = load_config("binary_latent:" + name.removeprefix("bld_")).tokenizer.module
     assert found.module == ours.clone(dtype=found.module.dtype, attention=(4,), decoder_blocks=2)
@@ -51,3 +51,15 @@ def test_what_does_not_fit_is_refused_by_its_first_difference(tmp_path, key, val
     save_file(change(parts(), key, value), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=message):
         to_folder(tmp_path / "a.safetensors", tmp_path / "model", size=16, groups=2)
+
+
+def test_bits_are_read_as_sub_codes_where_that_is_asked_for(tmp_path, capsys):
+    save_file(parts(), tmp_path / "a.safetensors")
+    to_folder(tmp_path / "a.safetensors", tmp_path / "model", size=16, groups=2, sub_codes=2)
+    assert "read as 2 sub-codes" in capsys.readouterr().out
+    assert open_model(tmp_path / "model", "tokenizer").module.spec.codes == (8, 8)
+    with pytest.raises(
+        ValueError, match=r"--sub-codes is 4, but .* has no tokens of so many equal parts: tokenizer, .* 6 bits"
+    ):
+        to_folder(tmp_path / "a.safetensors", tmp_path / "other", size=16, groups=2, sub_codes=4)
+    assert not (tmp_path / "other").exists()

@@ -28,7 +28,8 @@ def test_released_checkpoints_have_exactly_these_keys(name):
     stage = experiment.generator
     module = stage.module.complete(experiment.tokenizer.module.spec, info)
     assert ours.backbone == module.backbone.clone(dtype=jnp.float32, remat="none", hidden=ours.backbone.hidden)
-    assert ours.head == module.head.clone(dtype=jnp.float32, hidden=ours.head.hidden)
+    small = module.head.net.clone(dtype=jnp.float32, hidden=ours.head.net.hidden)
+    assert ours.head == module.head.clone(net=small, readout=ours.head.readout)
     assert settings == {"order": codec.encode(stage.order), "sampling": codec.encode(stage.sampling)}
     assert "16x16 tokens with 64 x 4096 codes, 1000 classes" in words
 

@@ -26,7 +26,8 @@ def test_released_checkpoints_have_exactly_these_keys_and_are_the_networks_of_th
     )
     ours = experiment.generator.module.complete(experiment.tokenizer.module.spec, info)
     plain = {"dtype": found.module.head.dtype, "remat": "none"}
-    assert found.module.head == ours.head.clone(**plain, plain_start=True)
+    readout = ours.head.readout.clone(dtype=plain["dtype"])
+    assert found.module.head == ours.head.clone(net=ours.head.net.clone(**plain, plain_start=True), readout=readout)
     assert found.module.encoder == ours.encoder.clone(**plain, hidden=4 * ours.encoder.width)
     assert list(found.module.head.order) == content["hyperparameters"]["channel_order"]
     assert settings["sampling"] == codec.encode(experiment.generator.sampling)

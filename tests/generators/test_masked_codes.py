@@ -19,6 +19,7 @@ from ar_jax.generators.maskgit import MaskGIT
 from ar_jax.heads.categorical import Categorical
 from ar_jax.heads.factorised import Factorised
 from ar_jax.nets.conditioning import Label
+from ar_jax.nets.transformer import Transformer
 from ar_jax.nets.vit import GPT, ViT
 from ar_jax.orders import Confident, Shuffled, known_first
 from ar_jax.tokens import TokenSpec, grid
@@ -128,6 +129,6 @@ def test_loss_falls_and_every_parameter_moves(name):
 
 
 def test_maskgit_refuses_tokens_of_several_codes():
-    net = MaskGIT(GPT(1, 16, 2, rows=0), Label(16), Factorised(1, 16, 2, hidden=24))
+    net = MaskGIT(GPT(1, 16, 2, rows=0), Label(16), Factorised(Transformer(1, 16, 2, hidden=24)))
     with pytest.raises(ValueError, match=r"MaskGIT embeds tokens of one code, but the tokenizer gives codes \(3, 4\)"):
         net.complete(TokenSpec(grid(3, 4), codes=(3, 4)), Info(classes=3))

@@ -11,7 +11,9 @@ from trees import random_params
 from ar_jax.data import Info
 from ar_jax.generators.base import Knobs
 from ar_jax.generators.masked import Masked
-from ar_jax.heads.by_dimension import ByDimension
+from ar_jax.heads.by_dimension import Dimensions
+from ar_jax.heads.categorical import Categorical
+from ar_jax.heads.factorised import Factorised
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.vit import ViT
 from ar_jax.orders import whole
@@ -20,15 +22,15 @@ from ar_jax.tokenizers.dimensionwise import Dimensionwise
 from ar_jax.tokenizers.kl_vae import KLVAE
 from ar_jax.tokenizers.quantize_normal import normal_bins, normal_codes, normal_quantise
 from ar_jax.tokenizers.vqgan import VQGAN
-from ar_jax.tokens import TokenSpec, grid
 from ar_jax.train.measure import moments
 
 BASE = KLVAE((8, 8), features=4, mult=(1, 2), res_blocks=0, latent=3, groups=2)
 TOKENIZER = Dimensionwise(BASE, levels=6)
-HEAD = ByDimension(8, 1, 2, order=(2, 0, 1))
+HEAD = Factorised(Dimensions(1, 8, 2), Categorical(bias=True), (2, 0, 1), projected=True, guided="rows", std=1.0)
 GENERATOR = Masked(
     ViT(1, 8, 2), ViT(1, 8, 2), Label(8, apart=True), HEAD, buffer=2, vectors=3
 ).complete(TOKENIZER.spec, Info(classes=3))  # fmt: skip
+BY_CODE = Knobs(jnp.ones((1, 3)), jnp.ones(1))
 IMAGE = np.clip(np.random.default_rng(2).normal(size=(4, 8, 8, 3)), -1, 1).astype(np.float32)
 
 
@@ -114,7 +116,7 @@ def test_drawing_one_by_one_is_what_training_counts():
     assert tokens.shape == (2, 16, 3)
     assert len(np.unique(np.asarray(tokens))) == 6
     np.testing.assert_allclose(-3 * of_head(HEAD, "loss", h, tokens), likely, atol=1e-4)
-    published = of_head(HEAD.clone(plain_start=True), "loss", h, tokens)
+    published = of_head(HEAD.clone(net=HEAD.net.clone(plain_start=True)), "loss", h, tokens)
     assert np.abs(-3 * published - likely).max() > 1e-3
 
 
@@ -146,8 +148,8 @@ def test_what_does_not_fit_is_refused():
         ValueError, match=r"head\.order is \(0, 1\); it must have each of the tokenizer's 3 sub-codes once"
     ):
         HEAD.clone(order=(0, 1)).complete(spec)
-    with pytest.raises(ValueError, match=r"ByDimension needs tokens of sub-codes of one size.*\(4, 6\)"):
-        HEAD.complete(TokenSpec(grid(2, 2), codes=(4, 6)))
+    with pytest.raises(ValueError, match=r"guidance has a weight for each sub-code, but acts on hidden rows"):
+        of_head(HEAD, "decide", IMAGE[:, :2, :, 0], jax.random.split(jax.random.key(1), (2, 2)), BY_CODE, jnp.int32(0))
     with pytest.raises(ValueError, match=r"tokenizer\.base is VQGAN, whose tokens are codes already"):
         _ = Dimensionwise(VQGAN((32, 32))).spec
     with pytest.raises(ValueError, match=r"tokenizer\.bounds is \(5\.0, -5\.0\)"):

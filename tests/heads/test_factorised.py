@@ -1,17 +1,18 @@
 """The head of factorised tokens, its rules of guidance and temperature, and what it refuses."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES
+from flax.traverse_util import flatten_dict
 
 from ar_jax.decode.guidance import BySubCode
 from ar_jax.decode.temperature import BySubCode as Temperatures
 from ar_jax.generators.base import Knobs
-from ar_jax.heads.factorised import Factorised
+from ar_jax.generators.inputs import Previous
+from ar_jax.heads.categorical import Categorical
+from ar_jax.nets.transformer import Transformer
 from ar_jax.orders import raster
 from ar_jax.tokens import TokenSpec, grid
 
@@ -60,9 +61,34 @@ def test_rules_by_sub_code_give_a_number_for_each_and_are_held_to_their_count():
 
 
 def test_what_it_cannot_serve_is_refused():
-    head = functools.partial(Factorised, 1, 16, 2, hidden=24)
+    generator, head, two = CASE.generator, CASE.generator.head, TokenSpec(grid(3, 4), codes=(12, 16))
     with pytest.raises(ValueError, match="Factorised needs tokens of codes"):
-        head().complete(TokenSpec(grid(1, 2), channels=3))
-    generator = CASE.generator.clone(head=head().clone(width=8, codes=(12, 16)))
-    with pytest.raises(ValueError, match=r"head\.width is 8; it must be 16, that of the network"):
-        jax.eval_shape(generator.init_params, jax.random.key(0))
+        head.complete(TokenSpec(grid(1, 2), channels=3))
+    with pytest.raises(
+        ValueError, match=r"head\.order is \(0, 2\); it must have each of the tokenizer's 2 sub-codes once"
+    ):
+        head.clone(order=(0, 2)).complete(two)
+    with pytest.raises(ValueError, match=r"head\.guided is 'row'; it must be logits or rows"):
+        head.clone(guided="row").complete(two)
+    for other, words in (
+        (
+            head.clone(net=Transformer(1, 8, 2, hidden=24)),
+            r"head\.net\.width is 8; it must be 16, that of the generator's",
+        ),
+        (Categorical(codes=12), "inputs.shared is True, but Categorical has no tables to look codes up in"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            jax.eval_shape(generator.clone(head=other).init_params, jax.random.key(0))
+
+
+def test_tables_are_the_heads_and_only_inputs_that_share_them_need_the_last():
+    def shapes(generator):
+        return flatten_dict(jax.eval_shape(generator.init_params, jax.random.key(0)), sep="/")
+
+    shared, own = shapes(CASE.generator), shapes(CASE.generator.clone(inputs=Previous(16, CASE.generator.spec)))
+    assert {name for name in shared if "inputs" in name or "tables" in name} == {
+        f"head/tables_{j}/embedding" for j in range(2)
+    }
+    assert {name for name in own if "inputs" in name or "tables" in name} == {
+        "inputs/code_0/embedding", "inputs/code_1/embedding", "head/tables_0/embedding",
+    }  # fmt: skip

@@ -3,13 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from parity.common import along, constant_knobs, draws, fixed, loaded, nchw, nhwc
+from parity.common import along, draws, fixed, loaded, nchw, nhwc
 
 from ar_jax.convert import fqgan as source
 from ar_jax.data import Info
+from ar_jax.decode.guidance import BySubCode
+from ar_jax.decode.sampling import Sampling
+from ar_jax.decode.temperature import Constant
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.inputs import Joined
-from ar_jax.heads.factorised_far import Far
+from ar_jax.heads.factorised import Factorised
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
 from ar_jax.orders import raster
@@ -77,8 +80,7 @@ def far(folder):
             layers, h["dim"], h["n_head"], hidden=h["ffn_hidden"], base=h["rope_base"], eps=h["norm_eps"], **options
         )
 
-    pull = tuple(scale - 1 for scale in h["cfg_scale"])  # of a weight of 2
-    head = Far(net(h["ar_n_layer"]), pull=pull)
+    head = Factorised(net(h["ar_n_layer"]))
     generator = Causal(net(h["n_layer"], final=False), Label(h["dim"]), head, Joined()).complete(
         TokenSpec(grid(side, side), codes=(h["vocab_size"],) * streams), Info(classes=h["num_classes"])
     )
@@ -94,7 +96,8 @@ def far(folder):
 
     shown, loss = jax.jit(lambda params: generator.apply({"params": params}, method=forced))(params)
     labels = {"label": jnp.asarray(io["gen_labels"])}
-    knobs = constant_knobs(np.full(order.n, 2.0), 0.0)
+    first, *others = h["cfg_scale"]
+    knobs = Sampling(BySubCode(first, tuple(others)), Constant(0.0)).knobs(order, generator.spec)
     drawn = draws(generator, params, labels, raster, knobs, guided=True)
     hidden = along(generator, params, labels, raster, drawn, lambda generator, h: h)
     twice = jnp.concatenate([drawn, drawn])

@@ -12,6 +12,7 @@ from ar_jax.decode.guidance import BySubCode
 from ar_jax.decode.sampling import Sampling
 from ar_jax.decode.temperature import BySubCode as Temperatures
 from ar_jax.generators.causal import Causal
+from ar_jax.generators.inputs import Previous
 from ar_jax.heads.factorised import Factorised
 from ar_jax.nets import patchgan as gan
 from ar_jax.nets.conditioning import Label
@@ -118,8 +119,9 @@ def build(folder):
         "base": h["rope_base"], "eps": h["norm_eps"],
     }  # fmt: skip
     generator = Causal(
-        Transformer(h["spatial_layers"], **net, final=False), Label(width), Factorised(h["factorized_layers"], **net)
-    )
+        Transformer(h["spatial_layers"], **net, final=False), Label(width),
+        Factorised(Transformer(h["factorized_layers"], **net), summed=True), Previous(shared=True),
+    )  # fmt: skip
     spec = TokenSpec(grid(h["grid"], h["grid"]), codes=tuple(2**bits for bits in h["factor_bits"]))
     generator = generator.complete(spec, Info(classes=h["class_num"]))
     weights = {"transformer." + key: value for key, value in folder.weights.items()}

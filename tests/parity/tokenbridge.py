@@ -12,7 +12,9 @@ from ar_jax.convert import tokenbridge as source
 from ar_jax.convert.names import to_weights
 from ar_jax.data import Info
 from ar_jax.generators.masked import Masked
-from ar_jax.heads.by_dimension import ByDimension
+from ar_jax.heads.by_dimension import Dimensions
+from ar_jax.heads.categorical import Categorical
+from ar_jax.heads.factorised import Factorised
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.vit import ViT
 from ar_jax.orders import Order, cosine_sizes, rooms, to_ranks
@@ -21,14 +23,15 @@ from ar_jax.tokenizers.kl_vae import KLVAE
 from ar_jax.tokenizers.quantize_normal import normal_bins
 
 
-class GivenUniforms(ByDimension):
+class GivenUniforms(Factorised):
     """Draws how many cumulative probabilities are no larger than a uniform number of a table [images m k]."""
 
     table: Any = None
 
-    def pick(self, logits, keys, j, temperature):
+    def draw(self, j, y, keys, knobs, i):
+        logits = self.readouts[j].filtered(y, len(y), knobs, i)
         total = jnp.cumsum(jax.nn.softmax(logits), axis=-1)
-        return (total <= jnp.asarray(self.table)[..., j, None]).sum(-1).astype(jnp.int32)
+        return (total <= jnp.asarray(self.table)[..., j, None]).sum(-1, keepdims=True).astype(jnp.int32), 0.0
 
 
 def build(folder):
@@ -44,21 +47,19 @@ def build(folder):
         KLVAE((16 * h["grid"], 16 * h["grid"]), latent=h["vae_embed_dim"]), h["quant_levels"],
         (h["quant_min"], h["quant_max"]), h["std_range"],
     )  # fmt: skip
-    head = GivenUniforms(
-        h["channel_embed_dim"], h["channel_depth"], h["channel_heads"], tuple(h["channel_order"]), plain_start=True
-    )
-    generator = Masked(
-        net("encoder"), net("decoder"), Label(h["encoder_embed_dim"], apart=True), head, h["buffer_size"],
-        vectors=h["vae_embed_dim"],
-    ).complete(tokenizer.spec, Info(classes=h["class_num"]))  # fmt: skip
-    plain = generator.clone(head=ByDimension(**{name: getattr(head, name) for name in FIELDS}).complete(tokenizer.spec))
+    small = Dimensions(h["channel_depth"], h["channel_embed_dim"], h["channel_heads"], plain_start=True)
+    parts = (small, Categorical(bias=True), tuple(h["channel_order"]), True, "rows")
+    plain, generator = (
+        Masked(
+            net("encoder"), net("decoder"), Label(h["encoder_embed_dim"], apart=True), head, h["buffer_size"],
+            vectors=h["vae_embed_dim"],
+        ).complete(tokenizer.spec, Info(classes=h["class_num"]))
+        for head in (Factorised(*parts), GivenUniforms(*parts))
+    )  # fmt: skip
     params, _ = loaded(plain, folder.weights, source)
     for key, value in source.fills(plain).items():
         np.testing.assert_allclose(folder.weights[key], value, atol=2e-5)
     return tokenizer, generator, plain, params
-
-
-FIELDS = ("width", "layers", "heads", "order", "plain_start")
 
 
 def bridge(folder):
@@ -84,12 +85,12 @@ def bridge(folder):
 
         def call(generator, *arguments, method):
             run = lambda self: getattr(self.head, method)(*arguments)  # noqa: E731
-            return generator.apply({"params": params}, method=run)[0]
+            return generator.apply({"params": params}, method=run)
 
         return {
-            "head_logits": call(generator, features[None], targets[None, :, inverse], method="__call__"),
-            "head_greedy": call(generator, features[None], keys, greedy, 0, method="sample")[:, order],
-            "head_sampled": call(drawing, features[None], keys, warm, 0, method="sample")[:, order],
+            "head_logits": jnp.stack(call(generator, features[None], targets[None, :, inverse], method="__call__"), 2),
+            "head_greedy": call(generator, features[None], keys, greedy, 0, method="sample")[..., order],
+            "head_sampled": call(drawing, features[None], keys, warm, 0, method="sample")[..., order],
         }
 
     outputs |= head(params, jnp.asarray(io["features"]), jnp.asarray(io["targets"]))

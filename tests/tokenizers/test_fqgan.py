@@ -11,12 +11,9 @@ import pytest
 
 from ar_jax.config import Losses
 from ar_jax.convert.sources import param_shapes
-from ar_jax.heads.factorised_far import Far
-from ar_jax.nets.transformer import Transformer
 from ar_jax.tokenizers.fqgan import FQGAN
 from ar_jax.tokenizers.quantize import VectorLoss, normalise
 from ar_jax.tokenizers.quantize_factorised import entanglement, factorised_quantise, look_up_all
-from ar_jax.tokens import TokenSpec, grid
 from ar_jax.train import codes
 from ar_jax.train.losses import Contrast
 from ar_jax.train.tokenizer import tokenizer_gradients
@@ -107,19 +104,3 @@ def test_what_cannot_be_is_refused():
         _ = SMALL.clone(size=(9, 8)).spec
     with pytest.raises(ValueError, match=r"'features_0', which is 6 wide, but its teacher's features are 5 wide"):
         Contrast(0.5, "features_0", Corners(5))({}, {}, jnp.zeros((2, 8, 8, 3)), jnp.zeros((2, 17, 6)))
-
-
-def test_the_head_of_several_codes_refuses_what_it_cannot_draw():
-    two = TokenSpec(grid(2, 2), codes=(5, 7))
-    head = Far(Transformer(1, 8, 2, hidden=8))
-    with pytest.raises(
-        ValueError, match=r"Far needs tokens of several discrete codes, but the tokenizer gives codes \(5,\)"
-    ):
-        head.complete(TokenSpec(grid(2, 2), codes=(5,)))
-    with pytest.raises(ValueError, match=r"head\.pull is \(1\.0,\), but tokens have 2 codes"):
-        head.clone(pull=(1.0,)).complete(two)
-    with pytest.raises(ValueError, match=r"head\.net\.width is 8; it must be 12, that of the generator's network"):
-        jax.eval_shape(
-            lambda key: head.complete(two).init(key, jnp.zeros((1, 4, 12)), two.zeros(1), method="loss"),
-            jax.random.key(0),
-        )
