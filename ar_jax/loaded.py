@@ -21,6 +21,7 @@ from ar_jax.machine.seeds import key_of
 from ar_jax.options import SHORT, Sampler, replaced
 from ar_jax.orders import OrderFn
 from ar_jax.sampler import condition_table, image_keys, open_drawer
+from ar_jax.tokenizers.host import encoded, on_host
 from ar_jax.train.recipes import generator_loss
 from ar_jax.typing import Array, Batch, Params, PRNGKey
 
@@ -118,11 +119,15 @@ class Loaded:
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Tokens [n slots k] of images, uint8 [n h w 3]: int32 codes, or float32 of unit variance."""
+        if on_host(self.tokenizer):
+            return self.tokenizer.tokens_of(np.asarray(images))
         encode = self._jitted("encode", lambda params, images: self.functions.encode(params, to_float(images)))
         return np.asarray(encode(self.params, jnp.asarray(images)))
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """Images, uint8 [n h w 3], of tokens [n slots k]."""
+        if on_host(self.tokenizer):
+            return self.tokenizer.images_of(np.asarray(tokens))
         decode = self._jitted("decode", lambda params, tokens: to_uint8(self.functions.decode(params, tokens)))
         return _rgb(decode(self.params, jnp.asarray(tokens)))
 
@@ -140,6 +145,7 @@ class Loaded:
             **({"label": np.asarray(labels, np.int32)} if len(labels) else {}),
             **batch,
         }
+        given = encoded(self.tokenizer)(given) if on_host(self.tokenizer) else given
         return float(self._jitted("loss", self.functions.loss)(self.params, given, key_of(seed))[0])
 
     @functools.cached_property

@@ -40,6 +40,7 @@ from ar_jax.machine.sharding import batch_sharding, make_mesh, replicated, shard
 from ar_jax.nets.linear import cast
 from ar_jax.orders import Order
 from ar_jax.tokenize import kept
+from ar_jax.tokenizers.host import on_host
 from ar_jax.train.recipes import generator_recipe
 from ar_jax.train.tokenizer import tokenizer_recipe
 
@@ -350,7 +351,7 @@ def shapes_of_batch(
     if stage.tokens and getattr(tokenizer, "draws", False):
         params = jax.eval_shape(tokenizer.init_params, jax.random.key(0))
         batch["moments"] = jax.eval_shape(functools.partial(kept, tokenizer), params, image, None)
-    elif stage.tokens:
+    elif stage.tokens or on_host(tokenizer):
         batch["tokens"] = jax.eval_shape(lambda: tokenizer.spec.zeros(images))
     else:
         batch["image"] = image

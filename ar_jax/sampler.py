@@ -25,6 +25,7 @@ from ar_jax.machine.sharding import batch_sharding, put, whole
 from ar_jax.nets.resize import resize
 from ar_jax.options import Sampler, changes, open_models, own_sampling
 from ar_jax.orders import Order, OrderFn, known_first
+from ar_jax.tokenizers.host import on_host
 from ar_jax.typing import Array, Batch, Int, Key, PRNGKey
 
 
@@ -112,19 +113,24 @@ class Drawer(NamedTuple):
             )
         generator = generator.by_layer() if unroll else generator
 
-        known = known_beforehand(generator, given)
+        known, here = known_beforehand(generator, given), on_host(decoder)
+
+        def finished(images, pixels):
+            if given is not None and given.paste:
+                image, free = pixels
+                images = jnp.where(free[..., None], images, to_float(image[None]))
+            finite = jnp.isfinite(images).all((1, 2, 3))
+            return to_uint8(resize(images, (options.resize,) * 2) if options.resize else images), finite
 
         @functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
         def program(params, frozen, batch, ids, pixels):
             keys, order_keys = image_keys(options.seed, ids)
             order, edit = arranged(generator, order_fn, order_keys, pixels, given.scales if given else 0, known)
-            images, account = sampling.images(
-                generator, decoder, params, frozen, batch, order, keys=keys, edit=edit, pixels=shown_in
-            )
-            if given is not None and given.paste:
-                images = jnp.where(edit.free[..., None], images, edit.image)
-            finite = jnp.isfinite(images).all((1, 2, 3))
-            return to_uint8(resize(images, (options.resize,) * 2) if options.resize else images), finite, account
+            drawn, account = sampling.images(
+                generator, decoder, params, frozen, batch, order,
+                keys=keys, edit=edit, pixels=shown_in, decoded=not here,
+            )  # fmt: skip
+            return drawn if here else finished(drawn, pixels), account
 
         def draw(batch, ids):
             batch, ids = put((batch, ids.astype(np.uint32)), batch_sharding(mesh))
@@ -142,7 +148,10 @@ class Drawer(NamedTuple):
         def images_of(shares, structure):
             for shards in shares:
                 values = [np.asarray(shard.data) for shard in shards]
-                images, finite, account = jax.tree.unflatten(structure, values)
+                drawn, account = jax.tree.unflatten(structure, values)
+                if here:
+                    drawn = finished(to_float(decoder.images_of(drawn)), given and (given.image, given.free))
+                images, finite = map(np.asarray, drawn)
                 if not finite.all():
                     raise ValueError(
                         f"images drawn from {self.model.folder} hold NaN or infinity; are its weights or those of "
@@ -282,6 +291,7 @@ def condition_table(info: Info, options: Sampler, labels: tuple[str, ...] = ()) 
         return names, {"text": text, "text_mask": mask}
     if options.captions or options.features:
         raise ValueError("captions given, but this model takes class labels; give --labels")
-    ids = label_ids(info, list(labels)) if labels else list(range(info.classes))
+    everything = list(range(max(info.classes, 1)))  # without classes one condition, which is none
+    ids = label_ids(info, list(labels)) if labels else everything
     names = [info.class_names[i] if info.class_names else str(i) for i in ids]
     return names, {"label": np.asarray(ids, np.int32)}

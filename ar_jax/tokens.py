@@ -1,6 +1,8 @@
 """What a tokenizer's token array looks like, and where its slots lie."""
 
+import collections
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any
@@ -8,12 +10,62 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ar_jax.typing import Array
+from ar_jax.typing import Array, Bool, Index, Int
 
 FARTHEST = 2**16  # levels, rows and columns are fewer
 MOST = 2**20  # slots of an image
 
 Scale = int | tuple[int, int]  # p is p x p, else height and width
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grammar:
+    """Which code may follow those before it: a finite automaton, for tokens of one code that are drawn in slot order.
+
+    It begins in state 0. In the last state an image has ended, and one code is legal for all that is left: padding, which
+    training does not count.
+
+    Attributes:
+      kind: int32 [v], the kind of each code; codes of a kind are legal in the same places.
+      after: int32 [s kinds], the state after a code of a kind in a state; -1 where that is illegal.
+    Raises:
+      ValueError: a state from which no image can end.
+    """
+
+    kind: np.ndarray
+    after: np.ndarray
+
+    @property
+    def padding(self) -> int:
+        """The code of slots after the end."""
+        return int(np.flatnonzero(self.after[-1, self.kind] >= 0)[0])
+
+    @functools.cached_property
+    def left(self) -> np.ndarray:
+        """The fewest codes that end an image in a state, int32 [s]."""
+        before, end = collections.defaultdict(set), len(self.after) - 1
+        for state, kind in zip(*np.nonzero(self.after >= 0)):
+            before[int(self.after[state, kind])].add(int(state))
+        left, waiting = {end: 0}, collections.deque([end])
+        while waiting:
+            state = waiting.popleft()
+            for earlier in before[state] - left.keys():
+                left[earlier] = left[state] + 1
+                waiting.append(earlier)
+        if len(left) <= end:
+            raise ValueError(f"grammar.after has {end + 1 - len(left)} states from which no image can end")
+        return np.array([left[state] for state in range(end + 1)], np.int32)
+
+    def follow(self, state: Int[Array, "b"], code: Int[Array, "b"]) -> Int[Array, "b"]:
+        """The state after a code; after an illegal one the same as before."""
+        after = jnp.asarray(self.after)[state, jnp.asarray(self.kind)[code]]
+        return jnp.where(after < 0, state, after)
+
+    def legal(self, state: Int[Array, "b"], room: Index) -> Bool[Array, "b v"]:
+        """Codes that may come in a state if there is room for so many, itself included; at least one."""
+        after = jnp.asarray(self.after)[state]
+        fits = (after >= 0) & (jnp.asarray(self.left)[after] < room)
+        return fits[:, self.kind]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,11 +76,13 @@ class TokenSpec:
       coords: int32 [n 3], level, row and column of each slot.
       codes: sizes of the k sub-codes of a discrete token; () is continuous.
       channels: width of a continuous token; 0 if discrete.
+      grammar: of codes that may not follow each other as they like.
     """
 
     coords: np.ndarray
     codes: tuple[int, ...] = ()
     channels: int = 0
+    grammar: Grammar | None = None
 
     def __post_init__(self):
         coords = self.coords
@@ -38,6 +92,10 @@ class TokenSpec:
             raise ValueError(f"coords go from {coords.min()} to {coords.max()}; they must be 0 to {FARTHEST - 1}")
         if min(self.codes, default=1) < 1:
             raise ValueError(f"codes is {self.codes}; codebooks have at least one code")
+        if self.grammar and self.codes != (len(self.grammar.kind),):
+            raise ValueError(f"codes is {self.codes}, but the grammar speaks of {len(self.grammar.kind)} codes")
+        if self.grammar and self.grammar.left[0] > self.n:
+            raise ValueError(f"an image has {self.n} tokens, but the grammar needs at least {self.grammar.left[0]}")
 
     @property
     def n(self) -> int:

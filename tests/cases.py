@@ -18,7 +18,7 @@ from ar_jax.heads.by_dimension import Dimensions
 from ar_jax.heads.categorical import Categorical
 from ar_jax.heads.factorised import Factorised
 from ar_jax.nets.adaln import AdaLN
-from ar_jax.nets.conditioning import Caption, Label
+from ar_jax.nets.conditioning import Caption, Label, Start
 from ar_jax.nets.modulated import Modulated
 from ar_jax.nets.transformer import Transformer
 from ar_jax.orders import Order, raster, scales
@@ -26,7 +26,7 @@ from ar_jax.tokenizers.bit_pyramid import BitPyramid
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
 from ar_jax.tokenizers.tokenflow import PatchViT, TokenFlow
-from ar_jax.tokens import TokenSpec, grid
+from ar_jax.tokens import Grammar, TokenSpec, grid
 
 SPEC = TokenSpec(grid(3, 4), codes=(12,))
 INFO = Info(classes=3, captions=True, text_rows=4, text_width=6)
@@ -117,6 +117,14 @@ def _elm():
     return Case(generator.complete(TokenSpec(grid(3, 4), codes=(12, 12)), INFO))
 
 
+def _jpeg_lm():
+    # words of 1 to 9, each ended by 10; after the third comes 11, then padding
+    kind = np.array([0, *[1] * 9, 2, 3])
+    after = np.array([[-1, 0, 1, -1], [-1, 1, 2, -1], [-1, 2, 3, -1], [-1, -1, -1, 4], [4, -1, -1, -1]])
+    spec, net = TokenSpec(grid(1, 12), (12,), grammar=Grammar(kind, after)), Transformer(2, 16, 2, hidden=24, line=True)
+    return Case(Causal(net, Start(16)).complete(spec, INFO))
+
+
 NET = {"features": 4, "mult": (1, 2), "res_blocks": 1, "codes": 12, "code_features": 4, "groups": 2}
 RESIDUAL = ResidualPyramid(size=(6, 6), scales=(1, 2, 3), **NET)
 BITS = BitPyramid((6, 6), (1, 2, 3), features=4, mult=(1, 2), res_blocks=1, bits=4, groups=2)
@@ -136,6 +144,7 @@ CASES = {
     "fqgan_far": _far((12, 12, 12)),
     "elm": _elm(),
     "ibq": Case(Causal(Modulated(2, 16, 2, hidden=24, gate_size=0.5), Label(16)).complete(SPEC, INFO)),
+    "jpeg_lm": _jpeg_lm(),
     "var": _scales(RESIDUAL),
     "var_shared": _scales(RESIDUAL, shared=True, l2_norm=False, remat="dots"),
     "infinity_bits": _scales(BITS, head=Bitwise()),

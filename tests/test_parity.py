@@ -87,6 +87,7 @@ BUILT = {
     *("infinity_bsq_vae", "tokenbridge", "binary_latent", "elm_bae", "elm_gpt"),
     *("fqgan_dual_vq", "fqgan_triple_vq", "fqgan_dual_far", "fqgan_triple_far"),
     *("vqgan_lc", "tokenflow_vq", "robusttok_perturbation"),
+    *("jpeg_lm_codec", "vitok_ae"),
 }
 
 

@@ -27,6 +27,7 @@ def batches(
     seed: int,
     train: bool = True,
     rows: np.ndarray | None = None,
+    then: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """An iterator of batches with `get_state()` and `set_state()`.
 
@@ -48,6 +49,7 @@ def batches(
     Args:
       batch: records over all processes.
       rows: those of each batch that this process reads; None is all.
+      then: what becomes of a batch, by the threads that make batches ahead; such as tokens in the place of images.
     """
     if batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
@@ -68,6 +70,8 @@ def batches(
         one = functools.partial(_augmented if train else _plain, source=source, data=data)
         picks = index.random_map(one) if train else index.map(one)
         make = functools.partial(_stacked, futures.ThreadPoolExecutor(threads(), "records"))
+    if then is not None:
+        make = functools.partial(_further, make, then)
     # What is gathered takes next to no time but Python's own, in which threads stand in each other's way
     options = read_options(_record_bytes(source, data) * len(rows), 2 if hasattr(source, "gather") else threads())
     if not train:
@@ -195,6 +199,10 @@ class _Mixed:
         runs = order[first[mixture] : first[mixture + 1] if mixture + 1 < len(first) else None]
         records = np.concatenate([self._begins[run] + np.arange(self._runs[run]) for run in runs])
         return np.random.default_rng((self._seed, number, mixture)).permutation(records)
+
+
+def _further(make: Make, then: Callable, records: grain.MapDataset, numbers: list[int]) -> dict[str, np.ndarray]:
+    return then(make(records, numbers))
 
 
 def _stacked(pool: futures.Executor, records: grain.MapDataset, numbers: list[int]) -> dict[str, np.ndarray]:

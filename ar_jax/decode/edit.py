@@ -52,8 +52,11 @@ def hold(tokenizer: Any, frozen: Callable, edit: Edit, tokens: Tokens | None = N
 
     A token is drawn if any of its pixels is free. Where tokens of several scales add up (a tokenizer with `held`), those
     of coarse scales reach beyond the free pixels, so there what is read and decoded of them is the image's own as well.
+    A tokenizer whose tokens have no fixed place in the image says itself which are known (`known`).
     """
     tokens = frozen(edit.image, method="encode") if tokens is None else tokens
+    if hasattr(tokenizer, "known"):
+        return Source(tokens, tokenizer.known(tokens, edit.free), edit.ranks), frozen
     known = ~free_slots(tokenizer.spec, edit.free) | (jnp.asarray(tokenizer.spec.coords)[:, 0] < edit.scales)
     if hasattr(tokenizer, "held"):
         frozen = tokenizer.held(frozen, tokens, edit.free)

@@ -51,6 +51,8 @@ class Jacobi:
                 f"decoder Jacobi needs a causal generator of codes that reveals one token a step; this "
                 f"{type(generator).__name__} reveals {max(order.sizes)}, of {generator.spec.codes or 'no'} codes"
             )
+        if generator.spec.grammar:
+            raise ValueError("decoder Jacobi follows no grammar, which the tokens of this model have; use Sequential")
         if task.knobs.soften is not None:
             raise ValueError("soft draws mixtures of codes, but decoder Jacobi compares codes; give one of them")
         images, n, setting = task.images, order.n, task.setting(self.cache)

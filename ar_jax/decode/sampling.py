@@ -102,11 +102,13 @@ class Sampling:
         keys: Key[Array, "b"],
         edit: Edit | None = None,
         pixels: Any = None,
-    ) -> tuple[Float[Array, "b h w c"], Account]:
+        decoded: bool = True,
+    ) -> tuple[Float[Array, "b h w c"] | Tokens, Account]:
         """Draws tokens with a generator, all or those that an edit leaves free, and decodes them.
 
         Args: as of `tokens`, and
           pixels: dtype of the tokenizer's layers in decoding, where its images are float32 still; None is their own.
+          decoded: False gives the tokens, for tokenizers that decode on the host (`tokenizers.host`).
         """
         shown, source = tokenizer if pixels is None else with_fields(tokenizer, dtype=pixels), None
 
@@ -117,7 +119,7 @@ class Sampling:
         if edit is not None:
             source, frozen = hold(tokenizer, frozen, edit)
         tokens, account = self.tokens(generator, params, batch, order, tokenizer=frozen, keys=keys, source=source)
-        return frozen(tokens, method="decode"), account
+        return frozen(tokens, method="decode") if decoded else tokens, account
 
 
 def adjustable(**model: Any) -> dict[str, Any]:

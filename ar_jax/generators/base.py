@@ -85,10 +85,12 @@ class State:
     Attributes:
       tokens: in rank order, zeros where unknown: codes int32 [b n k], or vectors float32 [b n c].
       cache: of the network, or None if it needs none.
+      parsed: int32 [b], where the tokens have a grammar: its state before the token drawn last.
     """
 
     tokens: Array
     cache: Any = None
+    parsed: Array | None = None
 
 
 class Generator(nn.Module):
@@ -104,6 +106,7 @@ class Generator(nn.Module):
     """
 
     any_order = False  # whether ranks may be put in another order, and those known beforehand first
+    parses = False  # whether its tokens follow a grammar where they have one
 
     def complete(self, spec: TokenSpec, info: Info) -> "Generator":
         """Fills in what only the tokenizer and the data know.
@@ -115,6 +118,10 @@ class Generator(nn.Module):
 
     def on(self, spec: TokenSpec) -> "Generator":
         """The same generator for other tokens, if its parameters do not depend on their layout."""
+        if spec.grammar and not self.parses:
+            raise ValueError(
+                f"{type(self).__name__} cannot draw tokens that have a grammar, as this tokenizer's have; Causal can"
+            )
         parts = {name: part.complete(spec) for name, part in self.parts().items() if hasattr(part, "complete")}
         return self.clone(spec=spec, **parts)
 

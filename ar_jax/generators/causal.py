@@ -50,6 +50,8 @@ class Causal(Generator):
     emphasis: Literal["equal", "lognorm"] = "equal"
     spec: TokenSpec | None = None
 
+    parses = True
+
     def complete(self, spec: TokenSpec, info: Info) -> "Causal":
         if self.emphasis not in ("equal", "lognorm"):
             raise ValueError(f"generator.emphasis is {self.emphasis!r}; it must be equal or lognorm")
@@ -98,6 +100,8 @@ class Causal(Generator):
         target = to_ranks(tokens, order)
         loss = self.head.loss(self.hidden(target, self.condition(batch, drop), order, tokenizer), target, key=key)
         weight = self.weight(batch, order, len(tokens))
+        if self.spec.grammar:
+            weight = weight * (target[..., 0] != self.spec.grammar.padding)
         if not self.spec.codes:
             return loss, weight, {}
         return loss, weight, {"perplexity": jnp.exp((loss * weight).sum() / jnp.maximum(weight.sum(), 1e-9))}
@@ -145,6 +149,13 @@ class Causal(Generator):
             step, nowhere = cond.step[:-1], jnp.full((1, p - 1, 3), NOWHERE)
             before = Rows(step, nowhere, keys=step, valid=_valid(cond, p - 1))
             _, cache = self.network(cond.rows[:, :-1], before, cond, cache.grow(p - 1))
+        if self.spec.grammar:
+            known = isinstance(order.slot, np.ndarray)  # else an argument of a compiled program
+            if len(order.slot) > 1 or (known and (order.slot != np.arange(self.spec.n)).any()):
+                raise ValueError("tokens that have a grammar are drawn in the order of their slots; use orders.raster")
+            if setting.knobs.soften is not None:
+                raise ValueError("soft draws mixtures of codes, of which no grammar speaks; leave it out")
+            return State(self.spec.zeros(images), cache, jnp.zeros(images, jnp.int32))
         if setting.knobs.soften is None:
             return State(self.spec.zeros(images), cache)
         vector = jax.eval_shape(lambda: setting.tokenizer(self.spec.zeros(1), method="embed"))
@@ -157,8 +168,14 @@ class Causal(Generator):
     def step(self, state: State, now: Step, setting: Setting) -> State:
         """Reveals the ranks of a step."""
         h, cache = self.rows(state, now.first, now.size, setting)
-        token = self.head.sample(h, now.keys, setting.knobs, now.i, setting.tokenizer)
-        return State(_written(state.tokens, token, now.first), cache)
+        knobs, parsed = setting.knobs, state.parsed
+        if self.spec.grammar:
+            last = some(state.tokens, jnp.maximum(now.first - 1, 0), 1)[:, 0, 0]
+            parsed = jnp.where(now.first > 0, self.spec.grammar.follow(parsed, last), 0)
+            legal = self.spec.grammar.legal(parsed, setting.order.n - now.first)[:, None]
+            knobs = knobs.replace(filter=lambda x: setting.knobs.filter(jnp.where(legal, x, -jnp.inf)))
+        token = self.head.sample(h, now.keys, knobs, now.i, setting.tokenizer)
+        return State(_written(state.tokens, token, now.first), cache, parsed)
 
     def rows(
         self, state: State, first: Index, size: int, setting: Setting

@@ -47,6 +47,7 @@ class Hmar(Causal):
     branches: tuple[Literal["scales", "masks"], ...] = BRANCHES
 
     adjustable = ("refine",)
+    parses = False
 
     def complete(self, spec: TokenSpec, info: Info) -> "Hmar":
         for name in ("backbone", "tail", "masks"):

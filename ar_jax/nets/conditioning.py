@@ -93,6 +93,28 @@ class Label(nn.Module):
         return Cond(row[:, None], mod=row)
 
 
+class Start(nn.Module):
+    """One learned row for all images: no condition at all.
+
+    Attributes:
+      width: of the network.
+    """
+
+    width: int
+
+    def complete(self, info: Info) -> "Start":
+        return self
+
+    def example(self) -> Batch:
+        return {}
+
+    @nn.compact
+    @typed
+    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
+        row = self.param("row", init, (1, self.width))
+        return Cond(jnp.broadcast_to(row, (len(drop), 1, self.width)))
+
+
 class Caption(nn.Module):
     """Caption features through a two-layer perceptron.
 

@@ -30,6 +30,17 @@ def rotary(
     return jnp.repeat(jnp.stack([jnp.cos(angle), jnp.sin(angle)]) * somewhere, 2, axis=-1)
 
 
+@typed
+def rotary_line(places: Int[Array, "#B q"], features: int, base: float = 10000.0) -> Float[Array, "2 #B q e"]:
+    """As `rotary`, for places on a line, of which all pairs turn with their number.
+
+    Source: RoFormer (arXiv:2104.09864).
+    """
+    frequency = base ** (-np.arange(0, features, 2, dtype=np.float32) / np.float32(features))
+    angle = jnp.asarray(places)[..., None] * frequency
+    return jnp.repeat(jnp.stack([jnp.cos(angle), jnp.sin(angle)]), 2, axis=-1)
+
+
 def stretched(coords: Int[Array, "*b 3"], scales: tuple[tuple[int, int], ...], span: int) -> Array:
     """Coordinates whose rows and columns run from 0 to `span` on every level, whatever its size; span 0 keeps them."""
     if not span:

@@ -13,7 +13,7 @@ from ar_jax.machine.sharding import BATCH, Rules, constrain
 from ar_jax.nets.attention import ATTENTION, Int8, Kept, Rows, join_heads, remember, split_heads
 from ar_jax.nets.dropout import Dropout
 from ar_jax.nets.linear import PRODUCT, Linear, output_major
-from ar_jax.nets.positions import rotary, rotate
+from ar_jax.nets.positions import rotary, rotary_line, rotate
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Float, Layers, Share, Unstored, Within, typed
 
@@ -197,7 +197,7 @@ class Block(nn.Module):
 
 
 class Transformer(Backbone):
-    """A stack of `Block`s with two-dimensional rotary positions and a final norm.
+    """A stack of `Block`s with rotary positions and a final norm.
 
     Attributes:
       layers, width, heads: sizes; width/heads is a multiple of 4.
@@ -205,6 +205,7 @@ class Transformer(Backbone):
       dropout: rate after attention and MLP; active only when a "dropout" key is given to `apply`.
       base: wave length base of the rotary positions.
       final: whether there is a last norm.
+      line: tokens lie on a line, and all pairs turn with their column, as in Llama; else half of them turn with each axis.
       dtype, remat, unroll: see `Backbone`.
     """
 
@@ -213,6 +214,7 @@ class Transformer(Backbone):
     base: Annotated[float, Within(1, 2**24)] = 10000.0
     eps: float = 1e-5
     final: bool = True
+    line: bool = False
 
     turned = True
 
@@ -241,7 +243,10 @@ class Transformer(Backbone):
           mod: nothing modulates this network.
           cache: with room for all rows of `rows.keys`.
         """
-        table = rotary(rows.coords, self.width // self.heads, self.base)
+        if self.line:
+            table = rotary_line(rows.coords[..., 2], self.width // self.heads, self.base)
+        else:
+            table = rotary(rows.coords, self.width // self.heads, self.base)
         x, cache = self.run(self.blocks, x.astype(self.dtype), cache, (), (table, rows.sight(), rows.first))
         return self.norm(x) if self.final else x, cache
 

@@ -1,7 +1,7 @@
 """Pre-norm transformers of the plain kind: layer norm, attention, two-layer perceptron."""
 
 import functools
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,9 +14,10 @@ from ar_jax.nets.attention import Rows, attend, join_heads, remember, split_head
 from ar_jax.nets.dropout import Dropout
 from ar_jax.nets.linear import Linear
 from ar_jax.nets.mlp import xavier
+from ar_jax.nets.positions import rotary, rotary_line, rotate
 from ar_jax.nets.transformer import Backbone, Cache
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Bool, Float, Share, Within, typed
+from ar_jax.typing import Array, Bool, Float, Int, Share, Within, typed
 
 
 class Block(nn.Module):
@@ -117,6 +118,85 @@ class ViT(Plain):
         if valid is not None:
             valid = jnp.broadcast_to(valid, x.shape[:2])
         return self.norm(self.look(self.blocks, x, Rows(np.zeros(x.shape[1], np.int32), valid=valid))[0])
+
+
+class TurnedBlock(nn.Module):
+    """As `Block`, with rotary positions, a gated perceptron as in T5, and no biases of queries, keys and values."""
+
+    width: int
+    heads: int
+    hidden: int
+    eps: float
+    dtype: Any
+    output_major: bool
+
+    def setup(self):
+        def dense(features, bias=True):
+            return Linear(features, self.dtype, None, xavier, self.output_major, bias)
+
+        self.attention_norm, self.mlp_norm = (_norm(self.dtype, eps=self.eps) for _ in range(2))
+        self.qkv, self.out = dense(3 * self.width, bias=False), dense(self.width)
+        self.gate, self.up, self.down = dense(self.hidden), dense(self.hidden), dense(self.width)
+
+    def __call__(self, x, cache, table, seen, first):
+        x = constrain(x, BATCH)
+        q, k, v = split_heads(self.qkv(self.attention_norm(x)), self.heads)
+        k, v, cache = remember(cache, rotate(k, table), v, first)
+        x = x + self.out(join_heads(seen(rotate(q, table), k, v)))
+        y = self.mlp_norm(x)
+        return x + self.down(nn.gelu(self.gate(y), approximate=False) * self.up(y)), cache
+
+
+class TurnedViT(Backbone):
+    """A ViT with rotary positions: every row sees every row.
+
+    Attributes:
+      layers, width, heads: sizes; width/heads is a multiple of 4.
+      hidden: width of the gated perceptrons; 0 is 2.67 times `width`.
+      places: pairs of channels turn with the place in raster order ("line"), or half of them with the column and half with
+        the row ("grid"). On a line the same two places lie apart by another number in a grid of another width.
+      base: wave length base of the rotary positions.
+      eps: of the norms.
+      dtype, remat, unroll: see `Backbone`.
+    Source: ViTok (arXiv:2501.09755).
+    """
+
+    hidden: int = 0
+    places: Literal["line", "grid"] = "line"
+    base: Annotated[float, Within(1, 2**24)] = 10000.0
+    eps: float = 1e-5
+
+    turned = True
+
+    def setup(self):
+        hidden = self.hidden or int(2.67 * self.width)
+        sizes = (self.width, self.heads, hidden, self.eps, self.dtype, self.unroll)
+        self.blocks = self.stack(TurnedBlock, sizes, (nn.broadcast,) * 3)
+        self.norm = _norm(self.dtype, eps=self.eps)
+
+    @typed
+    def __call__(self, x: Float[Array, "B q d"], coords: Int[Array, "q 3"]) -> Float[Array, "B q d"]:
+        """Runs all layers on rows that lie at `coords` (level, row, column) of a grid, in raster order."""
+        features = self.width // self.heads
+        if self.places == "line":
+            table = rotary_line(np.arange(x.shape[1], dtype=np.int32)[None], features, self.base)
+        elif self.places == "grid":
+            table = rotary(coords[None, :, [0, 2, 1]], features, self.base)  # columns come first
+        else:
+            raise ValueError(f"places is {self.places!r}; it must be line or grid")
+        rows = Rows(np.zeros(x.shape[1], np.int32))
+        return self.norm(self.run(self.blocks, x.astype(self.dtype), None, (), (table, rows.sight(), rows.first))[0])
+
+    @property
+    def rules(self) -> Rules:
+        """What tensor parallelism divides (see `sharding.shard`)."""
+        outputs, inputs = self.divided
+        where = r"/blocks(_\d+)?/"
+        return (
+            (where + r"(qkv|gate|up)/kernel$", outputs),
+            (where + r"(gate|up)/bias$", P("tp")),
+            (where + r"(out|down)/kernel$", inputs),
+        )
 
 
 class GPT(Plain):

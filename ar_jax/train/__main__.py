@@ -37,6 +37,7 @@ from ar_jax.machine.precision import multiply_in, products
 from ar_jax.machine.seeds import key_of
 from ar_jax.machine.sharding import batch_part, batch_rows, make_mesh
 from ar_jax.tokenize import check_cache
+from ar_jax.tokenizers.host import encoded, on_host
 from ar_jax.train import wandb
 from ar_jax.train.checkpoint import is_there, load_matching, newest, save_params
 from ar_jax.train.guards import Stopped
@@ -148,7 +149,8 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     if generator and not stage.path:
         generator = trained_on(generator, tokenizer, stage, done["generator"])
         recipe = generator_recipe(stage, generator.module, tokenizer.module, tokenizer.params())
-        stage_fit(recipe, stage, experiment, data, opened, generator, mesh, generator_key, beside)
+        then = encoded(tokenizer.module) if on_host(tokenizer.module) else None
+        stage_fit(recipe, stage, experiment, data, opened, generator, mesh, generator_key, beside, then)
 
 
 def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -> Model:
@@ -225,9 +227,10 @@ def stage_fit(
     mesh: jax.sharding.Mesh,
     key: PRNGKey,
     beside: Callable[[Path], Board] | None = None,
+    then: Callable[[Batch], Batch] | None = None,
 ) -> None:
     rows = batch_rows(mesh, stage.batch)
-    stream = batches(opened(data), data, batch=stage.batch, seed=experiment.seed, rows=rows)
+    stream = batches(opened(data), data, batch=stage.batch, seed=experiment.seed, rows=rows, then=then)
     start = functools.partial(load_start, stage, model.kind) if stage.start else None
     evaluate = None
     if stage.evaluate_every:
