@@ -87,6 +87,7 @@ BUILT = {
     *("infinity_bsq_vae", "tokenbridge", "binary_latent", "elm_bae"),
     *("fqgan_dual_vq", "fqgan_triple_vq", "fqgan_dual_far", "fqgan_triple_far"),
     *("vqgan_lc", "tokenflow_vq", "robusttok_perturbation"),
+    *("dqvae", "dq_transformer"),
 }
 
 
