@@ -28,6 +28,7 @@ import jax
 from ar_jax.convert import (
     binary_latent,
     elm,
+    dqvae,
     flexvar,
     flowar,
     fqgan,
@@ -51,6 +52,7 @@ from ar_jax.typing import Params
 SOURCES: dict[str, ModuleType] = {
     "infinity": infinity,
     "binary_latent": binary_latent,
+    "dqvae": dqvae,
     "var": var,
     "flexvar": flexvar,
     "next_scale": next_scale,

@@ -97,8 +97,12 @@ class Task:
         """The state before the first step.
 
         Raises:
-          ValueError: the generator has no cache that could be kept otherwise.
+          ValueError: the generator has no cache that could be kept otherwise, or cannot draw around known tokens.
         """
+        if self.source is not None and not getattr(self.generator, "editable", True):
+            raise ValueError(
+                f"{type(self.generator).__name__} cannot keep a part of an image: which tokens there are is drawn with them"
+            )
         state = self.call(setting, self.images, method="begin")
         if setting.kept != "own" and getattr(state, "cache", None) is None:
             raise ValueError(

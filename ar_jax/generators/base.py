@@ -107,6 +107,7 @@ class Generator(nn.Module):
 
     any_order = False  # whether ranks may be put in another order, and those known beforehand first
     parses = False  # whether its tokens follow a grammar where they have one
+    editable = True  # whether it draws around tokens that are known beforehand
 
     def complete(self, spec: TokenSpec, info: Info) -> "Generator":
         """Fills in what only the tokenizer and the data know.

@@ -25,6 +25,8 @@ class Block(nn.Module):
 
     Attributes:
       bias: of attention and norms, as in ViT, with the exact GELU; without them the GELU is the approximate one.
+      begin: how kernels begin.
+      apart: queries, keys and values have a kernel each, in place of a joint one.
     """
 
     width: int
@@ -36,28 +38,43 @@ class Block(nn.Module):
     eps: float
     dtype: Any
     output_major: bool
+    begin: Any = xavier
+    apart: bool = False
 
     def setup(self):
         def dense(features, bias=True):
-            return Linear(features, self.dtype, None, xavier, self.output_major, bias)
+            return Linear(features, self.dtype, None, self.begin, self.output_major, bias)
 
         self.attention_norm, self.mlp_norm = (_norm(self.dtype, self.bias, self.eps) for _ in range(2))
-        self.qkv, self.out = dense(3 * self.width, self.bias), dense(self.width, self.bias)
+        self.out = dense(self.width, self.bias)
+        if self.apart:
+            self.query, self.key, self.value = (dense(self.width, self.bias) for _ in range(3))
+        else:
+            self.qkv = dense(3 * self.width, self.bias)
         self.fc1, self.fc2 = dense(self.hidden), dense(self.width)
         self.drop, self.attention_drop = Dropout(self.dropout), Dropout(self.attention_dropout)
 
     def __call__(self, x, cache, seen, first):
         det = not self.has_rng("dropout")
         x = constrain(x, BATCH)
-        q, k, v = split_heads(self.qkv(self.attention_norm(x)), self.heads)
+        y, cache = self.attend(self.attention_norm(x), cache, seen, first, det)
+        x = x + self.drop(y, deterministic=det)
+        return x + self.drop(self.perceptron(self.mlp_norm(x), det), deterministic=det), cache
+
+    def attend(self, y, cache, seen, first, det):
+        if self.apart:
+            q, k, v = (split_heads(net(y), self.heads, 1)[0] for net in (self.query, self.key, self.value))
+        else:
+            q, k, v = split_heads(self.qkv(y), self.heads)
         k, v, cache = remember(cache, k, v, first)
         if det or not self.attention_dropout:
             out = seen(q, k, v)
         else:
             out = attend(q, k, v, seen.mask, drop=functools.partial(self.attention_drop, deterministic=False))
-        x = x + self.drop(self.out(join_heads(out)), deterministic=det)
-        y = self.drop(nn.gelu(self.fc1(self.mlp_norm(x)), approximate=not self.bias), deterministic=det)
-        return x + self.drop(self.fc2(y), deterministic=det), cache
+        return self.out(join_heads(out)), cache
+
+    def perceptron(self, y, det):
+        return self.fc2(self.drop(nn.gelu(self.fc1(y), approximate=not self.bias), deterministic=det))
 
 
 class Plain(Backbone):
@@ -77,13 +94,15 @@ class Plain(Backbone):
     attention_dropout: Share = 0.0
     eps: float = 1e-6
 
+    kind = Block
+
     @nn.nowrap
-    def blocks_with(self, bias: bool) -> Any:
+    def blocks_with(self, bias: bool, begin: Any = xavier, apart: bool = False) -> Any:
         sizes = (
             self.width, self.heads, self.hidden or 4 * self.width, self.dropout, self.attention_dropout, bias,
-            self.eps, self.dtype, self.unroll,
+            self.eps, self.dtype, self.unroll, begin, apart,
         )  # fmt: skip
-        return self.stack(Block, sizes, (nn.broadcast, nn.broadcast))
+        return self.stack(self.kind, sizes, (nn.broadcast, nn.broadcast))
 
     @nn.nowrap
     def look(self, blocks: Any, x: Array, rows: Rows, cache: Cache | None = None) -> tuple[Array, Cache | None]:
@@ -97,8 +116,8 @@ class Plain(Backbone):
         outputs, inputs = self.divided
         where = r"/blocks(_\d+)?/"
         return (
-            (where + r"(qkv|fc1)/kernel$", outputs),
-            (where + r"(qkv|fc1)/bias$", P("tp")),
+            (where + r"(qkv|query|key|value|fc1)/kernel$", outputs),
+            (where + r"(qkv|query|key|value|fc1)/bias$", P("tp")),
             (where + r"(out|fc2)/kernel$", inputs),
         )
 
@@ -229,6 +248,26 @@ class GPT(Plain):
         positions = lax.dynamic_slice_in_dim(self.positions, rows.first, x.shape[1])
         x, cache = self.look(self.blocks, x + positions, rows, cache)
         return self.norm(x), cache
+
+
+class Successive(Plain):
+    """Rows see those of no later step; they come with their positions added, and there is no last norm.
+
+    Attributes: see `Plain`.
+    Source: minGPT, as in DQ-VAE (arXiv:2305.11718).
+    """
+
+    eps: float = 1e-5
+
+    def setup(self):
+        self.blocks = self.blocks_with(bias=True, begin=nn.initializers.normal(0.02), apart=True)
+
+    @typed
+    def __call__(
+        self, x: Float[Array, "B q d"], rows: Rows, *, mod: None = None, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B q d"], Cache | None]:
+        """Runs some rows of a sequence; see `Transformer`."""
+        return self.look(self.blocks, x, rows, cache)
 
 
 def _norm(dtype, bias=True, eps=1e-6):

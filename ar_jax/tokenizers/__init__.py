@@ -7,7 +7,9 @@ A tokenizer is a module. Of all are asked `size`, `channels`, `spec`, `rules`, `
   the losses that it reports itself, weighted, by name; and what it shows by name: "tokens" as of `encode`, if they are
   codes; "latents", what the codes stand for in the order of the tokens (to replace dead codes; a tuple with one for each
   codebook if there are several); any features that a teacher may look at.
-- `codebooks`, where tokens are codes: which are learned, and where they lie (`quantize.Codebook`). Without it none is.
+- `codebooks`, where tokens are codes: which are learned, and where they lie (`quantize.Codebook`). Without it none is. Of one
+  that follows averages (`quantize_averaged.Average`), `autoencode` shows in "members", by path, the vectors [m c] and the
+  codes that they chose [m]; its parameter gets no gradient.
 - `last_layer`, the path of the parameter where the adaptive weight of a discriminator measures gradients. Needed for that
   only.
 - `draws = True`, if it draws tokens from a Gaussian: then `encode(image, key=...)` is `drawn(moments(image), key=...)`, and a

@@ -147,12 +147,11 @@ class Encoder(nn.Module):
     def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w z"]:
         x = conv3(self.features, self.dtype, name="conv_in")(x)
         for level, mult in enumerate(self.mult):
-            x = _level(self, x, level, mult, self.res_blocks)
+            x = blocks(self, x, level, mult, self.res_blocks)
             if level < len(self.mult) - 1:
-                x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))  # below and to the right only
-                x = conv3(x.shape[-1], self.dtype, name=f"down_{level}", strides=2, padding="VALID")(x)
-        x = _middle(self, x)
-        return _out(self, x, self.out) if self.out else x
+                x = down(self, x, level)
+        x = middle(self, x)
+        return last(self, x, self.out) if self.out else x
 
 
 class Decoder(nn.Module):
@@ -175,13 +174,13 @@ class Decoder(nn.Module):
     @typed
     def __call__(self, x: Float[Array, "b h w z"]) -> Float[Array, "b H W c"]:
         x = conv3(self.features * self.mult[-1], self.dtype, name="conv_in")(x)
-        x = _middle(self, x)
+        x = middle(self, x)
         for level, mult in reversed(list(enumerate(self.mult))):
-            x = _level(self, x, level, mult, self.res_blocks + 1)
+            x = blocks(self, x, level, mult, self.res_blocks + 1)
             if level > 0:
                 x = x.repeat(2, axis=1).repeat(2, axis=2)
                 x = conv3(x.shape[-1], self.dtype, name=f"up_{level}")(x)
-        return _out(self, x, self.out)
+        return last(self, x, self.out)
 
 
 def norm(groups, dtype, name):
@@ -193,24 +192,36 @@ def conv3(features, dtype, name, **options):
     return nn.Conv(features, (3, 3), kernel_init=init, dtype=dtype, name=name, **options)
 
 
-def _level(net, x, level, mult, blocks):
+# Pieces of an encoder or decoder `net`, for others that are put together of them in their `nn.compact` methods
+
+
+def blocks(net: nn.Module, x: Array, level: int, mult: int, count: int) -> Array:
+    """The residual blocks of a level, with its attention."""
     levels = len(net.mult)
     if any(not -levels <= i < levels for i in net.attention):
         raise ValueError(f"attention is {net.attention}; it must be levels, of which there are {levels}")
     attention = level in [i % levels for i in net.attention]
-    for i in range(blocks):
+    for i in range(count):
         x = ResBlock(net.features * mult, net.groups, net.dtype, name=f"res_{level}_{i}")(x)
         if attention:
             x = AttnBlock(net.groups, net.dtype, name=f"attn_{level}_{i}")(x)
     return x
 
 
-def _middle(net, x):
-    x = ResBlock(x.shape[-1], net.groups, net.dtype, name="mid_0")(x)
-    x = AttnBlock(net.groups, net.dtype, name="mid_1")(x) if net.middle else x
-    return ResBlock(x.shape[-1], net.groups, net.dtype, name="mid_2")(x)
+def down(net: nn.Module, x: Array, level: int) -> Array:
+    """Half the size; what the convolution misses is added below and to the right only."""
+    x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+    return conv3(x.shape[-1], net.dtype, name=f"down_{level}", strides=2, padding="VALID")(x)
 
 
-def _out(net, x, features):
-    x = norm(net.groups, net.dtype, name="norm_out")(x)
-    return conv3(features, net.dtype, name="conv_out")(nn.silu(x) if net.last_silu else x).astype(jnp.float32)
+def middle(net: nn.Module, x: Array, end: str = "") -> Array:
+    """The middle blocks; `end` tells apart those of several ends."""
+    x = ResBlock(x.shape[-1], net.groups, net.dtype, name=f"mid{end}_0")(x)
+    x = AttnBlock(net.groups, net.dtype, name=f"mid{end}_1")(x) if net.middle else x
+    return ResBlock(x.shape[-1], net.groups, net.dtype, name=f"mid{end}_2")(x)
+
+
+def last(net: nn.Module, x: Array, features: int, end: str = "") -> Array:
+    """The last norm and convolution, float32; `end` as of `middle`."""
+    x = norm(net.groups, net.dtype, name=f"norm_out{end}")(x)
+    return conv3(features, net.dtype, name=f"conv_out{end}")(nn.silu(x) if net.last_silu else x).astype(jnp.float32)

@@ -10,6 +10,7 @@ from jax import lax
 
 from ar_jax.nets.resize import resize
 from ar_jax.tokenizers import quantize_blocks as blocks
+from ar_jax.tokenizers.quantize_averaged import Average
 from ar_jax.tokens import TokenSpec, rows
 from ar_jax.typing import Array, Float, Int, Metrics, Tokens, typed
 
@@ -166,11 +167,13 @@ class Codebook:
         learned (FSQ, LFQ, BSQ).
       sub_codes: numbers of the sub-codes that it serves; residual ones may share one.
       levels: numbers of the levels that it serves; () is all.
+      average: how it follows the vectors that choose its codes, in place of gradients; None does not.
     """
 
     path: str = ""
     sub_codes: tuple[int, ...] = (0,)
     levels: tuple[int, ...] = ()
+    average: Average | None = None
 
 
 @typed

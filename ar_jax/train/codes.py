@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ar_jax.tokenizers.quantize import Codebook, count_codes, usage
+from ar_jax.tokenizers.quantize_averaged import centres, followed, restarted
 from ar_jax.train.state import TrainState
 from ar_jax.typing import Metrics, Params, PRNGKey
 
@@ -31,13 +32,24 @@ def check_reset(tokenizer: Any, after: int) -> None:
             f"losses.reset_after is {after}, but {name} has no learned codebook: its codes are fixed, and a dead one "
             "cannot become another; give 0"
         )
+    if after and averaged(tokenizer):
+        raise ValueError(
+            f"losses.reset_after is {after}, but the codes of {name} are averages of vectors, of which rare ones begin anew by "
+            "themselves; give 0"
+        )
+
+
+def averaged(tokenizer: Any) -> list[Codebook]:
+    """Codebooks that follow averages of vectors."""
+    return [book for book in codebooks(tokenizer) if book.average]
 
 
 def begin(tokenizer: Any, params: Params, reset: bool) -> Params:
     """What is watched, before the first update: a part of `TrainState.extra`, {} for continuous tokens.
 
     "age" int32 [codes of all codebooks], updates since a code was used; "frequency" [levels, codes of all sub-codes];
-    with `reset` for each learned codebook "latents" (of the second one "latents_1"), in the shape of its parameter.
+    with `reset` for each learned codebook "latents" (of the second one "latents_1"), in the shape of its parameter;
+    "averages" of those that follow some, by path: "sizes" [v], "sums" [v c], and "fresh" [v c], vectors of the last batch.
 
     Raises:
       ValueError: the tokenizer names a codebook that has another shape.
@@ -58,6 +70,11 @@ def begin(tokenizer: Any, params: Params, reset: bool) -> Params:
                     f"{_size(spec, book)} codes, but it has shape {table.shape}"
                 )
             extra[_latents(i)] = jnp.zeros(table.shape)
+    tables = {book.path: _get(params, book.path.split("/")) for book in averaged(tokenizer)}
+    if tables:
+        extra["averages"] = {
+            path: {"sizes": table[:, 0] * 0, "sums": table * 0, "fresh": table * 0} for path, table in tables.items()
+        }
     return extra
 
 
@@ -91,15 +108,22 @@ def track(extra: Params, seen: Metrics, tokenizer: Any) -> tuple[Params, Metrics
             rows = latents[i].reshape(-1, latents[i].shape[-1])
             extra |= {_latents(i): rows[_candidates(places, len(tokens), len(age))]}
         shares.append((age < _window(len(age), len(tokens) * len(places))).mean())
+    for book in averaged(tokenizer):
+        (vectors, index), averages = seen["members"][book.path], extra["averages"]
+        before = averages[book.path]
+        sizes, sums = followed(before["sizes"], before["sums"], vectors, index, book.average.decay)
+        some = np.resize(np.random.default_rng(0).permutation(len(vectors)), len(sizes))
+        extra |= {"averages": averages | {book.path: {"sizes": sizes, "sums": sums, "fresh": vectors[some]}}}
     return extra, usage(extra["frequency"], spec.codes, RARE) | {"usage": sum(shares) / len(shares)}
 
 
 def renew(state: TrainState, key: PRNGKey, tokenizer: Any, after: int) -> TrainState:
-    """Puts random latents of the current batch in the place of codes unused for `after` updates."""
+    """Puts random latents of the current batch in the place of codes unused for `after` updates (0: of none), and averages in
+    that of the codes which follow them."""
     spec, books = tokenizer.spec, codebooks(tokenizer)
     model, average, ages = state.params["model"], state.ema, []
     for i, (book, age) in enumerate(zip(books, _ages(spec, books, state.extra["age"]))):
-        if not book.path:
+        if book.average or not book.path or not after:
             ages.append(age)
             continue
         dead = age >= after
@@ -112,6 +136,14 @@ def renew(state: TrainState, key: PRNGKey, tokenizer: Any, after: int) -> TrainS
         average = None if average is None else _set(average, book.path.split("/"), put)
         ages.append(jnp.where(dead, 0, age))
     extra = state.extra | {"age": jnp.concatenate(ages)}
+    for book in averaged(tokenizer):
+        now = extra["averages"][book.path]
+        fresh = jax.random.permutation(key, now["fresh"])
+        sizes, sums = restarted(now["sizes"], now["sums"], fresh, book.average.rare)
+        extra |= {"averages": extra["averages"] | {book.path: now | {"sizes": sizes, "sums": sums}}}
+        table = centres(sizes, sums, book.average.eps)
+        model = _set(model, book.path.split("/"), lambda _, table=table: table)
+        average = None if average is None else _set(average, book.path.split("/"), lambda _, table=table: table)
     return state.replace(params=state.params | {"model": model}, ema=average, extra=extra)
 
 

@@ -59,7 +59,7 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
             tx,
             **update_settings(stage.optim),
             after=functools.partial(codes.renew, tokenizer=tokenizer, after=losses.reset_after)
-            if losses.reset_after
+            if losses.reset_after or codes.averaged(tokenizer)
             else lambda state, key: state,
         )
 
