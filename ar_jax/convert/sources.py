@@ -27,8 +27,8 @@ import jax
 
 from ar_jax.convert import (
     binary_latent,
-    elm,
     dqvae,
+    elm,
     flexvar,
     flowar,
     fqgan,
