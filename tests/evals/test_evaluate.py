@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import flax.linen as nn
 import hosts
@@ -19,7 +20,7 @@ from evals.tiny import tiny_network
 from ar_jax import evaluate
 from ar_jax.convert.sources import param_shapes
 from ar_jax.data import Data, Info
-from ar_jax.evals import extract
+from ar_jax.evals import extract, results
 from ar_jax.evals import tokenizer as judging
 from ar_jax.evals.classifier import train_classifier
 from ar_jax.evals.generation import Features, agreement, within_classes
@@ -29,6 +30,8 @@ from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
 from ar_jax.orders import raster
+from ar_jax.tokenizers.kl_vae import KLVAE
+from ar_jax.tokenizers.lookup_free import LookupFree
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.train.checkpoint import save_params
@@ -242,7 +245,7 @@ def test_sweep_over_a_run(run, tmp_path):
 def test_tokenizer(run, tmp_path):
     pytest.importorskip("matplotlib")
     options = Tokenizer(
-        str(run),
+        (str(run),),
         out=str(tmp_path / "t.json"),
         data=Data(split="test"),
         count=40,
@@ -260,6 +263,64 @@ def test_tokenizer(run, tmp_path):
     assert rows[1.0, 1] == pytest.approx(values["rFD-Tiny"], abs=1e-6)  # nothing is replaced
     assert rows[1.0, 4] != pytest.approx(values["rFD-Tiny"], abs=1e-6)
     assert (tmp_path / "t.png").stat().st_size > 0
+
+
+def test_tokenizers_are_set_side_by_side_and_measured_once(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    net, measured = {"features": 4, "mult": (1, 1, 2), "res_blocks": 0, "latent": 4, "groups": 2}, []
+    modules = {"vq": VQGAN((32, 32), **net), "kl": KLVAE((32, 32), **net), "large": KLVAE((64, 64), **net)}
+    for name, module in modules.items():
+        models.describe(tmp_path / name / "tokenizer", "tokenizer", module, Info(classes=10), {})
+        (tmp_path / name / "tokenizer" / "params").mkdir()
+    shown = {
+        "vq": {"rFD-Tiny": 0.5, "PSNR": 20.1234, "LPIPS-VGG": None, "code_usage": 0.75, "bits_per_pixel": 0.25},
+        "kl": {"rFD-Tiny": 0.25, "PSNR": 24.0},
+    }
+
+    def measure(options, network):
+        (model,), (name,) = options.models, evaluate._named(options.models)
+        measured.append(name)
+        source = dict(zip(("from", "checkpoint"), evaluate._source(models.open_model(model, "tokenizer"))))
+        facts = {"images": 16, "seed": options.seed, "perturbations": [] if name == "kl" else [{"alpha": 1.0}]}
+        return results.save(Path(options.out), "tokenizer", shown[name], facts, tokenizer=source, data={"from": "here"})
+
+    monkeypatch.setattr(evaluate, "evaluate_tokenizer", measure)
+    folders = tuple(str(tmp_path / name) for name in shown)
+    options = Tokenizer(folders, out=str(tmp_path / "health"))
+    found = evaluate.evaluate_tokenizers(options, tiny_network())
+    assert evaluate.evaluate_tokenizers(options, tiny_network()) == found
+    assert list(found) == measured == ["vq", "kl"]
+    table = (tmp_path / "health" / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()] == [
+        ["", "bits_per_pixel", "rFD-Tiny", "PSNR", "code_usage"],
+        ["---", "-" * 14, "-" * 8, "-" * 5, "-" * 10],
+        ["vq", "0.25", "0.5", "20.12", "0.75"],
+        ["kl", "-", "0.25", "24", "-"],
+    ]
+    assert {path.name for path in (tmp_path / "health").iterdir()} == {"table.md", "rates.png", "vq.json", "kl.json"}
+    assert (tmp_path / "health" / "rates.png").stat().st_size > 10_000
+    with pytest.raises(
+        ValueError, match=r"large of \(64, 64\): figures of different images cannot be set side by side"
+    ):
+        evaluate.evaluate_tokenizers(dataclasses.replace(options, models=(*folders, str(tmp_path / "large"))), None)
+    (tmp_path / "health" / "kl.json").unlink()
+    with pytest.raises(ValueError, match=r"kl and vq: these cannot be compared: .*seed.* to measure all of them anew"):
+        evaluate.evaluate_tokenizers(dataclasses.replace(options, seed=1), tiny_network())
+    with pytest.raises(ValueError, match="a tokenizer is named twice"):
+        evaluate._named(folders[:1] * 2)
+    assert evaluate._named(("a/x", "b/x/tokenizer")) == ["a_x", "b_x"]
+
+
+def test_where_a_sub_code_has_fewer_codes_than_neighbours_are_asked_for_all_are_taken():
+    model = types.SimpleNamespace(module=LookupFree((32, 32), bits=(1, 2)), params=dict)  # its codes need no parameters
+    pairs = (judging.Perturbation(1.0, 3),)
+    judged = judging.Judged(model, extract.Extractor(tiny_network(), 8), 0, pairs, None)
+    assert [x.shape for x in judged._near[3]] == [(2, 2), (4, 3)]
+    assert "pFD: a sub-code of 2 codes has no 3 nearest, all of them are taken" in judged.remarks
+    tokens = jnp.zeros((300, 2), jnp.int32)
+    changed = np.asarray(judging.perturb(jax.random.key(0), tokens, judged._near[3], 1.0))
+    assert [set(np.unique(column)) for column in changed.T] == [{0, 1}, {0, 1, 2}]
 
 
 class Nothing:
