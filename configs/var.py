@@ -11,8 +11,7 @@ Small, for two CPU cores:
     fashion_mnist    the same networks, trained for longer, on 60,000 pictures of clothes (Debian's package
                      dataset-fashion-mnist); no figures have been measured
     emoji            text to image: colour emoji by their Unicode names, see llamagen.py:emoji. Captions come before the
-                     scales as rows, in a plain transformer: VAR's own is modulated by one vector, a class. 20 minutes, in
-                     which it does not yet learn to follow captions (configs/README.md)
+                     scales as rows, and their mean modulates the network, as a class does; @VARMIN@ minutes
 
 The tokenizer, ImageNet, 256 pixels:
 
