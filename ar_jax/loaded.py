@@ -120,14 +120,14 @@ class Loaded:
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Tokens [n slots k] of images, uint8 [n h w 3]: int32 codes, or float32 of unit variance."""
         if on_host(self.tokenizer):
-            return self.tokenizer.tokens_of(np.asarray(images))
+            return self.tokenizer.host_encode(np.asarray(images))
         encode = self._jitted("encode", lambda params, images: self.functions.encode(params, to_float(images)))
         return np.asarray(encode(self.params, jnp.asarray(images)))
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """Images, uint8 [n h w 3], of tokens [n slots k]."""
         if on_host(self.tokenizer):
-            return self.tokenizer.images_of(np.asarray(tokens))
+            return self.tokenizer.host_decode(np.asarray(tokens))
         decode = self._jitted("decode", lambda params, tokens: to_uint8(self.functions.decode(params, tokens)))
         return _rgb(decode(self.params, jnp.asarray(tokens)))
 

@@ -150,7 +150,7 @@ class Drawer(NamedTuple):
                 values = [np.asarray(shard.data) for shard in shards]
                 drawn, account = jax.tree.unflatten(structure, values)
                 if here:
-                    drawn = finished(to_float(decoder.images_of(drawn)), given and (given.image, given.free))
+                    drawn = finished(to_float(decoder.host_decode(drawn)), given and (given.image, given.free))
                 images, finite = map(np.asarray, drawn)
                 if not finite.all():
                     raise ValueError(

@@ -29,11 +29,26 @@ class Grammar:
       kind: int32 [v], the kind of each code; codes of a kind are legal in the same places.
       after: int32 [s kinds], the state after a code of a kind in a state; -1 where that is illegal.
     Raises:
-      ValueError: a state from which no image can end.
+      ValueError: arrays that are no automaton, or a state from which no image can end.
     """
 
     kind: np.ndarray
     after: np.ndarray
+
+    def __post_init__(self):
+        kind, after = self.kind, self.after
+        integers = kind.dtype.kind == after.dtype.kind == "i"
+        shaped = integers and (kind.ndim, after.ndim) == (1, 2) and kind.size * after.size > 0
+        if not (
+            shaped and 0 <= kind.min() <= kind.max() < after.shape[1] and -1 <= after.min() <= after.max() < len(after)
+        ):
+            raise ValueError(
+                f"grammar.kind is {kind.dtype.name} {list(kind.shape)} and grammar.after {after.dtype.name} "
+                f"{list(after.shape)}; they must be int32 [v], kinds of codes, and [s kinds], states after them or -1"
+            )
+        last = after[-1, kind]
+        if (last >= 0).sum() != 1 or last.max() != len(after) - 1:
+            raise ValueError("grammar.after must end with a state in which one code is legal, padding, and stays there")
 
     @property
     def padding(self) -> int:

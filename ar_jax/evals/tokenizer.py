@@ -19,6 +19,7 @@ from ar_jax.files.models import Model
 from ar_jax.machine.seeds import key_of
 from ar_jax.machine.sharding import put, put_batch, replicated
 from ar_jax.nets.lpips import Lpips, find_lpips
+from ar_jax.tokenizers.host import on_host
 from ar_jax.typing import Array, Int, PRNGKey, UInt8, typed
 
 SHOWN = 32  # pairs for the report
@@ -142,6 +143,9 @@ class Judged:
         """Vectors [codes c] of each sub-code: those of tokens that differ in nothing else."""
         if not self.spec.codes:
             self.remarks.append("no pFD: its tokens are continuous")
+            return []
+        if on_host(self.module):
+            self.remarks.append("no pFD: its codes stand for no vectors")
             return []
         if any(book.levels for book in getattr(self.module, "codebooks", ())):
             self.remarks.append("no pFD: a code stands for different vectors on different levels")

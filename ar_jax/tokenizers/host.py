@@ -16,9 +16,9 @@ from ar_jax.typing import Array, Batch, Float, Metrics, Params, PRNGKey, Tokens,
 class OnHost:
     """Makes a tokenizer, as others are, of two numpy functions; for modules with
 
-        size, spec                       see `tokenizers`
-        tokens_of(images) -> tokens      uint8 [b h w 3] -> int32 [b n k]
-        images_of(tokens) -> images      and back
+        size, spec                         see `tokenizers`
+        host_encode(images) -> tokens      uint8 [b h w 3] -> int32 [b n k]
+        host_decode(tokens) -> images      and back
 
     They are called outside compiled programs where much goes through them: in training by the threads that make batches
     ahead (`encoded`), in sampling once all tokens are drawn (`Sampling.images`). Inside a compiled program, as for pictures
@@ -38,7 +38,7 @@ class OnHost:
     def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Tokens:
         """Tokens of images in [-1, 1]; `key` is unused."""
         like = jax.ShapeDtypeStruct((len(image), self.spec.n, len(self.spec.codes)), jnp.int32)
-        return _called(self.tokens_of, like, to_uint8(image))
+        return _called(self.host_encode, like, to_uint8(image))
 
     def embed(self, tokens: Tokens) -> Float[Array, "b n c"]:
         raise ValueError(f"tokens of {type(self).__name__} stand for no vectors; the generator has to learn its own")
@@ -46,7 +46,7 @@ class OnHost:
     def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W 3"]:
         """Images in [-1, 1]; `key` is unused."""
         like = jax.ShapeDtypeStruct((len(tokens), *self.size, 3), jnp.uint8)
-        return to_float(_called(self.images_of, like, tokens))
+        return to_float(_called(self.host_decode, like, tokens))
 
     def autoencode(
         self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None
@@ -58,7 +58,7 @@ class OnHost:
 
 def on_host(tokenizer: Any) -> bool:
     """Whether a tokenizer is a codec of the host."""
-    return isinstance(tokenizer, OnHost)
+    return hasattr(tokenizer, "host_encode")
 
 
 def encoded(tokenizer: Any) -> Callable[[Batch], Batch]:
@@ -67,7 +67,7 @@ def encoded(tokenizer: Any) -> Callable[[Batch], Batch]:
     def then(batch):
         if "image" not in batch:
             return batch
-        tokens = {"tokens": tokenizer.tokens_of(np.asarray(batch["image"]))}
+        tokens = {"tokens": tokenizer.host_encode(np.asarray(batch["image"]))}
         return {name: value for name, value in batch.items() if name != "image"} | tokens
 
     return then
@@ -79,8 +79,12 @@ def _called(
     """A numpy function of an array: at once, or called back from a compiled program."""
     if not isinstance(x, jax.core.Tracer):
         return jnp.asarray(function(np.asarray(x)))
-    return jax.pure_callback(functools.partial(_with_numpy, function), like, x)
+    return jax.pure_callback(functools.partial(_with_numpy, function, x.ndim), like, x, vmap_method="expand_dims")
 
 
-def _with_numpy(function, x):
-    return function(np.asarray(x))
+def _with_numpy(function, axes, x):
+    """The function of an array that `vmap` may have given more axes before its own."""
+    x = np.asarray(x)
+    more = x.shape[: x.ndim - axes + 1]
+    made = function(x.reshape(-1, *x.shape[len(more) :]))
+    return made.reshape(*more, *made.shape[1:])

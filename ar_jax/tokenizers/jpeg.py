@@ -159,7 +159,7 @@ class JpegBytes(OnHost, nn.Module):
             )
         return TokenSpec(grid(1, self.length), codes=(CODES,), grammar=rules)
 
-    def tokens_of(self, images: np.ndarray) -> np.ndarray:
+    def host_encode(self, images: np.ndarray) -> np.ndarray:
         """Tokens, int32 [b n 1], of images, uint8 [b h w c]; of one channel as of three alike.
 
         Raises:
@@ -172,7 +172,7 @@ class JpegBytes(OnHost, nn.Module):
         images = np.broadcast_to(images, (*images.shape[:3], 3))
         return np.stack(_each(self._tokens, images))[..., None]
 
-    def images_of(self, tokens: np.ndarray) -> np.ndarray:
+    def host_decode(self, tokens: np.ndarray) -> np.ndarray:
         """Images, uint8 [b h w 3], of tokens [b n 1]. A file that is cut short is grey where its units lack.
 
         Raises:

@@ -238,6 +238,7 @@ def stage_fit(
         real = plain(experiment.data)
         evaluate = Evaluation(recipe, stage, model.kind, Spread(opened(data), many), data, opened(real), real, mesh)
     shown, of = shown_images(opened, data, stage.preview_images, model.kind)
+    shown = then(shown) if then else shown
     if stage.keep_best and stage.best != "fd" and of != "held_out":
         raise ValueError(
             f"{model.kind}.keep_best is {stage.keep_best}, but there are no held-out images to judge {model.kind}.best="

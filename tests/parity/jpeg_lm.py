@@ -20,13 +20,13 @@ def codec(folder):
     file = jpeg.assembled(stream, tables)
     (prompt,) = folder.of("prompt prefix")
     rows = int(prompt.arguments["total_patch_rows"] * prompt.arguments["prefix_ratio"])
-    (tokens,) = tokenizer.tokens_of(image[None])
+    (tokens,) = tokenizer.host_encode(image[None])
     assert tokenizer.file(tokens[:, 0]) == file, "the header is put back"
     return {
         "bytes": numbers(stream),
         "tables": numbers(tables),
         "file": numbers(file),
-        "decoded": tokenizer.images_of(tokens[None])[0],
+        "decoded": tokenizer.host_decode(tokens[None])[0],
         "restart_markers": jpeg.restart_markers(stream),
         "prefix": numbers(jpeg.prefix(stream, rows)),
         **{

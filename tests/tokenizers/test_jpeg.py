@@ -25,8 +25,10 @@ from ar_jax.nets.transformer import Transformer
 from ar_jax.nets.vit import ViT
 from ar_jax.orders import raster
 from ar_jax.tokenizers import jpeg
-from ar_jax.tokenizers.host import encoded
+from ar_jax.tokenizers.host import encoded, on_host
 from ar_jax.tokenizers.jpeg import ENDED, FIRST_BYTE, PADDING, JpegBytes
+from ar_jax.tokenizers.kl_vae import KLVAE
+from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import Grammar, TokenSpec, grid
 from ar_jax.train import __main__ as train
 
@@ -52,7 +54,7 @@ def test_twenty_of_twenty_samples_of_an_untrained_model_are_files_that_open():
         tokens, _ = jax.jit(lambda params: Sampling().tokens(generator, params, {}, order, keys=keys))(params)
         tokens = np.asarray(tokens)
         assert len(np.unique(tokens, axis=0)) == 20
-        images = TINY.images_of(tokens)
+        images = TINY.host_decode(tokens)
         for row, image in zip(tokens[..., 0], images):
             (end,) = np.flatnonzero(row == ENDED)
             assert (row[end + 1 :] == PADDING).all()
@@ -65,19 +67,21 @@ def test_twenty_of_twenty_samples_of_an_untrained_model_are_files_that_open():
 
 def test_files_of_images_follow_the_grammar_and_come_back_as_pillow_decodes_them():
     images, rules = smooth(9, TINY.size), TINY.spec.grammar
-    tokens, state = TINY.tokens_of(images)[..., 0], np.zeros(9, int)
+    tokens, state = TINY.host_encode(images)[..., 0], np.zeros(9, int)
     for i, code in enumerate(tokens.T):
         state = rules.after[state, rules.kind[code]]
         assert (state >= 0).all()
         assert (rules.left[state] < TINY.length - i).all()
     assert (state == len(rules.after) - 1).all()
-    for image, found in zip(images, TINY.images_of(tokens[..., None])):
+    for image, found in zip(images, TINY.host_decode(tokens[..., None])):
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=25, subsampling="4:2:0")
         np.testing.assert_array_equal(found, np.asarray(Image.open(file)))
     call = functools.partial(TINY.apply, {})
     inside = jax.jit(lambda image: call(call(image, method="encode"), method="decode"))
     np.testing.assert_array_equal(inside(images / 127.5 - 1.0), call(tokens[..., None], method="decode"))
+    each = jax.jit(jax.vmap(lambda image: call(image[None], method="encode")[0]))  # as `ar_jax.evaluate` asks for them
+    np.testing.assert_array_equal(each(images / 127.5 - 1.0)[..., 0], tokens)
 
 
 def test_there_is_always_room_for_what_the_grammar_still_demands():
@@ -96,7 +100,7 @@ def test_there_is_always_room_for_what_the_grammar_still_demands():
 
 
 def test_padding_does_not_count_in_training():
-    generator, tokens = model(), TINY.tokens_of(smooth(2, TINY.size))
+    generator, tokens = model(), TINY.host_encode(smooth(2, TINY.size))
     _, weight, _ = generator.apply(
         {"params": random_params(generator, 0.3)}, tokens, {}, raster(TINY.spec), drop=np.zeros(2, bool), method="loss"
     )
@@ -105,11 +109,11 @@ def test_padding_does_not_count_in_training():
 
 def test_a_cut_file_keeps_its_parts_and_an_edit_keeps_those_before_the_first_free_pixel():
     images = smooth(3, TINY.size)
-    tokens = TINY.tokens_of(images)
-    whole, free = TINY.images_of(tokens), np.zeros((3, *TINY.size), bool)
+    tokens = TINY.host_encode(images)
+    whole, free = TINY.host_decode(tokens), np.zeros((3, *TINY.size), bool)
     free[0, 16:], free[1, 20, 40], free[2] = True, True, True
     known = np.asarray(TINY.known(jnp.asarray(tokens), jnp.asarray(free)))
-    cut = TINY.images_of(np.where(known, tokens[..., 0], PADDING)[..., None])
+    cut = TINY.host_decode(np.where(known, tokens[..., 0], PADDING)[..., None])
     np.testing.assert_array_equal(cut[0, :15], whole[0, :15])  # colours of the last row are blended with those below
     assert not known[2].any()
     np.testing.assert_array_equal(cut[1, :15], whole[1, :15])
@@ -143,7 +147,7 @@ def test_training_sampling_and_loading_take_a_tokenizer_of_the_host(tmp_path, mo
     assert np.unique(drawn, axis=0).shape == (8, 32, 32, 3)
     images = smooth(2, (32, 32))
     tokens = loaded.encode(images)
-    np.testing.assert_array_equal(loaded.decode(tokens), loaded.tokenizer.images_of(tokens))
+    np.testing.assert_array_equal(loaded.decode(tokens), loaded.tokenizer.host_decode(tokens))
     assert np.isfinite(loaded.loss(images, [0, 1]))
     half = np.zeros((32, 32), np.uint8)
     half[16:] = 255
@@ -166,18 +170,25 @@ def test_bad_input_is_refused_in_a_sentence():
     with pytest.raises(
         ValueError, match=r"^tokenizer\.length is 60, but a JPEG file of quality 25 has \d+ tokens; give more"
     ):
-        TINY.clone(length=60).tokens_of(image)
-    assert TINY.clone(length=60, longer="cut").tokens_of(image).shape == (1, 60, 1)
+        TINY.clone(length=60).host_encode(image)
+    assert TINY.clone(length=60, longer="cut").host_encode(image).shape == (1, 60, 1)
     with pytest.raises(ValueError, match=r"^tokenizer\.length is 12; with its markers the shortest file has 13 tokens"):
         _ = TINY.clone(length=12).spec
+    assert [on_host(module) for module in (TINY, KLVAE(), VQGAN())] == [True, False, False]
     with pytest.raises(ValueError, match=r"^images have 16x16 pixels, but the tokenizer takes \(32, 48\)"):
         encoded(TINY)({"image": np.zeros((1, 16, 16, 3), np.uint8)})
     nonsense = FIRST_BYTE + np.array([0xFF, 0xD8, 0xFF, 0xD8] * 50)
     with pytest.raises(ValueError, match=r"^tokens are no JPEG file \(.*\); draw them with the tokenizer's grammar"):
-        TINY.images_of(nonsense[None, :, None])
+        TINY.host_decode(nonsense[None, :, None])
     with pytest.raises(ValueError, match=r"^MaskGIT cannot draw tokens that have a grammar"):
         MaskGIT(ViT(1, 16, 2), Start(16), Categorical()).complete(TINY.spec, Info())
-    with pytest.raises(ValueError, match=r"^codes is \(4,\), but the grammar speaks of 3 codes"):
-        TokenSpec(grid(1, 4), codes=(4,), grammar=Grammar(np.arange(3), np.zeros((1, 3), int)))
+    kind, after = np.arange(2), np.array([[1, 1], [-1, 1]])
+    for wrong in ((kind * 1.0, after), (kind + 1, after), (kind, after + 1), (kind, after[0])):
+        with pytest.raises(ValueError, match=r"^grammar\.kind is \w+ \[2\] and grammar\.after int64 .*; they must be"):
+            Grammar(*wrong)
+    with pytest.raises(ValueError, match=r"^grammar\.after must end with a state in which one code is legal, padding"):
+        Grammar(kind, after[::-1])
+    with pytest.raises(ValueError, match=r"^codes is \(4,\), but the grammar speaks of 2 codes"):
+        TokenSpec(grid(1, 4), codes=(4,), grammar=Grammar(kind, after))
     with pytest.raises(ValueError, match=r"^grammar\.after has 1 states from which no image can end"):
-        _ = Grammar(np.arange(2), np.array([[0, 0], [-1, 1]])).left
+        _ = Grammar(kind, np.array([[0, 0], [-1, 1]])).left
