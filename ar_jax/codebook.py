@@ -1,4 +1,4 @@
-"""Makes the frozen codebook of a VQGAN-LC tokenizer: k-means over the features that a teacher sees in your images.
+"""Makes the frozen codebook of a tokenizer (VQGAN-LC, DiGIT): k-means over the features that a teacher sees in your images.
 
     python -m ar_jax.codebook CONFIG --out OUT [--name value ...]
 
@@ -11,7 +11,9 @@ the codes, or all together if there are no classes (or with --together True). OU
 begins with these features. All vectors are held in memory, two bytes a number: 31 GB for ImageNet and CLIP. One process, one
 device. Needs scikit-learn (extra `codebook`).
 
-Source: VQGAN-LC (arXiv:2406.11837).
+DiGIT's tokenizer (`FeatureCodes`) is clustered on its own grid, with its own teacher unless another is given, all classes together.
+
+Source: VQGAN-LC (arXiv:2406.11837), DiGIT (arXiv:2410.12490).
 """
 
 import dataclasses
@@ -37,6 +39,7 @@ from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
 from ar_jax.machine.seeds import Seed, key_of
 from ar_jax.nets.resize import resize
+from ar_jax.tokenizers.feature_codes import FeatureCodes
 from ar_jax.tokenizers.vqgan_lc import VQGANLC
 from ar_jax.train.checkpoint import save_params
 from ar_jax.train.teachers import EfficientNet, Exported
@@ -55,9 +58,10 @@ class Options:
     teacher: Exported = Exported()
     """A network in a file that jax.export wrote; without a path EfficientNet-Lite0 (extra `evaluate`)."""
     pool: Annotated[int, Within(1, 64)] = 4
-    """Vectors of an image, a side."""
+    """Vectors of an image, a side; of FeatureCodes it has as many as codes."""
     together: bool = False
-    """Cluster images of all classes together; the published codebook has an equal share for each class."""
+    """Cluster images of all classes together, as of FeatureCodes always; the published codebook of VQGAN-LC has an equal share
+    for each class."""
     batch: int = 64
     """Images that the teacher sees at a time."""
     seed: Seed = 0
@@ -80,15 +84,22 @@ def main(arguments: list[str] | None = None) -> None:
         write(experiment.tokenizer.module, options)
 
 
-def write(tokenizer: VQGANLC, options: Options) -> None:
+def write(tokenizer: VQGANLC | FeatureCodes, options: Options) -> None:
     """Writes the model folder, complete or not at all.
 
     Raises:
       ValueError: another tokenizer, a teacher that is missing or of another width, a folder that is not empty, codes that
         cannot be divided among the classes, or too few images for them.
     """
-    if not isinstance(tokenizer, VQGANLC):
-        raise ValueError(f"the config's tokenizer is {type(tokenizer).__name__}; only VQGANLC has a frozen codebook")
+    if not isinstance(tokenizer, (VQGANLC, FeatureCodes)):
+        raise ValueError(
+            f"the config's tokenizer is {type(tokenizer).__name__}; only VQGANLC and FeatureCodes have a frozen codebook"
+        )
+    places = (options.pool,) * 2
+    if isinstance(tokenizer, FeatureCodes):
+        teacher = options.teacher if options.teacher.path else tokenizer.teacher
+        tokenizer, places = tokenizer.clone(teacher=teacher), tokenizer.grid
+        options = dataclasses.replace(options, teacher=teacher, together=True)
     folder = path_of(options.out)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--out is {options.out}, which is not empty; give another folder or remove it")
@@ -96,15 +107,17 @@ def write(tokenizer: VQGANLC, options: Options) -> None:
         import sklearn.cluster  # noqa: F401
     except ImportError as error:
         raise ValueError("k-means needs scikit-learn: pip install 'ar_jax[codebook]'") from error
-    source, network = open_source(options.data), options.teacher if options.teacher.path else EfficientNet()
+    source, network = open_source(options.data), options.teacher
+    if isinstance(network, Exported) and not network.path:
+        network = EfficientNet()
     classes = 1 if options.together else max(source.info.classes, 1)
     if tokenizer.codes % classes:
         raise ValueError(
             f"tokenizer.codes is {tokenizer.codes}, which {classes} classes cannot share evenly; give a multiple of "
             f"{classes}, or --together True"
         )
-    if options.teacher.path and not path_of(options.teacher.path).is_file():
-        raise ValueError(f"--teacher.path is {options.teacher.path!r}, which is no file; give what jax.export wrote")
+    if isinstance(network, Exported) and not path_of(network.path).is_file():
+        raise ValueError(f"--teacher.path is {network.path!r}, which is no file; give what jax.export wrote")
     params = network.open()
     width = jax.eval_shape(network, params, jnp.zeros((1, options.data.size, options.data.size, 3))).shape[-1]
     if width != tokenizer.feature_width:
@@ -117,7 +130,7 @@ def write(tokenizer: VQGANLC, options: Options) -> None:
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         temporary.mkdir(parents=True)
     try:
-        found, label = features(network, params, source, options)
+        found, label = features(network, params, source, options, places)
         codes = clustered(found, label % classes, classes, tokenizer.codes // classes, options.seed)
         begun = jax.jit(tokenizer.init_params)(key_of(options.seed))
         save_params(temporary / "params", {**begun, "frozen": codes})
@@ -132,12 +145,14 @@ def write(tokenizer: VQGANLC, options: Options) -> None:
     print(f"{options.out} is complete: {tokenizer.codes} codes of width {width}")
 
 
-def features(network: Any, params: Params, source: Any, options: Options) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors of all images, float16 [images pool*pool c], and their labels, int [images], 0 where there are none."""
+def features(
+    network: Any, params: Params, source: Any, options: Options, places: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of all images, float16 [images places c], and their labels, int [images], 0 where there are none."""
 
     @jax.jit
     def see(params: Params, image: Array) -> Array:
-        seen = resize(network(params, to_float(image)).astype(jnp.float32), (options.pool,) * 2, "area")
+        seen = resize(network(params, to_float(image)).astype(jnp.float32), places, "area")
         return seen.reshape(len(seen), -1, seen.shape[-1]).astype(jnp.float16)
 
     found, labels = [], []

@@ -27,7 +27,8 @@ from ar_jax.files.trust import PACKAGE
 from ar_jax.files.words import shown
 from ar_jax.typing import Having, Within
 
-HOMES = ("decode", "generators", "heads", "nets", "orders", "tokenizers", "tokens")  # of parts of models in ar_jax
+# of parts of models in ar_jax
+HOMES = ("decode", "generators", "heads", "nets", "orders", "tokenizers", "tokens", "train.teachers")
 MOVED: dict[str, str] = {}  # "module:name" as earlier versions wrote it -> as it is now
 LARGEST = 2**24  # a number in a model's description is no larger, to either side; beyond it are damage and malice
 LONGEST = 2**25  # bytes of a JSON file

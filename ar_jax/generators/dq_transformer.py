@@ -161,6 +161,10 @@ class DQTransformer(Generator):
             raise ValueError(f"generator.rows is {self.rows}, but sequences have {done.length - 1}; give as many, or 0")
         return done
 
+    @nn.nowrap
+    def calls(self, order: Order) -> dict[str, np.ndarray]:
+        return {"generator": np.array([size == 1 for size in order.sizes], int)}
+
     @property
     def dtype(self) -> Any:
         return self.contents.dtype

@@ -13,7 +13,7 @@ from ar_jax.machine.sharding import Rules
 from ar_jax.nets.conditioning import fold
 from ar_jax.nets.linear import Linear, output_major
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Float, Index, Int, Key, PRNGKey, Tokens, Unstored, typed
+from ar_jax.typing import Array, Float, Index, Int, Key, PRNGKey, Share, Tokens, Unstored, typed
 
 
 class Categorical(nn.Module):
@@ -27,6 +27,7 @@ class Categorical(nn.Module):
         that the logits of all rows never lie in memory; 0 computes all at once.
       bias: the readout has one.
       std: of the readout at the start.
+      smoothing: in training this part of the probability is asked for of all other codes together, alike.
     """
 
     codes: int = 0
@@ -35,6 +36,7 @@ class Categorical(nn.Module):
     chunk: int = 0
     bias: bool = False
     std: float = 0.0
+    smoothing: Share = 0.0
 
     def complete(self, spec: TokenSpec) -> "Categorical":
         if len(spec.codes) != 1:
@@ -92,7 +94,11 @@ class Categorical(nn.Module):
         logits = self(h)
         # not a gather: the vocabulary may be divided over devices
         chosen = jnp.where(jnp.arange(self.codes) == target, logits, 0).sum(-1)
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
+        total = jax.nn.logsumexp(logits, axis=-1)
+        if not self.smoothing:
+            return total - chosen
+        others = (logits.sum(-1) - chosen) / (self.codes - 1)
+        return total - (1 - self.smoothing) * chosen - self.smoothing * others
 
     def sample(
         self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs, i: Index, tokenizer: Callable | None = None

@@ -145,8 +145,8 @@ class Optim:
     """Updates of linear warm-up."""
     warmup_start: float = 0.0
     """Where the warm-up begins, as a part of `lr`."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """After the warm-up."""
+    schedule: Literal["constant", "cosine", "linear", "inverse_sqrt"] = "constant"
+    """After the warm-up; inverse_sqrt falls with the root of the updates done, from the end of the warm-up on."""
     hold: Share = 0.0
     """Part of the run after the warm-up in which the linear schedule stays at `lr`."""
     end_lr: float = 0.0
@@ -177,12 +177,15 @@ class Optim:
 
 def schedule(optim: Optim, steps: int) -> optax.Schedule:
     """Learning rate of every update."""
-    if optim.schedule not in ("constant", "cosine", "linear"):
-        raise ValueError(f"optim.schedule is {optim.schedule!r}; it must be constant, cosine or linear")
+    if optim.schedule not in ("constant", "cosine", "linear", "inverse_sqrt"):
+        raise ValueError(f"optim.schedule is {optim.schedule!r}; it must be constant, cosine, linear or inverse_sqrt")
     rest = steps - optim.warmup - optim.last
     if optim.schedule != "constant" and rest < 1:
         raise ValueError(f"optim.warmup is {optim.warmup}, but there are only {steps} updates")
-    if optim.schedule == "constant":
+    if optim.schedule == "inverse_sqrt":
+        begin = max(optim.warmup, 1)
+        after = lambda step: optim.lr * jnp.sqrt(begin / (begin + step))  # noqa: E731
+    elif optim.schedule == "constant":
         after = optax.constant_schedule(optim.lr)
     elif optim.schedule == "cosine":
         after = optax.cosine_decay_schedule(optim.lr, rest, optim.end_lr / optim.lr if optim.lr else 0.0)

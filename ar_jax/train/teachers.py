@@ -27,7 +27,8 @@ class EfficientNet:
 
     def __call__(self, params: Params, image: Array) -> Float[Array, "b h w c"]:
         x = pil_bicubic(127.5 * (jnp.clip(image, -1, 1) + 1), (224, 224))
-        _, kept = EfficientNetLite0().apply({"params": params}, (x - 127) / 128, mutable=["maps"])
+        # no parent: a tokenizer that calls a teacher (`FeatureCodes`) does not make it a part of itself
+        _, kept = EfficientNetLite0(parent=None).apply({"params": params}, (x - 127) / 128, mutable=["maps"])
         return kept["maps"]["tapped"][0]
 
 
