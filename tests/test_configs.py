@@ -155,6 +155,9 @@ def test_the_zoo_has_a_row_for_every_variant_with_the_figures_of_its_header_and_
     zoo = ZOO.read_text()
     for family, variant in re.findall(r"\b(\w+)\.py:(\w+)", zoo):
         assert variant in FAMILIES[family]["VARIANTS"], f"{family}.py:{variant}"
+    sections = re.findall(r"^## (.*)$", zoo, re.MULTILINE)
+    listed = re.findall(r"^\| \[([^]]+)\]\(#\S+\) \|", zoo, re.MULTILINE)
+    assert [name for name in sections if name in listed] == listed == sorted(listed, key=str.lower)
     rows = collections.defaultdict(str)
     for family, variant, row in re.findall(r"^\| `(\w+)\.py:(\w+)` \|(.*)$", zoo, re.MULTILINE):
         rows[family, variant] += row
@@ -163,6 +166,8 @@ def test_the_zoo_has_a_row_for_every_variant_with_the_figures_of_its_header_and_
         for variant in module["VARIANTS"]:
             (line,) = re.findall(rf"^    {variant} {{3,}}\S.*$", head, re.MULTILINE)
             assert rows[family, variant], f"{family}.py:{variant} has no row"
+            named = {part.split("\n")[0] for part in zoo.split("\n## ") if f"| `{family}.py:{variant}` |" in part}
+            assert named & {*listed}, f"{named} is not in the table of families"
             assert figures(line) <= figures(rows[family, variant]), f"{family}.py:{variant}"
             assert not stated(rows[family, variant]) - stated(line), f"{family}.py:{variant}"
 
