@@ -10,11 +10,14 @@ import pytest
 from trees import random_params
 
 from ar_jax.data import Info
+from ar_jax.decode.guidance import Interval
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sampling import Sampling
 from ar_jax.decode.sequential import Task, keys_of
+from ar_jax.decode.temperature import Constant
 from ar_jax.generators.base import Knobs, Setting, Step
 from ar_jax.generators.dq_transformer import DQTransformer, Items, Sequence, StartClass
+from ar_jax.machine.sharding import MeshShape, batch_sharding, make_mesh, shard
 from ar_jax.nets.vit import Successive
 from ar_jax.orders import raster
 from ar_jax.tokens import TokenSpec, grid, pyramid
@@ -115,6 +118,26 @@ def test_drawing_takes_what_the_forced_pass_says_and_leaves_no_hole(given, again
     other = np.array([2, 0, 3, 1])
     moved = stepped(given, again, room)(params, {"label": BATCH["label"][other]}, keys[other])[0]
     np.testing.assert_array_equal(np.asarray(moved)[..., 0], tokens[other])
+
+
+def test_guided_images_are_the_same_on_four_devices_with_sharded_weights():
+    params, keys = random_params(GENERATOR, 0.5), jax.random.split(jax.random.key(1), 4)
+    order = Items()(SPEC)
+    generator, params = GENERATOR.unrolled(params)
+    sampling = Sampling(Interval(1.7), Constant(0.9), Filter(top_k=5))
+
+    @jax.jit
+    def run(params, batch, keys):
+        return sampling.tokens(generator, params, batch, order, keys=keys)[0]
+
+    alone = np.asarray(run(params, BATCH, keys))
+    mesh = make_mesh(MeshShape(2, 1, 2), jax.devices()[:4])
+    divided = jax.device_put(params, shard(params, mesh, generator.rules, smallest=16))
+    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(divided))
+    batch, keys = jax.device_put((BATCH, keys), batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(run(divided, batch, keys), alone)
+    assert len(np.unique(alone[..., 0], axis=0)) == 4
 
 
 def test_the_loss_reaches_every_parameter_and_a_dropped_class_is_not_seen():
