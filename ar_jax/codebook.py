@@ -42,7 +42,8 @@ from ar_jax.nets.resize import resize
 from ar_jax.tokenizers.feature_codes import FeatureCodes
 from ar_jax.tokenizers.vqgan_lc import VQGANLC
 from ar_jax.train.checkpoint import save_params
-from ar_jax.train.teachers import EfficientNet, Exported
+from ar_jax.train.exported import Exported
+from ar_jax.train.teachers import EfficientNet
 from ar_jax.typing import Array, Params, Within
 
 MANY = 200_000  # vectors from which on k-means looks at some of them at a time

@@ -33,9 +33,9 @@ import llamagen
 from ar_jax.config import Experiment
 from ar_jax.tokenizers.fixed_codes import FixedCodes
 from ar_jax.tokenizers.quantize_spherical import BSQ
+from ar_jax.train.exported import Exported
 from ar_jax.train.glyphs import GlyphEdges, GlyphPixels, Reader
 from ar_jax.train.losses import Part
-from ar_jax.train.teachers import Exported
 
 GLYPHS = (("glyph_pixels", GlyphPixels()), ("glyph_edges", GlyphEdges()))
 

@@ -23,7 +23,7 @@ ImageNet classes, 256 pixels, with the published decoder after it:
 
 The codes come first: k-means over a teacher's features in your images. The published one is DINOv2 with registers: the image,
 normalised and brought to 224 pixels, its third-last block's patches after the last norm, as a file that jax.export wrote
-(`ar_jax.train.teachers.Exported`); a tenth of the images, 20 iterations. For digits it is EfficientNet-Lite0 (extra `evaluate`).
+(`ar_jax.train.exported.Exported`); a tenth of the images, 20 iterations. For digits it is EfficientNet-Lite0 (extra `evaluate`).
 
     python -m ar_jax.codebook configs/digit.py:mnist5k --out checkpoints/features_mnist5k
     python train.py configs/digit.py:mnist5k
@@ -54,8 +54,8 @@ from ar_jax.heads.categorical import Categorical
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.post_norm import PostNorm
 from ar_jax.tokenizers.feature_codes import FeatureCodes
+from ar_jax.train.exported import Exported
 from ar_jax.train.optim import AdamW, Optim
-from ar_jax.train.teachers import Exported
 
 TRAINED = ("/(post_quant|decoder)/",)  # all but the features
 # width of the features, codes; layers, width, heads of the generator, codes that are drawn from

@@ -27,7 +27,7 @@ Generators of ImageNet classes on the codes of a ds16 tokenizer, 300 epochs, gui
 
 Semantic codes learn from frozen image networks: the class token of CLIP ViT-L/14 (two codebooks), or one vector of 384 and one
 of 768 numbers (three). These come as files that jax.export wrote, which resize images to 224 pixels themselves and return maps
-[b 1 1 w] (`ar_jax.train.teachers.Exported`): teachers/clip_l14.export, teachers/mid_384.export, teachers/high_768.export.
+[b 1 1 w] (`ar_jax.train.exported.Exported`): teachers/clip_l14.export, teachers/mid_384.export, teachers/high_768.export.
 Without them, `losses.others` of a config of your own is (), and codes are kept apart, but mean nothing in particular.
 
 With the released tokenizer:
@@ -59,9 +59,9 @@ from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
 from ar_jax.tokenizers.fqgan import FQGAN
 from ar_jax.tokenizers.quantize import VectorLoss
+from ar_jax.train.exported import Exported
 from ar_jax.train.losses import Contrast
 from ar_jax.train.optim import AdamW, Optim
-from ar_jax.train.teachers import Exported
 
 SIZES = {"b": (24, 3, 1024, 16), "l": (36, 4, 1280, 20)}  # layers, those of the head, width, heads
 MULT = {"ds16": (1, 1, 2, 2, 4), "ds8": (1, 2, 2, 4)}

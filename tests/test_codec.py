@@ -28,6 +28,7 @@ from ar_jax.orders import Cells, Order, OrderFn, Shuffled, known_first, raster, 
 from ar_jax.tokenizers.quantize import VectorLoss
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import TokenSpec, grid
+from ar_jax.train.exported import Exported
 from ar_jax.typing import Array, Float
 
 SPEC = TokenSpec(grid(2, 3), codes=(11,))
@@ -260,6 +261,18 @@ def method(tmp_path, monkeypatch):
     yield tmp_path / "my_method.py"
     for name in ("my_method", "my_method_evil"):
         sys.modules.pop(name, None)
+
+
+def test_a_program_that_a_model_names_runs_only_where_it_is_trusted(monkeypatch):
+    value = {"type": "ar_jax.train.exported:Exported", "path": "evil.export"}
+    monkeypatch.setattr(trust, "_trusted", set())
+    with pytest.raises(trust.Untrusted, match=r"^value.type: .* give --trust ar_jax\.train\.exported or set AR_JAX_TRUST="):
+        codec.decode(value, Any)
+    written = codec.encode(Exported("mine.export"))  # by a run of one's own, which goes on with it
+    assert codec.decode(written, Any) == Exported("mine.export")
+    monkeypatch.setattr(trust, "_trusted", set())
+    trust.trust("ar_jax.train.exported")
+    assert codec.decode(value, Any) == Exported("evil.export")
 
 
 def test_what_to_give_is_said_word_for_word_and_works(method, monkeypatch):

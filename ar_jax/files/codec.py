@@ -28,6 +28,7 @@ from ar_jax.files.words import shown
 from ar_jax.typing import Having, Within
 
 # of parts of models in ar_jax
+PROGRAMS = f"{PACKAGE}.train.exported"  # what runs a file that a model names, so it asks for trust
 HOMES = ("decode", "generators", "heads", "nets", "orders", "tokenizers", "tokens", "train.teachers")
 MOVED: dict[str, str] = {}  # "module:name" as earlier versions wrote it -> as it is now
 LARGEST = 2**24  # a number in a model's description is no larger, to either side; beyond it are damage and malice
@@ -77,7 +78,7 @@ def _name(thing):
         )
     if getattr(module, thing.__qualname__, None) is not thing:
         raise ValueError(f"{name} cannot be found again by its name; give a class or function at the top of a module")
-    if not _ours(thing.__module__):
+    if not _ours(thing.__module__) or thing.__module__ == PROGRAMS:
         trust.trust(thing.__module__)
     return name
 
@@ -241,7 +242,12 @@ def _find(name, where, hints):
     named = f"{where}: {shown(name)}"
     if not attribute.isidentifier():
         raise ValueError(f"{named} is no name of a class or function, such as {PACKAGE}.orders:raster")
-    if _ours(module) and not any(f"{module}.".startswith(f"{PACKAGE}.{home}.") for home in HOMES):
+    if module == PROGRAMS and not trust.trusted(module):
+        raise trust.Untrusted(
+            f"{named} runs a program of jax.export that this model names. If you trust that file, give --trust {PROGRAMS} or "
+            f"set {trust.VARIABLE}={PROGRAMS}"
+        )
+    if _ours(module) and module != PROGRAMS and not any(f"{module}.".startswith(f"{PACKAGE}.{home}.") for home in HOMES):
         raise ValueError(f"{named} is no part of a model; those lie in {PACKAGE}.{', '.join(HOMES)}")
     found = getattr(trust.load(module, named, hints.get(module.split(".")[0], "")), attribute, None)
     if found is None:

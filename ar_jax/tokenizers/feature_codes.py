@@ -15,7 +15,8 @@ from ar_jax.nets.resize import resize
 from ar_jax.tokenizers.conv import Convolutional, Decoder, init
 from ar_jax.tokenizers.quantize import Codebook, VectorLoss, look_up, vector_quantise
 from ar_jax.tokens import TokenSpec, grid
-from ar_jax.train.teachers import EfficientNet, Exported
+from ar_jax.train.exported import Exported
+from ar_jax.train.teachers import EfficientNet
 from ar_jax.typing import Array, Blocks, Float, Int, Layers, Level, Metrics, Params, PRNGKey, Size, Tokens, typed
 
 

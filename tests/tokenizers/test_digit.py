@@ -16,8 +16,8 @@ from ar_jax.nets.attention import Rows
 from ar_jax.nets.post_norm import PostNorm
 from ar_jax.tokenizers.feature_codes import FeatureCodes
 from ar_jax.tokenizers.vqgan import VQGAN
+from ar_jax.train.exported import Exported
 from ar_jax.train.optim import Optim, schedule
-from ar_jax.train.teachers import Exported
 from ar_jax.train.tokenizer import tokenizer_gradients
 
 RANDOM = np.random.default_rng(0)

@@ -16,7 +16,7 @@ from ar_jax.files.models import open_model
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokenizers.vqgan_lc import VQGANLC
 from ar_jax.train.__main__ import load_start
-from ar_jax.train.teachers import Exported
+from ar_jax.train.exported import Exported
 from ar_jax.train.tokenizer import tokenizer_recipe
 
 SMALL = VQGANLC(

@@ -22,10 +22,11 @@ from ar_jax.tokenizers.quantize import Codebook, straight_through, vector_quanti
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import TokenSpec, grid, pyramid
 from ar_jax.train import codes
+from ar_jax.train.exported import Exported
 from ar_jax.train.losses import Part, Pixels, Teacher
 from ar_jax.train.optim import Optim
 from ar_jax.train.state import create
-from ar_jax.train.teachers import EfficientNet, Exported
+from ar_jax.train.teachers import EfficientNet
 from ar_jax.train.tokenizer import advice, reconstruct, tokenizer_gradients, tokenizer_recipe, training_pass
 
 IMAGES = {"image": np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)).astype(np.uint8)}
