@@ -11,7 +11,7 @@ Small, for two CPU cores:
     fashion_mnist    the same networks, trained for longer, on 60,000 pictures of clothes (Debian's package
                      dataset-fashion-mnist); no figures have been measured
     emoji            text to image: colour emoji by their Unicode names, see llamagen.py:emoji. Captions come before the
-                     scales as rows, and their mean modulates the network, as a class does; @VARMIN@ minutes
+                     scales as rows, and their mean modulates the network, as a class does; 24 minutes
 
 The tokenizer, ImageNet, 256 pixels:
 
