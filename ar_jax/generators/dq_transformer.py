@@ -346,7 +346,7 @@ class DQTransformer(Generator):
         cache = tuple(net.empty_cache(rows, setting.kept) for net in (self.places, self.contents))
         every = jnp.zeros((images, 1), jnp.int32)
         start = Sequence(every + self.codes + 2, every + grids(self.spec)[0] + 2, every > 0)
-        return Progress(self.spec.zeros(images) + self.codes, _Both(*cache), start, every[:, 0] + COARSE)
+        return Progress(self.spec.zeros(images) + self.codes, _Both(*cache), item=start, phase=every[:, 0] + COARSE)
 
     def grow(self, state: Progress, ranks: int, setting: Setting) -> Progress:
         fed = min(ranks, self.length - 1)
@@ -386,8 +386,8 @@ class DQTransformer(Generator):
         return Progress(
             jnp.where(here, content[:, None], tokens)[..., None],
             _Both(first_cache, second_cache),
-            item._replace(content=content[:, None]),
-            self.following(phase, real, first + 1),
+            item=item._replace(content=content[:, None]),
+            phase=self.following(phase, real, first + 1),
         )
 
     def drawn(

@@ -15,7 +15,7 @@ from ar_jax.tokens import TokenSpec, grid
 from ar_jax.typing import Array, Blocks, Float, Int, Level, Metrics, PRNGKey, Size, Tokens, typed
 
 
-class BinaryAutoencoder(Quantised, nn.Module):
+class BinaryAutoencoder(Quantised):
     """Image to a grid of bits and back; a token stands for the sum of its set bits' vectors.
 
     Every bit is a sub-code, or several together are one (`parts`).

@@ -49,7 +49,7 @@ class Convolutional:
         return self.init(key, jnp.zeros((1, *self.size, self.channels)), method="autoencode")["params"]
 
 
-class Quantised(Convolutional):
+class Quantised(Convolutional, nn.Module):
     """What tokenizers with one grid of codes share, from what they differ in: `latents`, `quantise`, `embed`, `pixels`."""
 
     @typed

@@ -12,7 +12,7 @@ from ar_jax.tokens import TokenSpec, grid
 from ar_jax.typing import Array, Blocks, Float, Int, Metrics, Size, Tokens, typed
 
 
-class FixedCodes(Quantised, nn.Module):
+class FixedCodes(Quantised):
     """Image to a grid of codes and back: the network of `VQGAN`, without its codebook.
 
     Attributes:

@@ -97,7 +97,7 @@ def depth_to_space(x: Float[Array, "b h w c"]) -> Float[Array, "b H W d"]:
     return x.reshape(b, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, c // 4)
 
 
-class LookupFree(Quantised, nn.Module):
+class LookupFree(Quantised):
     """Image to a grid of signs and back. The defaults are Open-MAGVIT2's for 256 pixels; its other has `mult=(1, 2, 2, 4)`.
 
     Attributes:

@@ -11,7 +11,7 @@ from ar_jax.tokens import TokenSpec, grid
 from ar_jax.typing import Array, Blocks, Float, Int, Layers, Metrics, Size, Tokens, typed
 
 
-class VQGAN(Quantised, nn.Module):
+class VQGAN(Quantised):
     """Image to a grid of codes and back. The defaults are LlamaGen's VQ-16; VQ-8 has `mult=(1, 2, 2, 4)`.
 
     Attributes:
