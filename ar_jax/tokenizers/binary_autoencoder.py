@@ -9,13 +9,14 @@ import numpy as np
 from jax import lax
 
 from ar_jax.machine import shares
-from ar_jax.tokenizers.conv import Decoder, Encoder, Quantised, init, norm
+from ar_jax.tokenizers.conv import Convolutional, Decoder, Encoder, init, norm
+from ar_jax.tokenizers.quantised import Quantised
 from ar_jax.tokenizers.quantize_lookup_free import check_bits
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.typing import Array, Blocks, Float, Int, Level, Metrics, PRNGKey, Size, Tokens, typed
 
 
-class BinaryAutoencoder(Quantised):
+class BinaryAutoencoder(Convolutional, Quantised):
     """Image to a grid of bits and back; a token stands for the sum of its set bits' vectors.
 
     Every bit is a sub-code, or several together are one (`parts`).

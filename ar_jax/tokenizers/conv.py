@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from ar_jax.machine.sharding import Rules
-from ar_jax.typing import Array, Float, Int, Metrics, Params, PRNGKey, Tokens, typed
+from ar_jax.typing import Array, Float, Params, PRNGKey, typed
 
 init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # the +-1/sqrt(fan_in) these networks start from
 
@@ -47,40 +47,6 @@ class Convolutional:
 
     def init_params(self, key: PRNGKey) -> Params:
         return self.init(key, jnp.zeros((1, *self.size, self.channels)), method="autoencode")["params"]
-
-
-class Quantised(Convolutional, nn.Module):
-    """What tokenizers with one grid of codes share, from what they differ in: `latents`, `quantise`, `embed`, `pixels`."""
-
-    @typed
-    def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Int[Array, "b n k"]:
-        """Codes of images in [-1, 1]; `key` is unused, the codes are deterministic."""
-        _, index, _ = self.quantise(self.latents(image))
-        return self.in_line(index)
-
-    @typed
-    def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W rgb"]:
-        """Images, about [-1, 1] but not clipped; `key` is unused."""
-        codes = self.embed(tokens)
-        return self.pixels(codes.reshape(len(codes), *self.grid, -1))
-
-    @typed
-    def autoencode(
-        self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None
-    ) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
-        """One training pass; `key` is unused.
-
-        Returns:
-          The reconstruction; the weighted losses of the quantiser by name; and what training may want to look at:
-          "latents" [b h w c] before quantisation and "tokens" as of `encode`.
-        """
-        latents = self.latents(image)
-        codes, index, losses = self.quantise(latents)
-        return self.pixels(codes), losses, {"latents": latents, "tokens": self.in_line(index)}
-
-    def in_line(self, index: Array) -> Int[Array, "b n k"]:
-        """Tokens of what the quantiser chose, [b h w] or [b h w k]."""
-        return index.reshape(len(index), -1, len(self.spec.codes))
 
 
 class ResBlock(nn.Module):

@@ -5,14 +5,15 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ar_jax.tokenizers.conv import Decoder, Encoder, Quantised, init
+from ar_jax.tokenizers.conv import Convolutional, Decoder, Encoder, init
+from ar_jax.tokenizers.quantised import Quantised
 from ar_jax.tokenizers.quantize_scalar import FSQ
 from ar_jax.tokenizers.quantize_spherical import BSQ
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.typing import Array, Blocks, Float, Int, Metrics, Size, Tokens, typed
 
 
-class FixedCodes(Quantised):
+class FixedCodes(Convolutional, Quantised):
     """Image to a grid of codes and back: the network of `VQGAN`, without its codebook.
 
     Attributes:

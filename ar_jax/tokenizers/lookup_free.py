@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ar_jax.machine.sharding import Rules
-from ar_jax.tokenizers.conv import RULES, Quantised, ResBlock, conv3, init, norm
+from ar_jax.tokenizers.conv import RULES, Convolutional, ResBlock, conv3, init, norm
+from ar_jax.tokenizers.quantised import Quantised
 from ar_jax.tokenizers.quantize_lookup_free import SignLoss, check_bits, sign_quantise, signs_of
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.typing import Array, Blocks, Float, Int, Metrics, Size, Tokens, Within, typed
@@ -97,7 +98,7 @@ def depth_to_space(x: Float[Array, "b h w c"]) -> Float[Array, "b H W d"]:
     return x.reshape(b, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, c // 4)
 
 
-class LookupFree(Quantised):
+class LookupFree(Convolutional, Quantised):
     """Image to a grid of signs and back. The defaults are Open-MAGVIT2's for 256 pixels; its other has `mult=(1, 2, 2, 4)`.
 
     Attributes:

@@ -9,13 +9,14 @@ from ar_jax.nets.linear import Linear
 from ar_jax.nets.mlp import xavier
 from ar_jax.nets.vit import ViT
 from ar_jax.tokenizers.continuous import patchify, unpatchify
+from ar_jax.tokenizers.quantised import Quantised
 from ar_jax.tokenizers.quantize import Codebook, VectorLoss, codebook_init, look_up, normalise, vector_quantise
 from ar_jax.tokenizers.vitok import OfPatches
 from ar_jax.tokens import Scale, TokenSpec, grid, sides
-from ar_jax.typing import Array, Float, Int, Metrics, PRNGKey, Size, Tokens, typed
+from ar_jax.typing import Array, Float, Int, Metrics, Size, Tokens, typed
 
 
-class ViTVQGAN(OfPatches, nn.Module):
+class ViTVQGAN(OfPatches, Quantised):
     """Image to a grid of codes, one a patch, and back. The defaults are ViT-VQGAN-Small; it works at one size only.
 
     Attributes:
@@ -67,48 +68,29 @@ class ViTVQGAN(OfPatches, nn.Module):
             places("decoder", self.decoder),
         )
         self.code_hidden, self.to_code = inside(self.encoder), dense(self.code_features, jnp.float32)
-        self.pixel_hidden, self.pixels = inside(self.decoder), dense(self.channels * rows * columns, jnp.float32)
+        self.pixel_hidden, self.to_pixels = inside(self.decoder), dense(self.channels * rows * columns, jnp.float32)
         self.codebook = self.param("codebook", codebook_init(self.l2_norm), (self.codes, self.code_features))
-
-    @typed
-    def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Int[Array, "b n 1"]:
-        """Codes of images in [-1, 1]; `key` is unused, the codes are deterministic."""
-        return self.quantise(self.latents(image))[1][..., None]
 
     @typed
     def embed(self, tokens: Tokens) -> Float[Array, "b n c"]:
         """The (normalised) codes of tokens; vectors in their place stay as they are."""
         return look_up(self._codes(), tokens)
 
-    @typed
-    def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W rgb"]:
-        """Images, about [-1, 1] but not clipped; `key` is unused."""
-        return self.shown(self.embed(tokens))
-
-    @typed
-    def autoencode(
-        self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None
-    ) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
-        """One training pass; `key` is unused. Returns as `VQGAN.autoencode`."""
-        latents = self.latents(image)
-        codes, index, losses = self.quantise(latents)
-        seen = {"latents": latents.reshape(len(image), *self.grid, -1), "tokens": index[..., None]}
-        return self.shown(codes), losses, seen
-
-    def latents(self, image: Float[Array, "b H W c"]) -> Float[Array, "b n c"]:
+    def latents(self, image: Float[Array, "b H W c"]) -> Float[Array, "b h w c"]:
         """What the quantiser sees, before any normalisation."""
         x = self.patches(patchify(image, self.cell))
         x = self.encoder(x + self.encoder_positions.astype(x.dtype))
-        return self.to_code(jnp.tanh(self.code_hidden(x)))
+        return self.to_code(jnp.tanh(self.code_hidden(x))).reshape(len(x), *self.grid, -1)
 
-    def quantise(self, latents: Float[Array, "b n c"]) -> tuple[Float[Array, "b n c"], Int[Array, "b n"], Metrics]:
+    def quantise(
+        self, latents: Float[Array, "b h w c"]
+    ) -> tuple[Float[Array, "b h w c"], Int[Array, "b h w"], Metrics]:
         return vector_quantise(normalise(latents) if self.l2_norm else latents, self._codes(), self.vq)
 
-    def shown(self, codes: Float[Array, "b n c"]) -> Float[Array, "b H W rgb"]:
-        """Images from vectors of codes."""
-        x = self.from_code(codes)
+    def pixels(self, codes: Float[Array, "b h w c"]) -> Float[Array, "b H W rgb"]:
+        x = self.from_code(codes).reshape(len(codes), self.spec.n, -1)
         x = self.decoder(x + self.decoder_positions.astype(x.dtype))
-        return unpatchify(self.pixels(jnp.tanh(self.pixel_hidden(x))), self.grid, self.cell)
+        return unpatchify(self.to_pixels(jnp.tanh(self.pixel_hidden(x))), self.grid, self.cell)
 
     def _codes(self):
         return normalise(self.codebook) if self.l2_norm else self.codebook

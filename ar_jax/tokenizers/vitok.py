@@ -18,7 +18,7 @@ class OfPatches:
     """What tokenizers of patches of pixels share; for modules with fields `size`, `cell`, `channels`, `encoder` and `decoder`."""
 
     patch = 1  # places of the latent that make a token
-    last_layer = "pixels/kernel"
+    last_layer = "to_pixels/kernel"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -77,7 +77,7 @@ class ViTok(OfPatches, Measured, nn.Module):
         rows, columns = sides(self.cell)
         self.patches, self.to_code = dense(self.encoder.width), dense(2 * self.latent, jnp.float32)
         self.from_code = dense(self.decoder.width)
-        self.pixels = dense(self.channels * rows * columns, jnp.float32, bias=False)
+        self.to_pixels = dense(self.channels * rows * columns, jnp.float32, bias=False)
         self.pixel_bias = self.param("pixel_bias", nn.initializers.zeros, (self.channels,))
 
     @typed
@@ -125,4 +125,4 @@ class ViTok(OfPatches, Measured, nn.Module):
     def shown(self, latents: Float[Array, "b n c"]) -> Float[Array, "b H W c2"]:
         """Images from latents as the posterior gives them."""
         x = self.decoder(self.from_code(latents), self.spec.coords)
-        return unpatchify(self.pixels(x), self.grid, self.cell) + self.pixel_bias
+        return unpatchify(self.to_pixels(x), self.grid, self.cell) + self.pixel_bias

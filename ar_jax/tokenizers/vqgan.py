@@ -5,13 +5,14 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ar_jax.tokenizers.conv import Decoder, Encoder, Quantised, init
+from ar_jax.tokenizers.conv import Convolutional, Decoder, Encoder, init
+from ar_jax.tokenizers.quantised import Quantised
 from ar_jax.tokenizers.quantize import Codebook, VectorLoss, codebook_init, look_up, normalise, vector_quantise
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.typing import Array, Blocks, Float, Int, Layers, Metrics, Size, Tokens, typed
 
 
-class VQGAN(Quantised):
+class VQGAN(Convolutional, Quantised):
     """Image to a grid of codes and back. The defaults are LlamaGen's VQ-16; VQ-8 has `mult=(1, 2, 2, 4)`.
 
     Attributes:

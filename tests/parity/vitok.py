@@ -22,7 +22,7 @@ def rules(tokenizer):
     return [
         ("patches/kernel", "tubelet_embed.proj.weight", into),
         ("patches/bias", "tubelet_embed.proj.bias", PLAIN),
-        ("pixels/kernel", "tubelet_decode.proj.weight", out),
+        ("to_pixels/kernel", "tubelet_decode.proj.weight", out),
         ("pixel_bias", "tubelet_decode.proj.bias", PLAIN),
         *((f"{ours}/kernel", f"{theirs}.weight", LINEAR) for ours, theirs in CODES.items()),
         *((f"{ours}/bias", f"{theirs}.bias", PLAIN) for ours, theirs in CODES.items()),

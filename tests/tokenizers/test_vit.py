@@ -40,8 +40,8 @@ def test_published_towers_have_the_published_number_of_parameters():
     }
     s_b, s_l = found["s_b_16"], found["s_l_16"]
     for part, want in (
-        (s_b["encoder"] | s_b["patches"], 43.3e6), (s_b["decoder"] | s_b["pixels"], 85.8e6),
-        (s_l["decoder"] | s_l["pixels"], 383.7e6), (s_b, 129e6),
+        (s_b["encoder"] | s_b["patches"], 43.3e6), (s_b["decoder"] | s_b["to_pixels"], 85.8e6),
+        (s_l["decoder"] | s_l["to_pixels"], 383.7e6), (s_b, 129e6),
     ):  # fmt: skip
         assert abs(size(part) / want - 1) < 0.005
     described = {"small": (8, 512, 2048), "base": (12, 768, 3072), "large": (32, 1280, 5120)}
