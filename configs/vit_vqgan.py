@@ -42,7 +42,7 @@ from ar_jax.tokenizers.vit_vqgan import ViTVQGAN
 from ar_jax.train.optim import AdamW, Optim
 
 SIZES = {"small": (8, 512, 8), "base": (12, 768, 12), "large": (32, 1280, 16)}  # layers, width, heads
-DECODER = "/(decoder|decoder_positions|from_code|pixel_hidden|pixels)(/|$)"
+DECODER = "/(decoder|decoder_positions|from_code|pixel_hidden|to_pixels)(/|$)"
 
 
 def mnist5k() -> Experiment:

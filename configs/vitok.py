@@ -54,7 +54,7 @@ from ar_jax.train.losses import Pixels
 from ar_jax.train.optim import AdamW, Optim
 
 SIZES = {"s": (6, 768, 12), "b": (12, 768, 12), "l": (24, 1152, 16)}  # layers, width, heads
-DECODER = (r"/(decoder|from_code|pixels|pixel_bias)(/|$)",)  # what the second training moves
+DECODER = (r"/(decoder|from_code|to_pixels|pixel_bias)(/|$)",)  # what the second training moves
 BATCH = 1024
 
 
