@@ -78,7 +78,7 @@ def mnist5k() -> Experiment:
         data=Data(name="mnist5k", size=32),
         tokenizer=TokenizerStage(
             module=FQGAN(
-                size=(32, 32), features=8, mult=(1, 2, 4), res_blocks=1, latent=32, codes=256, groups=4, layers=1, heads=4,
+                size=(32, 32), features=8, mult=(2, 3, 3), res_blocks=1, latent=32, codes=256, groups=4, layers=1, heads=4,
                 feature_widths=(), vq=VectorLoss(entropy=0.02),
             ),
             losses=Losses(lpips=0.0, adversarial=0.0),

@@ -64,7 +64,7 @@ def mnist5k() -> Experiment:
         name="mnist5k_open_magvit2",
         data=Data(name="mnist5k", size=32),
         tokenizer=TokenizerStage(
-            module=LookupFree(size=(32, 32), features=8, mult=(1, 2, 4), res_blocks=1, bits=(4, 6), groups=4),
+            module=LookupFree(size=(32, 32), features=8, mult=(1, 2, 5), res_blocks=1, bits=(4, 6), groups=4),
             losses=Losses(reconstruction="l1", lpips=0.0, adversarial=0.0),
             steps=250, batch=64, optim=Optim(lr=2e-3, weight_decay=0.0, warmup=40, schedule="cosine"),
             log_every=50, preview_every=125, save_every=125,
