@@ -47,6 +47,7 @@ from ar_jax.heads.factorised import Factorised
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
 from ar_jax.tokenizers.lookup_free import LookupFree
+from ar_jax.tokenizers.quantize_lookup_free import SignLoss
 from ar_jax.train.optim import AdamW, Optim
 
 IMAGENET = 1_281_167  # training images
@@ -59,13 +60,17 @@ SIZES = {
 
 
 def mnist5k() -> Experiment:
+    """Without a perceptual loss the published weights of the quantiser are too large: images stay grey for long."""
     net = {"width": 128, "heads": 4, "hidden": 384}
     return Experiment(
         name="mnist5k_open_magvit2",
         data=Data(name="mnist5k", size=32),
         tokenizer=TokenizerStage(
-            module=LookupFree(size=(32, 32), features=8, mult=(1, 2, 5), res_blocks=1, bits=(4, 6), groups=4),
-            losses=Losses(reconstruction="l1", lpips=0.0, adversarial=0.0),
+            module=LookupFree(
+                size=(32, 32), features=8, mult=(1, 2, 5), res_blocks=1, bits=(4, 6), groups=4,
+                lfq=SignLoss(entropy=0.02, commit=0.05, temperature=0.1),
+            ),
+            losses=Losses(lpips=0.0, adversarial=0.0),
             steps=250, batch=64, optim=Optim(lr=2e-3, weight_decay=0.0, warmup=40, schedule="cosine"),
             log_every=50, preview_every=125, save_every=125,
         ),

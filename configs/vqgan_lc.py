@@ -45,6 +45,7 @@ from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.patchgan import PatchGan
 from ar_jax.nets.transformer import Transformer
+from ar_jax.tokenizers.quantize import VectorLoss
 from ar_jax.tokenizers.vqgan_lc import VQGANLC
 from ar_jax.train.optim import AdamW, Optim
 
@@ -53,15 +54,18 @@ EPOCH = llamagen.IMAGENET // 256
 
 
 def mnist5k() -> Experiment:
+    """With latents and codes normalised and an entropy, as `llamagen.py:mnist5k` has them: of these few features, the published
+    losses use one code."""
     return Experiment(
         name="mnist5k_vqgan_lc",
         data=Data(name="mnist5k", size=32),
         tokenizer=TokenizerStage(
             module=VQGANLC(
-                size=(32, 32), features=8, mult=(1, 2, 4), res_blocks=1, latent=32, codes=1000, feature_width=112, groups=4,
+                size=(32, 32), features=8, mult=(1, 2, 4), res_blocks=1, latent=32, codes=1000, l2_norm=True, feature_width=112,
+                groups=4, vq=VectorLoss(entropy=0.02),
             ),
             start="checkpoints/codebook_mnist5k",
-            losses=Losses(reconstruction="l1", lpips=0.0, adversarial=0.0),
+            losses=Losses(lpips=0.0, adversarial=0.0),
             steps=250, batch=64, optim=Optim(lr=2e-3, weight_decay=0.0, warmup=40, schedule="cosine", trained=TRAINED),
             log_every=50, preview_every=125, save_every=125,
         ),
