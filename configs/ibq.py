@@ -47,6 +47,7 @@ from ar_jax.heads.categorical import Categorical
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.modulated import Modulated
 from ar_jax.tokenizers.ibq import IBQ
+from ar_jax.tokenizers.quantize_index import IndexLoss
 from ar_jax.train.optim import AdamW, Optim
 
 IMAGENET = 1_281_167  # training images
@@ -60,14 +61,16 @@ SIZES = {
 
 
 def mnist5k() -> Experiment:
+    """Without a perceptual loss the published weights of the quantiser are too large, and a handful of codes is left."""
     return Experiment(
         name="mnist5k_ibq",
         data=Data(name="mnist5k", size=32),
         tokenizer=TokenizerStage(
             module=IBQ(
                 size=(32, 32), features=8, mult=(1, 2, 4), res_blocks=1, latent=32, codes=256, code_features=8, groups=4,
+                vq=IndexLoss(both=0.02, commit=0.02, codebook=0.02, entropy=0.05, temperature=1.0),
             ),
-            losses=Losses(reconstruction="l1", lpips=0.0, adversarial=0.0),
+            losses=Losses(lpips=0.0, adversarial=0.0),
             steps=250, batch=64, optim=Optim(lr=2e-3, weight_decay=0.0, warmup=40, schedule="cosine"),
             log_every=50, preview_every=125, save_every=125,
         ),
