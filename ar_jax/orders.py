@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from ar_jax.typing import Array, Bool, Float, Index, Int, Key, PRNGKey, Share, T
 NEVER = np.int32(2**30)  # the step of padding: later than all others
 
 State = TypeVar("State")
+
+Curve = Literal["cos", "arccos"]  # how the part of the slots that is unknown falls with the steps
 
 
 @struct.dataclass
@@ -214,18 +216,20 @@ class Confident:
     """How many slots each step reveals, for generators that find out which while they draw (`MaskGIT`).
 
     Attributes:
-      steps: of decoding, at most one per slot; after i of them, a part cos(pi/2 i/steps) of the slots is unknown.
-    Source: MaskGIT (arXiv:2202.04200).
+      steps: of decoding, at most one per slot.
+      curve: after i of them a part cos(pi/2 i/steps) of the slots is unknown, or 2/pi arccos(i/steps), which is less.
+    Source: MaskGIT (arXiv:2202.04200); "arccos" is of TiTok's generators (arXiv:2406.07550).
     """
 
     steps: int = 16
+    curve: Curve = "cos"
 
     adjustable = ("steps",)
 
     def __call__(
         self, spec: TokenSpec, keys: Key[Array, "b"] | None = None, images: int = 1, train_step: Index = 0
     ) -> Order:
-        sizes = cosine_sizes(spec.n, min(self.steps, spec.n))
+        sizes = cosine_sizes(spec.n, min(self.steps, spec.n), self.curve)
         return Order(raster(spec).slot, sizes, (max(sizes),) * len(sizes))
 
 
@@ -246,8 +250,8 @@ def known_first(order_fn: OrderFn, spec: TokenSpec, known: np.ndarray, keys: Key
     return Order(slot, (len(inner), *order.sizes), order.rooms and (len(inner), *order.rooms))
 
 
-def cosine_sizes(n: int, steps: int) -> tuple[int, ...]:
-    """Ranks revealed by each step if a part cos(pi/2 i/steps) of n, rounded down, is unknown after i steps; all at least 1.
+def cosine_sizes(n: int, steps: int, curve: Curve = "cos") -> tuple[int, ...]:
+    """Ranks revealed by each step if a part of n on a curve, rounded down, is unknown after i steps; all at least 1.
 
     Raises:
       ValueError: more steps than ranks, or none.
@@ -256,7 +260,8 @@ def cosine_sizes(n: int, steps: int) -> tuple[int, ...]:
         raise ValueError(f"order.steps is {steps}; it must be 1 to {n}, the number of tokens")
     unknown = [n]
     for i in range(1, steps):
-        unknown.append(max(1, min(unknown[-1] - 1, math.floor(n * math.cos(math.pi / 2 * i / steps)))))
+        part = math.cos(math.pi / 2 * i / steps) if curve == "cos" else math.acos(i / steps) / (math.pi / 2)
+        unknown.append(max(1, min(unknown[-1] - 1, math.floor(n * part))))
     return tuple(before - after for before, after in itertools.pairwise([*unknown, 0]))
 
 
