@@ -31,6 +31,7 @@ import tyro
 from flax import traverse_util
 
 from ar_jax.config import Experiment, GeneratorStage, load_config, parse
+from ar_jax.decode.glimpse import glimpse
 from ar_jax.decode.sampling import Sampling
 from ar_jax.decode.sequential import Claim, Sequential
 from ar_jax.files import codec
@@ -208,7 +209,8 @@ def bench_sample(subject: Subject, options: Options) -> Bench:
     def program(sampling):
         def tokens(params, frozen, batch, keys):
             call = functools.partial(tokenizer.apply, {"params": frozen})
-            return sampling.tokens(generator, params, batch, order, tokenizer=call, keys=keys)
+            look = functools.partial(glimpse, tokenizer, call)
+            return sampling.tokens(generator, params, batch, order, tokenizer=call, keys=keys, look=look)
 
         return tokens
 

@@ -4,7 +4,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from ar_jax.decode.sequential import Account, Task, looked_at
 from ar_jax.generators.base import Frozen
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Bool, Float, Tokens, typed
@@ -42,3 +44,37 @@ def cells(spec: TokenSpec, slots: Bool[Array, "b n"], size: tuple[int, int]) -> 
     at = jnp.zeros((len(slots), *grid), bool).at[:, row[last], column[last]].set(slots[:, last])
     rows, columns = (np.arange(pixels) * cells // pixels for pixels, cells in zip(size, grid))
     return at[:, rows][:, :, columns]
+
+
+def marks(steps: int, most: int) -> tuple[int, ...]:
+    """Numbers of steps after which to look: all of them, else 1, 2, 4, ... and the end; if these are too many, about as spread."""
+    if steps <= most:
+        return tuple(range(1, steps + 1))
+    doubled = [2**i for i in range(steps.bit_length()) if 2**i < steps] + [steps]
+    if len(doubled) <= most:
+        return tuple(doubled)
+    return tuple(np.unique(np.geomspace(1, steps, most).round().astype(int)).tolist()) if most > 1 else (steps,)
+
+
+def previews(decoder: Any, task: Task, most: int) -> tuple[Float[Array, "b p h w c"], Account]:
+    """Images in the making: a glimpse after some steps of the decoder's loop (`marks`), the last one after all.
+
+    Tokens are noted within the loop and decoded after it, by one program for all glimpses.
+
+    Args:
+      decoder: one that tells of its steps has `watched`; of others, tokens are taken for known in the order's steps.
+      task: what it draws; has `look`.
+      most: how many pictures.
+    """
+    order, done = task.order, task.source.ranks if task.source else 0
+    left = np.flatnonzero(np.cumsum(order.sizes) > done)
+    steps = tuple(int(left[mark - 1]) for mark in marks(len(left), most))
+    if hasattr(decoder, "watched"):
+        (tokens, known), account = decoder.watched(task, steps)
+    else:
+        drawn, account = decoder(task)
+        ends = np.cumsum(order.sizes)[list(steps)]
+        known = jnp.stack([looked_at(task, None, int(end))[1] for end in ends])
+        tokens = jnp.broadcast_to(drawn, (len(steps), *drawn.shape))
+    images = lax.map(lambda at: task.look(*at), (tokens, known))
+    return jnp.moveaxis(images, 0, 1), account

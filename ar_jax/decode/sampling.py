@@ -1,12 +1,14 @@
 """How images are drawn, as one value made of parts: what a config says, a model folder keeps and a command changes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from ar_jax.decode.edit import Edit, Source, hold
+from ar_jax.decode.glimpse import glimpse, previews
 from ar_jax.decode.guidance import Interval, Linear, Ramp
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sequential import Account, Sequential, Task
@@ -84,11 +86,21 @@ class Sampling:
         tokenizer: Frozen | None = None,
         keys: Key[Array, "b"],
         source: Source | None = None,
+        **more: Any,
     ) -> tuple[Tokens, Account]:
         """Draws tokens in slot order; see `Task`."""
+        given = {"tokenizer": tokenizer, "keys": keys, "source": source, **more}
+        return self.decoder(self.task(generator, params, batch, order, **given))
+
+    def weights(self) -> Params | None:
+        """What the decoder needs beside the model (parameters of a judge), to be given to `images` as `extra`; None if nothing."""
+        return self.decoder.weights() if hasattr(self.decoder, "weights") else None
+
+    def task(self, generator: Any, params: Params, batch: Batch, order: Order, **more: Any) -> Task:
+        """What the decoder is asked to do; arguments as of `tokens`."""
         knobs = self.knobs(order, generator.spec)
         guided = bool((np.asarray(knobs.guidance) != 1).any())
-        return self.decoder(Task(generator, params, batch, order, knobs, keys, guided, tokenizer, source))
+        return Task(generator, params, batch, order, knobs, guided=guided, **more)
 
     def images(
         self,
@@ -103,22 +115,31 @@ class Sampling:
         edit: Edit | None = None,
         pixels: Any = None,
         decoded: bool = True,
-    ) -> tuple[Float[Array, "b h w c"] | Tokens, Account]:
+        preview: int = 0,
+        extra: Any = None,
+    ) -> tuple[Float[Array, "b h w c"] | Float[Array, "b p h w c"] | Tokens, Account]:
         """Draws tokens with a generator, all or those that an edit leaves free, and decodes them.
 
         Args: as of `tokens`, and
           pixels: dtype of the tokenizer's layers in decoding, where its images are float32 still; None is their own.
           decoded: False gives the tokens, for tokenizers that decode on the host (`tokenizers.host`).
+          preview: at most so many pictures of every image in the making, the last of them the image (`glimpse.previews`);
+            0 gives the image alone.
+          extra: what `weights` gave.
         """
         shown, source = tokenizer if pixels is None else with_fields(tokenizer, dtype=pixels), None
 
         def frozen(*arguments, method, **keywords):
-            module = shown if method == "decode" else tokenizer
+            module = shown if method in ("decode", "decode_until", "prefix") else tokenizer
             return module.apply({"params": tokenizer_params}, *arguments, method=method, **keywords)
 
         if edit is not None:
             source, frozen = hold(tokenizer, frozen, edit)
-        tokens, account = self.tokens(generator, params, batch, order, tokenizer=frozen, keys=keys, source=source)
+        look = functools.partial(glimpse, tokenizer, frozen)
+        given = {"tokenizer": frozen, "keys": keys, "source": source, "look": look, "extra": extra}
+        if preview:
+            return previews(self.decoder, self.task(generator, params, batch, order, **given), preview)
+        tokens, account = self.tokens(generator, params, batch, order, **given)
         return frozen(tokens, method="decode") if decoded else tokens, account
 
 

@@ -49,6 +49,7 @@ class MaskGIT(Generator):
       choice: size of the noise in the first step (the papers' choice temperature), from which it falls to 0.
       most: part of the schedule that training goes through; after a part s of it, some of the tokens are hidden.
       curve: how many: cos(pi/2 s) of them or 2/pi arccos(s).
+      kept: which of the tokens drawn in a step stay: the surest, or those of the order's next ranks.
       noise: how large it is, by `choice` ("fading") or as the temperature of the step.
       known_weight: what known tokens weigh in the loss, beside hidden ones that weigh 1.
       spec: the tokens; None until the tokenizer is known (`complete`).
@@ -65,6 +66,7 @@ class MaskGIT(Generator):
     curve: Curve = "cos"
     noise: Literal["fading", "temperature"] = "fading"
     known_weight: Share = 0.0
+    kept: Literal["surest", "ordered"] = "surest"
 
     any_order = True
     adjustable = ("choice",)
@@ -170,7 +172,10 @@ class MaskGIT(Generator):
         keys = now.keys[:, 0]
         each = jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(slots))(keys)
         drawn, sure = self.head.decide(self.hidden(tokens, ~known, setting.cond), each, setting.knobs, now.i)
-        sure = sure + self.noise_of(now.i, setting) * self.gumbel(keys)
+        if self.kept == "ordered":
+            sure = to_slots(-slots[None, :, None], order)[..., 0].astype(sure.dtype)
+        else:
+            sure = sure + self.noise_of(now.i, setting) * self.gumbel(keys)
         hidden = lowest(jnp.where(known, jnp.inf, sure), n - now.first - jnp.asarray(order.sizes)[now.i])
         return State(to_ranks(jnp.where(known[..., None], tokens, drawn), order), ~hidden)
 

@@ -13,6 +13,7 @@ from ar_jax.decode.edit import Source
 from ar_jax.decode.guidance import Interval, Rising
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sampling import Sampling
+from ar_jax.decode.sequential import Sequential
 from ar_jax.decode.temperature import Constant, Fading
 from ar_jax.generators.masked import Masked
 from ar_jax.generators.maskgit import MaskGIT
@@ -22,7 +23,7 @@ from ar_jax.nets.bert import Bert, UViT
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
 from ar_jax.nets.vit import GPT, ViT
-from ar_jax.orders import Confident, Shuffled, known_first
+from ar_jax.orders import Confident, Halton, Shuffled, known_first
 from ar_jax.tokens import TokenSpec, grid
 
 SPEC, IMAGES, CODES = TokenSpec(grid(3, 4), codes=(7,)), 4, 7
@@ -153,3 +154,22 @@ def test_titoks_steps_temperatures_and_masks_by_hand():
     scores = np.random.default_rng(0).random((3, SPEC.n))
     hidden = generator.drawn_mask(jnp.array([[1.0], [0.5], [0.0]]), scores)
     np.testing.assert_array_equal(hidden.sum(1), [1, 8, 12])
+
+
+def test_a_maskgit_keeps_the_slots_of_its_order_if_told_so():
+    generator, params = ready("maskgit")
+    generator, keys = generator.clone(kept="ordered"), jax.random.split(jax.random.key(3), IMAGES)
+    order = Halton(4)(SPEC, keys, IMAGES)
+    assert len({tuple(row) for row in np.asarray(order.slot).tolist()}) > 1, "begun at a place of its own for every image"
+
+    @jax.jit
+    def run(params):
+        task = Sampling().task(generator, params, BATCH, order, keys=keys)
+        return Sequential().watched(task, (0, 1, 2, 3))[0]
+
+    tokens, known = run(params)
+    for j, count in enumerate(np.cumsum(order.sizes)):
+        want = np.zeros((IMAGES, SPEC.n), bool)
+        np.put_along_axis(want, np.asarray(order.slot)[:, :count], True, axis=1)
+        np.testing.assert_array_equal(known[j], want)
+        np.testing.assert_array_equal(tokens[j][want], tokens[-1][want])

@@ -17,7 +17,7 @@ from ar_jax.generators.rar import PowerCosine
 from ar_jax.heads.categorical import Categorical
 from ar_jax.nets.bert import Bert
 from ar_jax.nets.conditioning import paired
-from ar_jax.orders import Confident, whole
+from ar_jax.orders import Confident, halton_sizes, halton_slots, whole
 
 
 def gumbel(uniform):
@@ -148,4 +148,15 @@ def generator(folder):
     return outputs
 
 
-CASES = {"maskgit_vit": generator, "maskgit_uvit": generator}
+def halton(folder):
+    h, outputs = folder.h, {}
+    fixed(h, bases=[2, 3], num_points=10000)
+    for side in h["grids"]:
+        slots = halton_slots(side, side)
+        outputs[f"order_{side}"] = np.stack(np.divmod(slots, side), 1)
+        outputs |= {f"revealed_{side}_{steps}": np.cumsum(halton_sizes(side**2, steps)) for steps in h["steps"]}
+    side = round((folder.want["rolled"].size / len(folder.io["shifts"]) / 2) ** 0.5)
+    return outputs | {"rolled": np.stack([np.roll(outputs[f"order_{side}"], shift, 0) for shift in folder.io["shifts"]])}
+
+
+CASES = {"halton_order": halton, "maskgit_vit": generator, "maskgit_uvit": generator}
