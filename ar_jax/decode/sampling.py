@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from ar_jax.decode.edit import Edit, Source, hold
@@ -15,7 +16,7 @@ from ar_jax.files import codec
 from ar_jax.generators.base import Frozen, Knobs
 from ar_jax.machine.flops import with_fields
 from ar_jax.orders import Order, OrderFn
-from ar_jax.tokens import TokenSpec
+from ar_jax.tokens import MOST, TokenSpec
 from ar_jax.typing import Array, Batch, Float, Key, Params, Tokens
 
 
@@ -119,7 +120,15 @@ class Sampling:
         if edit is not None:
             source, frozen = hold(tokenizer, frozen, edit)
         tokens, account = self.tokens(generator, params, batch, order, tokenizer=frozen, keys=keys, source=source)
-        return frozen(tokens, method="decode") if decoded else tokens, account
+        if not decoded:
+            return tokens, account
+        noise = {"key": decoding_keys(keys)} if getattr(tokenizer, "generative", False) else {}
+        return frozen(tokens, method="decode", **noise), account
+
+
+def decoding_keys(keys: Key[Array, "b"]) -> Key[Array, "b"]:
+    """Of tokenizers whose decoders draw: from the images' keys, a number that no rank has."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, MOST))(keys)
 
 
 def adjustable(**model: Any) -> dict[str, Any]:
