@@ -9,24 +9,29 @@ from jax import lax
 from ar_jax.decode.sequential import Account, Task, looked_at
 from ar_jax.generators.base import Frozen
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Bool, Float, Tokens, typed
+from ar_jax.typing import Array, Bool, Float, Key, Tokens, typed
 
 NOTHING = 0.0  # mid grey
 
 
-def glimpse(tokenizer: Any, frozen: Frozen, tokens: Tokens, known: Bool[Array, "b n"]) -> Float[Array, "b h w c"]:
+def glimpse(
+    tokenizer: Any, frozen: Frozen, tokens: Tokens, known: Bool[Array, "b n"], key: Key[Array, "b"] | None = None
+) -> Float[Array, "b h w c"]:
     """Images, float32 in about [-1, 1], as far as their tokens are known; once all are, those that `decode` gives.
 
-    Of a tokenizer with scales, what the whole scales say so far (its `decode_until`); of one grid, the cells that are known,
-    and grey in place of the others.
+    Of a tokenizer of which any prefix decodes, what the first tokens say (its `prefix`); of one with scales, what the whole scales
+    say so far (its `decode_until`); of one grid, the cells that are known, and grey in place of the others.
 
     Args:
       tokenizer: the module.
       frozen: calls its methods.
       tokens: in slot order; what is not known may be anything.
       known: slots.
+      key: of each image, for tokenizers whose decoders draw (see `decode.sampling.decoding_keys`).
     """
     spec = tokenizer.spec
+    if hasattr(tokenizer, "prefix"):
+        return frozen(tokens, jnp.cumprod(known, axis=1).sum(1), key=key, method="prefix")
     if len(spec.scales) > 1 and hasattr(tokenizer, "decode_until"):
         of_level = jnp.stack([known[:, spec.coords[:, 0] == level].all() for level in range(len(spec.scales))])
         whole = jnp.cumprod(of_level).sum()

@@ -1,10 +1,10 @@
 """How images are drawn, as one value made of parts: what a config says, a model folder keeps and a command changes."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from ar_jax.decode.edit import Edit, Source, hold
@@ -17,7 +17,7 @@ from ar_jax.files import codec
 from ar_jax.generators.base import Frozen, Knobs
 from ar_jax.machine.flops import with_fields
 from ar_jax.orders import Order, OrderFn
-from ar_jax.tokens import TokenSpec
+from ar_jax.tokens import MOST, TokenSpec
 from ar_jax.typing import Array, Batch, Float, Key, Params, Tokens
 
 
@@ -135,12 +135,31 @@ class Sampling:
 
         if edit is not None:
             source, frozen = hold(tokenizer, frozen, edit)
-        look = functools.partial(glimpse, tokenizer, frozen)
+        look = looking(tokenizer, frozen, keys) if decoded else None
         given = {"tokenizer": frozen, "keys": keys, "source": source, "look": look, "extra": extra}
         if preview:
             return previews(self.decoder, self.task(generator, params, batch, order, **given), preview)
         tokens, account = self.tokens(generator, params, batch, order, **given)
-        return frozen(tokens, method="decode") if decoded else tokens, account
+        if not decoded:
+            return tokens, account
+        noise = {"key": decoding_keys(keys)} if getattr(tokenizer, "generative", False) else {}
+        return frozen(tokens, method="decode", **noise), account
+
+
+def decoding_keys(keys: Key[Array, "b"]) -> Key[Array, "b"]:
+    """Of tokenizers whose decoders draw: from the images' keys, a number that no rank has."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, MOST))(keys)
+
+
+def looking(tokenizer: Any, frozen: Frozen, keys: Key[Array, "b"]) -> Callable[[Tokens, Array], Array]:
+    """What `Task.look` is: tokens in slot order and which are known to images. Candidates of an image are neighbours, and a
+    decoder that draws draws alike for all of them."""
+
+    def look(tokens, known):
+        each = np.arange(len(tokens)) // (len(tokens) // len(keys))
+        return glimpse(tokenizer, frozen, tokens, known, decoding_keys(keys)[each])
+
+    return look
 
 
 def adjustable(**model: Any) -> dict[str, Any]:

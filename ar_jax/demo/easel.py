@@ -20,7 +20,7 @@ import numpy as np
 
 from ar_jax.decode.edit import hold
 from ar_jax.decode.glimpse import glimpse
-from ar_jax.decode.sampling import Sampling
+from ar_jax.decode.sampling import Sampling, decoding_keys, looking
 from ar_jax.decode.sequential import Sequential, Task, looked_at, softened
 from ar_jax.files.images import to_uint8
 from ar_jax.files.models import blamed, image_shape
@@ -289,7 +289,7 @@ class Work:
     def _picture(self, frozen, inputs, kept, tokens, known):
         _, edit = self._order(inputs)
         _, call = self._tokenizer(frozen, edit, kept)
-        images = glimpse(self.tokenizer, call, tokens, known)
+        images = glimpse(self.tokenizer, call, tokens, known, decoding_keys(self._keys(inputs)[0]))
         if edit is not None:
             images = jnp.where(inputs["paste"] & ~edit.free[..., None], edit.image, images)
         return to_uint8(images), jnp.isfinite(images).all((1, 2, 3))
@@ -302,7 +302,7 @@ class Work:
         knobs = Knobs(inputs["guidance"], inputs["temperature"], chosen, steps if self.sampling.soft else None)
         keys, _ = self._keys(inputs)
         # guided whatever the weight, which is turned without another program
-        look = functools.partial(glimpse, self.tokenizer, call)
+        look = looking(self.tokenizer, call, keys)
         return Task(self.generator, params, inputs["batch"], order, knobs, keys, True, call, source, look)
 
     def _keys(self, inputs):
@@ -318,7 +318,7 @@ class Work:
         """The tokens that are kept, and the frozen tokenizer."""
 
         def call(*arguments, method, **keywords):
-            module = self.shown if method in ("decode", "decode_until") else self.tokenizer
+            module = self.shown if method in ("decode", "decode_until", "prefix") else self.tokenizer
             return module.apply({"params": frozen}, *arguments, method=method, **keywords)
 
         return (None, call) if edit is None else hold(self.tokenizer, call, edit, kept)
