@@ -60,7 +60,7 @@ class Options(Sampler):
     """Run folder of train.py, or folder of a converted generator."""
     labels: tuple[str, ...] = ()
     """Classes by name or number, used in turn; all classes if left out."""
-    count: int | None = None
+    count: Annotated[int, Within(1, 2**24)] | None = None
     """Number of images; left out, 100, or one with --preview."""
     out: str = "samples.png"
     """A grid (.png, .jpg, .webp), a .npz, or a folder of PNG files."""
