@@ -31,7 +31,7 @@ import tyro
 from flax import traverse_util
 
 from ar_jax.config import Experiment, GeneratorStage, load_config, parse
-from ar_jax.decode.sampling import Sampling
+from ar_jax.decode.sampling import Sampling, looking
 from ar_jax.decode.sequential import Claim, Sequential
 from ar_jax.files import codec
 from ar_jax.files.images import to_uint8
@@ -208,7 +208,8 @@ def bench_sample(subject: Subject, options: Options) -> Bench:
     def program(sampling):
         def tokens(params, frozen, batch, keys):
             call = functools.partial(tokenizer.apply, {"params": frozen})
-            return sampling.tokens(generator, params, batch, order, tokenizer=call, keys=keys)
+            look = looking(tokenizer, call, keys)
+            return sampling.tokens(generator, params, batch, order, tokenizer=call, keys=keys, look=look)
 
         return tokens
 

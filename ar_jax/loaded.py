@@ -96,7 +96,9 @@ class Loaded:
         batch = {name: jnp.asarray(rows)[ids % len(names)] for name, rows in table.items()}
         sampling = self.changed(**changes)
         draw = self._jitted(sampling, lambda *arguments: to_uint8(self.sampler(sampling)(*arguments)[0]))
-        return _rgb(draw(self.params, batch, *image_keys(seed, ids)))
+        extra = sampling.weights()
+        params = self.params if extra is None else {**self.params, "decoder": extra}
+        return _rgb(draw(params, batch, *image_keys(seed, ids)))
 
     def changed(self, **changes: Any) -> Sampling:
         """Its way to be drawn from with other settings; see `sample`.
@@ -172,7 +174,9 @@ class Loaded:
             order, own = order_fn(generator.spec, order_keys, len(keys), 0), params["generator"]
             if set(order.sizes) == {1}:
                 generator, own = generator.unrolled(own)
-            return sampling.images(generator, decoder, own, params["tokenizer"], batch, order, keys=keys)
+            return sampling.images(
+                generator, decoder, own, params["tokenizer"], batch, order, keys=keys, extra=params.get("decoder")
+            )  # fmt: skip
 
         return sample
 

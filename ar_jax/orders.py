@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from ar_jax.typing import Array, Bool, Float, Index, Int, Key, PRNGKey, Share, T
 NEVER = np.int32(2**30)  # the step of padding: later than all others
 
 State = TypeVar("State")
+
+Curve = Literal["cos", "arccos"]  # how the part of the slots that is unknown falls with the steps
 
 
 @struct.dataclass
@@ -214,19 +216,78 @@ class Confident:
     """How many slots each step reveals, for generators that find out which while they draw (`MaskGIT`).
 
     Attributes:
-      steps: of decoding, at most one per slot; after i of them, a part cos(pi/2 i/steps) of the slots is unknown.
-    Source: MaskGIT (arXiv:2202.04200).
+      steps: of decoding, at most one per slot.
+      curve: after i of them a part cos(pi/2 i/steps) of the slots is unknown, or 2/pi arccos(i/steps), which is less.
+    Source: MaskGIT (arXiv:2202.04200); "arccos" is of TiTok's generators (arXiv:2406.07550).
     """
 
     steps: int = 16
+    curve: Curve = "cos"
 
     adjustable = ("steps",)
 
     def __call__(
         self, spec: TokenSpec, keys: Key[Array, "b"] | None = None, images: int = 1, train_step: Index = 0
     ) -> Order:
-        sizes = cosine_sizes(spec.n, min(self.steps, spec.n))
+        sizes = cosine_sizes(spec.n, min(self.steps, spec.n), self.curve)
         return Order(raster(spec).slot, sizes, (max(sizes),) * len(sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Halton:
+    """Every slot far from those just before it, by the Halton sequence: places drawn together know little of each other.
+
+    Attributes:
+      steps: of decoding, at most one per slot; after i of them a part 1 - 2/pi arccos(i/steps) of the slots is known.
+      rolled: the order begins at a random slot of its own for every image.
+      scans: see `Shuffled`.
+    Source: "Halton Scheduler for Masked Generative Image Transformer" (ICLR 2025).
+    """
+
+    steps: int = 32
+    rolled: bool = True
+    scans: int = 4
+
+    adjustable = ("steps", "rolled", "scans")
+
+    def __call__(
+        self, spec: TokenSpec, keys: Key[Array, "b"] | None = None, images: int = 1, train_step: Index = 0
+    ) -> Order:
+        if len(spec.scales) != 1 or spec.n != math.prod(spec.scales[0]):
+            raise ValueError(f"order Halton needs one full grid of tokens, but these lie in {spec.scales}")
+        slot, sizes = halton_slots(*spec.scales[0])[None], halton_sizes(spec.n, min(self.steps, spec.n))
+        if self.rolled and keys is not None:
+            shift = jax.vmap(lambda key: jax.random.randint(key, (), 0, spec.n))(keys)
+            slot = jax.vmap(lambda shift: jnp.roll(jnp.asarray(slot[0]), shift))(shift)
+        return Order(slot, sizes, rooms(sizes, self.scans))
+
+
+def halton_slots(height: int, width: int) -> Int[np.ndarray, "n"]:
+    """Slots of a grid as the points of the Halton sequence of bases 2 and 3 first meet them."""
+
+    def inverse(i, base):
+        value, part = np.zeros(len(i)), 1.0
+        while i.any():
+            part /= base
+            value, i = value + part * (i % base), i // base
+        return value
+
+    count = 4 * height * width
+    while True:
+        i = np.arange(1, count + 1)
+        slots = np.floor(height * inverse(i, 2)).astype(int) * width + np.floor(width * inverse(i, 3)).astype(int)
+        found, first = np.unique(slots, return_index=True)
+        if len(found) == height * width:
+            return slots[np.sort(first)].astype(np.int32)
+        count *= 2
+
+
+def halton_sizes(n: int, steps: int) -> tuple[int, ...]:
+    """Slots revealed by each of so many steps (see `Halton`), counted in float32 as published."""
+    share = np.float32(1) - np.arccos(np.arange(1, steps + 1, dtype=np.float32) / steps) / np.float32(np.pi / 2)
+    ends = np.minimum(np.maximum(np.arange(1, steps + 1), (share * n).astype(int)), n)
+    ends[-1] = n
+    return tuple(np.diff(ends, prepend=0).tolist())
 
 
 def known_first(order_fn: OrderFn, spec: TokenSpec, known: np.ndarray, keys: Key[Array, "b"]) -> Order:
@@ -246,8 +307,8 @@ def known_first(order_fn: OrderFn, spec: TokenSpec, known: np.ndarray, keys: Key
     return Order(slot, (len(inner), *order.sizes), order.rooms and (len(inner), *order.rooms))
 
 
-def cosine_sizes(n: int, steps: int) -> tuple[int, ...]:
-    """Ranks revealed by each step if a part cos(pi/2 i/steps) of n, rounded down, is unknown after i steps; all at least 1.
+def cosine_sizes(n: int, steps: int, curve: Curve = "cos") -> tuple[int, ...]:
+    """Ranks revealed by each step if a part of n on a curve, rounded down, is unknown after i steps; all at least 1.
 
     Raises:
       ValueError: more steps than ranks, or none.
@@ -256,7 +317,8 @@ def cosine_sizes(n: int, steps: int) -> tuple[int, ...]:
         raise ValueError(f"order.steps is {steps}; it must be 1 to {n}, the number of tokens")
     unknown = [n]
     for i in range(1, steps):
-        unknown.append(max(1, min(unknown[-1] - 1, math.floor(n * math.cos(math.pi / 2 * i / steps)))))
+        part = math.cos(math.pi / 2 * i / steps) if curve == "cos" else math.acos(i / steps) / (math.pi / 2)
+        unknown.append(max(1, min(unknown[-1] - 1, math.floor(n * part))))
     return tuple(before - after for before, after in itertools.pairwise([*unknown, 0]))
 
 

@@ -6,6 +6,7 @@
     python sample.py runs/mnist5k_llamagen --labels 3 7 --count 20 --guidance 3
     python sample.py runs/emoji_llamagen --captions "red heart" "snowman"
     python sample.py runs/mnist5k_var --edit digit.png --mask hole.png      what is white in hole.png is drawn anew
+    python sample.py runs/mnist5k_var --preview 8 --out steps.png           an image after 1, 2, 4, ... steps, side by side
     python sample.py checkpoints/c2i_B_256 --tokenizer checkpoints/vq_ds16_c2i --count 50000 --out b256.npz
 
 What is written follows from --out: NAME.png (.jpg, .webp) is a grid, NAME.npz the uint8 array that the field's evaluators read, any
@@ -48,6 +49,7 @@ from ar_jax.machine.huge_pages import use_huge_pages
 from ar_jax.machine.sharding import MeshShape, make_mesh
 from ar_jax.options import Sampler, options_of
 from ar_jax.sampler import Given, condition_table, in_batches, open_drawer
+from ar_jax.typing import Within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,12 +60,17 @@ class Options(Sampler):
     """Run folder of train.py, or folder of a converted generator."""
     labels: tuple[str, ...] = ()
     """Classes by name or number, used in turn; all classes if left out."""
-    count: int = 100
-    """Number of images."""
+    count: Annotated[int, Within(1, 2**24)] | None = None
+    """Number of images; left out, 100, or one with --preview."""
     out: str = "samples.png"
     """A grid (.png, .jpg, .webp), a .npz, or a folder of PNG files."""
     columns: int = 0
     """Of the grid; 0 chooses."""
+    preview: Annotated[int, Within(0, 64)] = 0
+    """Each image in the making, as a strip of at most so many pictures: after every step of its order (a token, a scale, a set
+    of tokens) or after 1, 2, 4, ... of them, and at the end. What the tokens so far say is shown as the tokenizer tells it: of
+    scales, the sum so far; of tokens of falling importance, the image they stand for; else the cells of known tokens, and grey in
+    place of the others. 0 draws images alone."""
     edit: str = ""
     """An image file to edit, cropped to the proportions of the model's images and resized to them."""
     mask: str = ""
@@ -96,6 +103,10 @@ def main(arguments: list[str]) -> None:
 
 def sample(options: Options) -> None:
     """Draws `options.count` images and writes them."""
+    if options.count is None:
+        options = dataclasses.replace(options, count=1 if options.preview else 100)
+    if options.preview and not options.columns:
+        options = dataclasses.replace(options, columns=1)
     drawer = open_drawer(options.run, options)
     names, conditions = condition_table(drawer.model.info, options, options.labels)
     given = read_edit(options, drawer.decoder)
@@ -103,7 +114,9 @@ def sample(options: Options) -> None:
     out = folder = path_of(options.out)
     kind = out.suffix.lower()
     if kind in (".npy", ".zip", *SUFFIXES) and kind not in PICTURES:
-        raise ValueError(f"--out is {options.out}; it must be a grid ({', '.join(PICTURES)}), a .npz, or a folder of PNG files")
+        raise ValueError(
+            f"--out is {options.out}; it must be a grid ({', '.join(PICTURES)}), a .npz, or a folder of PNG files"
+        )
     if kind in (".npz", *PICTURES):
         folder = out.with_name(f".{out.name}.parts")
     identity = {
@@ -111,6 +124,8 @@ def sample(options: Options) -> None:
         "sampling": codec.encode(drawer.sampling), "conditions": names, **options.numerics, "average": options.average, "resize": options.resize,
         "checkpoint": drawer.model.checkpoint,
     }  # fmt: skip
+    if options.preview:
+        identity["preview"] = options.preview
     if given:
         identity["edit"] = {
             "sha256": [hashlib.sha256(array.tobytes()).hexdigest() for array in (given.image, given.free)],
@@ -120,7 +135,7 @@ def sample(options: Options) -> None:
     todo = _missing(folder, options.count, identity)
     if len(todo):
         mesh = make_mesh(options.mesh)
-        draw = drawer.compile(mesh, given)
+        draw = drawer.compile(mesh, given, options.preview)
         done, quiet, calls = options.count - len(todo), jax.process_index() != 0, collections.Counter()
         begin = True
         with (
@@ -137,7 +152,9 @@ def sample(options: Options) -> None:
                 if out == folder:
                     for row, image, called, _ in drawn:
                         about = {"condition": names[ids[row] % len(names)], "seed": str(options.seed)}
-                        writers.begin(save_picture, _file(folder, ids[row]), image, about | {"calls": json.dumps(called)})
+                        writers.begin(
+                            save_picture, _file(folder, ids[row]), image, about | {"calls": json.dumps(called)}
+                        )
                 elif drawn:
                     writers.begin(_save_shard, folder, ids[[one.row for one in drawn]], [one.image for one in drawn])
                 bar.update(len(ids))

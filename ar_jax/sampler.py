@@ -26,7 +26,7 @@ from ar_jax.nets.resize import resize
 from ar_jax.options import Sampler, changes, open_models, own_sampling
 from ar_jax.orders import Order, OrderFn, known_first
 from ar_jax.tokenizers.host import on_host
-from ar_jax.typing import Array, Batch, Int, Key, PRNGKey
+from ar_jax.typing import Array, Batch, Int, Key, PRNGKey, UInt8
 
 
 class Given(NamedTuple):
@@ -82,8 +82,11 @@ class Drawer(NamedTuple):
     sampling: Sampling
     options: Sampler
 
-    def compile(self, mesh: jax.sharding.Mesh, given: Given | None = None) -> Draw:
+    def compile(self, mesh: jax.sharding.Mesh, given: Given | None = None, preview: int = 0) -> Draw:
         """Reads the parameters and makes one program over all processes.
+
+        Args:
+          preview: at most so many pictures of every image in the making, side by side; 0 is the image alone.
 
         It takes conditions and image numbers, the same on every process, and gives the images of this process's rows. The
         devices begin at once; whoever asks for the images waits. Images that are not finite raise ValueError.
@@ -105,6 +108,7 @@ class Drawer(NamedTuple):
             unroll = by_token(generator, order_fn) if options.unroll is None else options.unroll
         params = self.model.params(dtype, options.average, mesh, unroll)
         frozen = self.tokenizer.params(average=options.average, mesh=mesh)
+        extra = jax.device_put(sampling.weights(), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
         was = self.model.settings.get("trained_on")
         if was and options.average and not options.tokenizer and fingerprint(whole(frozen, mesh)) != was:
             raise ValueError(
@@ -114,8 +118,18 @@ class Drawer(NamedTuple):
         generator = generator.by_layer() if unroll else generator
 
         known, here = known_beforehand(generator, given), on_host(decoder)
+        if preview and here:
+            raise ValueError(
+                f"--preview is {preview}, but {self.tokenizer.folder} decodes whole images, outside the program that draws them"
+            )
 
         def finished(images, pixels):
+            if preview:
+                shown, finite = jax.vmap(lambda images: finished_one(images, pixels), 1, 1)(images)
+                return side_by_side(shown), finite.all(1)
+            return finished_one(images, pixels)
+
+        def finished_one(images, pixels):
             if given is not None and given.paste:
                 image, free = pixels
                 images = jnp.where(free[..., None], images, to_float(image[None]))
@@ -123,18 +137,19 @@ class Drawer(NamedTuple):
             return to_uint8(resize(images, (options.resize,) * 2) if options.resize else images), finite
 
         @functools.partial(jax.jit, out_shardings=batch_sharding(mesh))
-        def program(params, frozen, batch, ids, pixels):
+        def program(params, frozen, batch, ids, pixels, extra):
             keys, order_keys = image_keys(options.seed, ids)
             order, edit = arranged(generator, order_fn, order_keys, pixels, given.scales if given else 0, known)
             drawn, account = sampling.images(
                 generator, decoder, params, frozen, batch, order,
-                keys=keys, edit=edit, pixels=shown_in, decoded=not here,
+                keys=keys, edit=edit, pixels=shown_in, decoded=not here, preview=preview,
+                extra=extra,
             )  # fmt: skip
             return drawn if here else finished(drawn, pixels), account
 
         def draw(batch, ids):
             batch, ids = put((batch, ids.astype(np.uint32)), batch_sharding(mesh))
-            arguments = params, frozen, batch, ids, given and (given.image, given.free)
+            arguments = params, frozen, batch, ids, given and (given.image, given.free), extra
             with jax.set_mesh(mesh), multiply_in(options.precision):
                 with blamed(self.model, self.tokenizer):
                     program.trace(*arguments)
@@ -163,6 +178,12 @@ class Drawer(NamedTuple):
                     yield Drawn((shards[0].index[0].start or 0) + i, image, calls, account.accepted[i])
 
         return draw
+
+
+def side_by_side(images: UInt8[Array, "b p h w c"], gap: int = 2) -> UInt8[Array, "b h W c"]:
+    """Pictures in a row, white between them."""
+    images = jnp.pad(images, ((0, 0), (0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255)
+    return jnp.moveaxis(images, 1, 2).reshape(len(images), images.shape[2], -1, images.shape[-1])[:, :, :-gap]
 
 
 def known_beforehand(generator: nn.Module, given: Given | None) -> np.ndarray:

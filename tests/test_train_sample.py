@@ -338,6 +338,18 @@ def test_a_grid_shows_the_images_row_by_row(run, drawn, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["GRID.WEBP", "grid.png"]
 
 
+def test_a_preview_is_a_strip_that_ends_in_the_image(run, drawn, tmp_path):
+    out = sampled(run, tmp_path / "strip.png", "--preview", 3, "--batch", 5)
+    assert [path.name for path in tmp_path.iterdir()] == ["strip.png"]
+    with Image.open(out) as sheet:
+        pixels = np.asarray(sheet)
+    assert pixels.shape == (36, 3 * 34 + 2, 3)  # of one image
+    assert np.abs(pixels[2:34, 70:102].astype(int) - images_of(drawn)[0]).max() <= 1
+    assert (pixels[:, 34:36] == 255).all()
+    assert (pixels[2:34, 2:34] != pixels[2:34, 70:102]).any()
+    assert "preview is -1; it must be a whole number from 0 to 64" in refused(sample.main, run, "--preview", -1)
+
+
 def test_a_run_finds_its_data_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -36,6 +36,7 @@ from ar_jax.convert import (
     infinity,
     llamagen,
     mar,
+    maskgit,
     next_scale,
     open_magvit2,
     rar,
@@ -67,6 +68,7 @@ SOURCES: dict[str, ModuleType] = {
     "tokenbridge": tokenbridge,
     "mar": mar,
     "rar": rar,
+    "maskgit": maskgit,
 }  # the special before the general
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from ar_jax.decode.edit import Edit, Source, hold
+from ar_jax.decode.glimpse import glimpse, previews
 from ar_jax.decode.guidance import Interval, Linear, Ramp
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sequential import Account, Sequential, Task
@@ -15,7 +17,7 @@ from ar_jax.files import codec
 from ar_jax.generators.base import Frozen, Knobs
 from ar_jax.machine.flops import with_fields
 from ar_jax.orders import Order, OrderFn
-from ar_jax.tokens import TokenSpec
+from ar_jax.tokens import MOST, TokenSpec
 from ar_jax.typing import Array, Batch, Float, Key, Params, Tokens
 
 
@@ -84,11 +86,21 @@ class Sampling:
         tokenizer: Frozen | None = None,
         keys: Key[Array, "b"],
         source: Source | None = None,
+        **more: Any,
     ) -> tuple[Tokens, Account]:
         """Draws tokens in slot order; see `Task`."""
+        given = {"tokenizer": tokenizer, "keys": keys, "source": source, **more}
+        return self.decoder(self.task(generator, params, batch, order, **given))
+
+    def weights(self) -> Params | None:
+        """What the decoder needs beside the model (parameters of a judge), to be given to `images` as `extra`; None if nothing."""
+        return self.decoder.weights() if hasattr(self.decoder, "weights") else None
+
+    def task(self, generator: Any, params: Params, batch: Batch, order: Order, **more: Any) -> Task:
+        """What the decoder is asked to do; arguments as of `tokens`."""
         knobs = self.knobs(order, generator.spec)
         guided = bool((np.asarray(knobs.guidance) != 1).any())
-        return self.decoder(Task(generator, params, batch, order, knobs, keys, guided, tokenizer, source))
+        return Task(generator, params, batch, order, knobs, guided=guided, **more)
 
     def images(
         self,
@@ -103,23 +115,51 @@ class Sampling:
         edit: Edit | None = None,
         pixels: Any = None,
         decoded: bool = True,
-    ) -> tuple[Float[Array, "b h w c"] | Tokens, Account]:
+        preview: int = 0,
+        extra: Any = None,
+    ) -> tuple[Float[Array, "b h w c"] | Float[Array, "b p h w c"] | Tokens, Account]:
         """Draws tokens with a generator, all or those that an edit leaves free, and decodes them.
 
         Args: as of `tokens`, and
           pixels: dtype of the tokenizer's layers in decoding, where its images are float32 still; None is their own.
           decoded: False gives the tokens, for tokenizers that decode on the host (`tokenizers.host`).
+          preview: at most so many pictures of every image in the making, the last of them the image (`glimpse.previews`);
+            0 gives the image alone.
+          extra: what `weights` gave.
         """
         shown, source = tokenizer if pixels is None else with_fields(tokenizer, dtype=pixels), None
 
         def frozen(*arguments, method, **keywords):
-            module = shown if method == "decode" else tokenizer
+            module = shown if method in ("decode", "decode_until", "prefix") else tokenizer
             return module.apply({"params": tokenizer_params}, *arguments, method=method, **keywords)
 
         if edit is not None:
             source, frozen = hold(tokenizer, frozen, edit)
-        tokens, account = self.tokens(generator, params, batch, order, tokenizer=frozen, keys=keys, source=source)
-        return frozen(tokens, method="decode") if decoded else tokens, account
+        look = looking(tokenizer, frozen, keys) if decoded else None
+        given = {"tokenizer": frozen, "keys": keys, "source": source, "look": look, "extra": extra}
+        if preview:
+            return previews(self.decoder, self.task(generator, params, batch, order, **given), preview)
+        tokens, account = self.tokens(generator, params, batch, order, **given)
+        if not decoded:
+            return tokens, account
+        noise = {"key": decoding_keys(keys)} if getattr(tokenizer, "generative", False) else {}
+        return frozen(tokens, method="decode", **noise), account
+
+
+def decoding_keys(keys: Key[Array, "b"]) -> Key[Array, "b"]:
+    """Of tokenizers whose decoders draw: from the images' keys, a number that no rank has."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, MOST))(keys)
+
+
+def looking(tokenizer: Any, frozen: Frozen, keys: Key[Array, "b"]) -> Callable[[Tokens, Array], Array]:
+    """What `Task.look` is: tokens in slot order and which are known to images. Candidates of an image are neighbours, and a
+    decoder that draws draws alike for all of them."""
+
+    def look(tokens, known):
+        each = np.arange(len(tokens)) // (len(tokens) // len(keys))
+        return glimpse(tokenizer, frozen, tokens, known, decoding_keys(keys)[each])
+
+    return look
 
 
 def adjustable(**model: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any, get_args
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from flax import struct
 
 from ar_jax.decode.edit import Source, keep
-from ar_jax.generators.base import Frozen, Knobs, Setting, Step
+from ar_jax.generators.base import Frozen, Generator, Knobs, Setting, Step
 from ar_jax.nets.attention import Kept
 from ar_jax.nets.conditioning import paired
 from ar_jax.orders import Order, Stretch, stretches, to_slots
@@ -62,6 +63,8 @@ class Task:
       guided: run every image with and without its condition.
       tokenizer: see `Setting`.
       source: tokens that are known beforehand; what is drawn in their places is dropped.
+      look: tokens in slot order and which are known -> images (see `decode.glimpse`), for decoders that look at them, or None.
+      extra: what a decoder asks for with `weights`, such as parameters of a judge; None, and it reads them itself.
     """
 
     generator: Any
@@ -73,6 +76,8 @@ class Task:
     guided: bool = False
     tokenizer: Frozen | None = None
     source: Source | None = None
+    look: Callable[[Tokens, Array], Array] | None = None
+    extra: Any = None
 
     @property
     def images(self) -> int:
@@ -123,6 +128,21 @@ def softened(task: Task) -> Task:
     return dataclasses.replace(task, source=task.source.replace(tokens=vectors))
 
 
+def looked_at(task: Task, state: Any, ranks: Index) -> tuple[Tokens | None, Array]:
+    """Tokens of a state in slot order, [b n k], and which slots are known of it, bool [b n], the first so many ranks.
+
+    Without a state, no tokens, and slots as generators have them that keep to the order.
+    """
+    n = task.order.n
+    seen = functools.partial(Generator.seen, task.generator) if state is None else task.generator.seen
+    known = jnp.broadcast_to(seen(state, ranks, task.order), (task.images, n))
+    if task.source is not None:
+        known |= task.source.known
+    if state is None:
+        return None, known
+    return to_slots(jnp.pad(state.tokens, ((0, 0), (0, n - state.tokens.shape[1]), (0, 0))), task.order), known
+
+
 def check_cache(kept: str) -> None:
     """Raises a ValueError if a cache cannot be kept so."""
     if kept not in get_args(Kept):
@@ -162,6 +182,28 @@ class Sequential:
             state = self.advance(task, setting, self.enter(task, setting, state, stretch), stretch)
         return to_slots(state.tokens, task.order), self.account(task.generator, task.order, task.images, done)
 
+    def watched(self, task: Task, steps: tuple[int, ...]) -> tuple[tuple[Tokens, Array], Account]:
+        """What is known after each of p steps, the last of the order among them: tokens [p b n k] in slot order, bool [p b n].
+
+        The loops are those of `__call__`; what is asked for is written beside while they run.
+        """
+        setting, task = task.setting(self.cache), softened(task)
+        state, done = task.begin(setting), task.source.ranks if task.source else 0
+        place = np.full(len(task.order.sizes), len(steps))  # which beyond the last are dropped
+        place[list(steps)] = np.arange(len(steps))
+        ends, one = jnp.asarray(np.cumsum(task.order.sizes)), self.stepper(task, setting)
+
+        def step(both, i, first, size):
+            state = one(both[0], i, first, size)
+            now = looked_at(task, state, ends[i])
+            return state, tuple(x.at[jnp.asarray(place)[i]].set(new, mode="drop") for x, new in zip(both[1], now))
+
+        shape = (len(steps), task.images, task.order.n)
+        notes = jnp.zeros((*shape, state.tokens.shape[-1]), state.tokens.dtype), jnp.zeros(shape, bool)
+        for stretch in self.stretches(task.order, state, done):
+            state, notes = stretch.run(step, (self.enter(task, setting, state, stretch), notes))
+        return notes, self.account(task.generator, task.order, task.images, done)
+
     # The parts of `__call__`, for programs that look at a drawing while it is made
 
     def stretches(self, order: Order, state: Any, done: int = 0) -> list[Stretch]:
@@ -177,12 +219,16 @@ class Sequential:
         self, task: Task, setting: Setting, state: Any, stretch: Stretch, part: tuple[Index, Index] | None = None
     ) -> Any:
         """Takes the steps of a stretch, or a part of them (see `Stretch.run`)."""
+        return stretch.run(self.stepper(task, setting), state, part)
+
+    def stepper(self, task: Task, setting: Setting) -> Callable[[Any, Index, Index, int], Any]:
+        """What takes one step (see `Stretch.run`)."""
 
         def step(state, i, first, size):
             now = Step(i, first, keys_of(task.keys, first + jnp.arange(size)))
             return task.known(task.call(state, now, setting, method="step"))
 
-        return stretch.run(step, state, part)
+        return step
 
     def account(self, generator: Any, order: Order, images: int, done: int = 0) -> Account:
         """What drawing takes if the first `done` ranks are known."""

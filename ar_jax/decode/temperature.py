@@ -29,6 +29,22 @@ class Constant:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fading(Constant):
+    """Falls to 0: value (1 - r) after step t of N, r = (t + 1) / N; the last step is greedy.
+
+    Source: MaskGIT (arXiv:2202.04200), as in TiTok (arXiv:2406.07550).
+    """
+
+    eased: bool = False
+    """Times 0.5 + 0.8 (1 - r) as well: so the generators of TiTok divide their logits beside."""
+
+    def __call__(self, order: Order, spec: TokenSpec) -> np.ndarray:
+        steps = len(order.sizes)
+        left = 1 - np.arange(1, steps + 1) / steps
+        return (self.value * left * (0.5 + 0.8 * left if self.eased else 1)).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
 class BySubCode(Constant):
     """The same in all steps, but for each sub-code of a token its own; float32 [steps k].
 

@@ -20,15 +20,14 @@ import numpy as np
 
 from ar_jax.decode.edit import hold
 from ar_jax.decode.glimpse import glimpse
-from ar_jax.decode.sampling import Sampling
-from ar_jax.decode.sequential import Sequential, Task, softened
+from ar_jax.decode.sampling import Sampling, decoding_keys, looking
+from ar_jax.decode.sequential import Sequential, Task, looked_at, softened
 from ar_jax.files.images import to_uint8
 from ar_jax.files.models import blamed, image_shape
 from ar_jax.generators.base import Knobs
 from ar_jax.machine.flops import with_fields
 from ar_jax.machine.precision import multiply_in
 from ar_jax.options import Sampler
-from ar_jax.orders import to_slots
 from ar_jax.sampler import Given, arranged, by_token, condition_table, image_keys, known_beforehand, open_drawer
 
 GLIMPSES = 16  # pictures of a drawing in the making, about
@@ -280,11 +279,7 @@ class Work:
         decoder, task = self.sampling.decoder, softened(self._task(params, frozen, inputs, kept))
         state = decoder.advance(task, task.setting(decoder.cache), state, stretch, tuple(part))
         last = jnp.asarray(np.cumsum(self.order.sizes)[stretch.steps])[part[1] - 1]
-        known = jnp.broadcast_to(self.generator.seen(state, last, task.order), (self.images, self.generator.spec.n))
-        if task.source is not None:
-            known |= task.source.known
-        later = task.order.n - state.tokens.shape[1]
-        return state, to_slots(jnp.pad(state.tokens, ((0, 0), (0, later), (0, 0))), task.order), known
+        return state, *looked_at(task, state, last)
 
     def _whole(self, params, frozen, inputs):
         task = self._task(params, frozen, inputs)
@@ -294,7 +289,7 @@ class Work:
     def _picture(self, frozen, inputs, kept, tokens, known):
         _, edit = self._order(inputs)
         _, call = self._tokenizer(frozen, edit, kept)
-        images = glimpse(self.tokenizer, call, tokens, known)
+        images = glimpse(self.tokenizer, call, tokens, known, decoding_keys(self._keys(inputs)[0]))
         if edit is not None:
             images = jnp.where(inputs["paste"] & ~edit.free[..., None], edit.image, images)
         return to_uint8(images), jnp.isfinite(images).all((1, 2, 3))
@@ -307,7 +302,8 @@ class Work:
         knobs = Knobs(inputs["guidance"], inputs["temperature"], chosen, steps if self.sampling.soft else None)
         keys, _ = self._keys(inputs)
         # guided whatever the weight, which is turned without another program
-        return Task(self.generator, params, inputs["batch"], order, knobs, keys, True, call, source)
+        look = looking(self.tokenizer, call, keys)
+        return Task(self.generator, params, inputs["batch"], order, knobs, keys, True, call, source, look)
 
     def _keys(self, inputs):
         key = jax.random.wrap_key_data(inputs["seed"], impl="threefry2x32")
@@ -322,7 +318,7 @@ class Work:
         """The tokens that are kept, and the frozen tokenizer."""
 
         def call(*arguments, method, **keywords):
-            module = self.shown if method in ("decode", "decode_until") else self.tokenizer
+            module = self.shown if method in ("decode", "decode_until", "prefix") else self.tokenizer
             return module.apply({"params": frozen}, *arguments, method=method, **keywords)
 
         return (None, call) if edit is None else hold(self.tokenizer, call, edit, kept)

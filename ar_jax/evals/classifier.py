@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -41,12 +41,14 @@ class Classifier(NamedTuple):
       accuracy: on held-out real images, which it was not trained on.
       facts: JSON-able: sizes, counts, accuracy.
       names: of the classes that it numbers; may be empty.
+      params: of `SmallNet`.
     """
 
     predict: Callable[[np.ndarray], np.ndarray]
     accuracy: float
     facts: dict[str, float | int | str]
     names: Sequence[str] = ()
+    params: Mapping[str, Any] = {}
 
 
 def train_classifier(data: Data, most: int = 20000, epochs: int = 8, batch: int = 100, seed: int = 0) -> Classifier:
@@ -108,7 +110,7 @@ def train_classifier(data: Data, most: int = 20000, epochs: int = 8, batch: int 
         "classifier": f"three stages of convolutions, AdamW, {epochs} epochs", "images": len(train), "seed": seed,
         "data": data.name, "held_out_images": len(test), "held_out_accuracy": accuracy,
     }  # fmt: skip
-    return Classifier(predict, accuracy, facts, real.names)
+    return Classifier(predict, accuracy, facts, real.names, params["params"])
 
 
 def _small(images):

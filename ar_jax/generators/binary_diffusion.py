@@ -20,7 +20,7 @@ from ar_jax.nets.transformer import init
 from ar_jax.nets.vit import Plain
 from ar_jax.orders import Order, raster
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Int, Metrics, PRNGKey, Steps, typed
+from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Metrics, PRNGKey, Steps, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +247,11 @@ class BinaryDiffusion(Generator):
         before, step = (jnp.asarray(table)[i][:, None, None] for table, i in ((kept, t - 1), (step_factors(kept), t)))
         drawn = ratio(p, noisy, before, step, 1e-6)
         return jnp.where((t == 1)[:, None, None], p, drawn)
+
+    @nn.nowrap
+    def seen(self, state: State, ranks: Index, order: Order) -> Bool[Array, "1 n"]:
+        """All slots, whose bits are there from the first step on, and change."""
+        return jnp.ones((1, order.n), bool)
 
     def begin(self, setting: Setting, images: int) -> State:
         return State(self.spec.zeros(images))

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
@@ -17,10 +17,9 @@ from ar_jax.nets.attention import Rows
 from ar_jax.nets.conditioning import Cond, widen
 from ar_jax.nets.linear import Linear, look_up
 from ar_jax.nets.mlp import xavier
-from ar_jax.nets.vit import GPT
-from ar_jax.orders import Order, to_ranks, to_slots
+from ar_jax.orders import Curve, Order, to_ranks, to_slots
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Batch, Bool, Float, Int, Metrics, PRNGKey, Share, typed
+from ar_jax.typing import Array, Batch, Bool, Float, Having, Index, Int, Key, Metrics, PRNGKey, Share, typed
 
 
 @struct.dataclass
@@ -47,18 +46,27 @@ class MaskGIT(Generator):
       backbone: the network, with a position for the condition's row and every token; 0 rows are filled in by `complete`.
       conditioning: makes one row from a batch (`Label`), as wide as the network.
       head: its `decide` gives tokens and how sure they are.
-      choice: size of the noise in the first step (the papers' choice temperature).
-      most: part of the schedule that training goes through; after a part s of it, cos(pi/2 s) of the tokens are hidden.
+      choice: size of the noise in the first step (the papers' choice temperature), from which it falls to 0.
+      most: part of the schedule that training goes through; after a part s of it, some of the tokens are hidden.
+      curve: how many: cos(pi/2 s) of them or 2/pi arccos(s).
+      kept: which of the tokens drawn in a step stay: the surest, or those of the order's next ranks.
+      noise: how large it is, by `choice` ("fading") or as the temperature of the step.
+      known_weight: what known tokens weigh in the loss, beside hidden ones that weigh 1.
       spec: the tokens; None until the tokenizer is known (`complete`).
-    Source: GIVT-MaskGIT (arXiv:2312.02116); MaskGIT (arXiv:2202.04200).
+    Source: MaskGIT (arXiv:2202.04200); GIVT-MaskGIT (arXiv:2312.02116); "arccos" and noise as the temperature are of TiTok's
+      generators (arXiv:2406.07550).
     """
 
-    backbone: GPT
+    backbone: Annotated[nn.Module, Having("rows")]
     conditioning: Conditioning
     head: Head
     choice: float = 35.0
     most: Share = 0.7
     spec: TokenSpec | None = None
+    curve: Curve = "cos"
+    noise: Literal["fading", "temperature"] = "fading"
+    known_weight: Share = 0.0
+    kept: Literal["surest", "ordered"] = "surest"
 
     any_order = True
     adjustable = ("choice",)
@@ -101,15 +109,25 @@ class MaskGIT(Generator):
           tokenizer: unused.
 
         Returns:
-          The head's loss and weight of every slot (0 where it is known), and metrics.
+          The head's loss and weight of every slot (`known_weight` where it is known), and metrics.
         """
         ratio_key, mask_key, head_key = jax.random.split(key, 3)
         shape = tokens.shape[:2]
-        ratio = mask_ratio(self.most * shares.draw(jax.random.uniform, ratio_key, (shape[0], 1)))
-        hidden = lowest(shares.draw(jax.random.uniform, mask_key, shape), ratio * shape[1])
+        uniforms = (
+            shares.draw(jax.random.uniform, key, of) for key, of in ((ratio_key, (shape[0], 1)), (mask_key, shape))
+        )
+        hidden = self.drawn_mask(*uniforms)
         h = self.hidden(tokens, hidden, self.condition(batch, drop))
         loss = self.head.loss(h, tokens, key=head_key)
-        return loss, image_weight(batch, shape[0])[:, None] * hidden, {"masked": hidden.mean()}
+        weight = jnp.where(hidden, 1.0, self.known_weight)
+        return loss, image_weight(batch, shape[0])[:, None] * weight, {"masked": hidden.mean()}
+
+    @nn.nowrap
+    def drawn_mask(self, progress: Float[Array, "b 1"], scores: Float[Array, "b n"]) -> Bool[Array, "b n"]:
+        """Slots that training hides, at least one of every image, from uniform numbers."""
+        ratio, n = mask_ratio(self.most * progress, self.curve), scores.shape[1]
+        count = jnp.ceil(ratio * n) if self.curve == "cos" else jnp.maximum(jnp.round(ratio * n), 1)
+        return jnp.argsort(scores, axis=1) < count  # the inverse of a random permutation is as random
 
     @typed
     def hidden(
@@ -154,15 +172,31 @@ class MaskGIT(Generator):
         keys = now.keys[:, 0]
         each = jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(slots))(keys)
         drawn, sure = self.head.decide(self.hidden(tokens, ~known, setting.cond), each, setting.knobs, now.i)
-        noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, n), (n,)))(keys)
-        sure = sure + self.choice * (1 - (now.i + 1) / len(order.sizes)) * noise
+        if self.kept == "ordered":
+            sure = to_slots(-slots[None, :, None], order)[..., 0].astype(sure.dtype)
+        else:
+            sure = sure + self.noise_of(now.i, setting) * self.gumbel(keys)
         hidden = lowest(jnp.where(known, jnp.inf, sure), n - now.first - jnp.asarray(order.sizes)[now.i])
         return State(to_ranks(jnp.where(known[..., None], tokens, drawn), order), ~hidden)
 
+    @nn.nowrap
+    def noise_of(self, i: Index, setting: Setting) -> Float[Array, ""]:
+        """Size of the noise in step `i`."""
+        if self.noise == "temperature":
+            return jnp.asarray(setting.knobs.temperature)[i]
+        return self.choice * (1 - (i + 1) / len(setting.order.sizes))
 
-def mask_ratio(progress: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    @nn.nowrap
+    def gumbel(self, keys: Key[Array, "b"]) -> Float[Array, "b n"]:
+        """The noise of one step."""
+        n = self.spec.n
+        return jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, n), (n,)))(keys)
+
+
+def mask_ratio(progress: Float[Array, "*b"], curve: Curve = "cos") -> Float[Array, "*b"]:
     """Part of the tokens that is hidden after a part `progress` of the steps; never none, as published."""
-    return jnp.clip(jnp.cos(math.pi / 2 * progress), 1e-6, 1.0)
+    ratio = jnp.cos(math.pi / 2 * progress) if curve == "cos" else jnp.arccos(progress) / (math.pi / 2)
+    return jnp.clip(ratio, 1e-6, 1.0)
 
 
 def lowest(score: Float[Array, "b n"], count: Any) -> Bool[Array, "b n"]:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -28,6 +28,7 @@ class Categorical(nn.Module):
       bias: the readout has one.
       std: of the readout at the start.
       smoothing: in training this part of the probability is asked for of all other codes together, alike.
+      sure: what `decide` calls how sure a code is, its log-probability or its guided logit before temperature and filter.
     """
 
     codes: int = 0
@@ -37,6 +38,7 @@ class Categorical(nn.Module):
     bias: bool = False
     std: float = 0.0
     smoothing: Share = 0.0
+    sure: Literal["probability", "logit"] = "probability"
 
     def complete(self, spec: TokenSpec) -> "Categorical":
         if len(spec.codes) != 1:
@@ -116,10 +118,14 @@ class Categorical(nn.Module):
     def decide(
         self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs, i: Index
     ) -> tuple[Int[Array, "b m 1"], Float[Array, "b m"]]:
-        """Draws a code per row of step `i`, and its log-probability among those that the filter leaves."""
+        """Draws a code per row of step `i`; and its log-probability among those that the filter leaves, or its logit (`sure`)."""
         logits = self.filtered(h, len(keys), knobs, i)
         token = self.draw(logits, keys, knobs, i)
-        return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token, axis=-1)[..., 0]
+        if self.sure == "logit":
+            score = fold(self(h), h.shape[0] // len(keys), jnp.asarray(knobs.guidance)[i])
+        else:
+            score = jax.nn.log_softmax(logits)
+        return token, jnp.take_along_axis(score, token, axis=-1)[..., 0]
 
     def draw(self, logits: Float[Array, "b m v"], keys: Key[Array, "b m"], knobs, i: Index) -> Int[Array, "b m 1"]:
         """Draws a code per row of step `i` from `filtered` logits."""

@@ -98,13 +98,14 @@ class Backbone(nn.Module):
         return self
 
     @nn.nowrap
-    def stack(self, block: type[nn.Module], sizes: tuple, axes: tuple) -> Any:
+    def stack(self, block: type[nn.Module], sizes: tuple, axes: tuple, layers: int = 0) -> Any:
         """The blocks, for `setup`.
 
         Args:
           block: called with rows, the layer's keys and values (or None) and the arguments of `run`.
           sizes: its fields.
           axes: of those arguments, 0 (one slice per layer) or `nn.broadcast`.
+          layers: how many; 0 is all.
         Raises:
           ValueError: the width has no such heads, or there is no such `remat`.
         """
@@ -116,13 +117,13 @@ class Backbone(nn.Module):
         if self.remat != "none":
             block = nn.remat(block, prevent_cse=self.unroll, policy=REMAT[self.remat])
         if self.unroll:
-            return [block(*sizes) for _ in range(self.layers)]
+            return [block(*sizes) for _ in range(layers or self.layers)]
         return nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, *axes),
-            length=self.layers,
+            length=layers or self.layers,
         )(*sizes)
 
     @nn.nowrap

@@ -27,6 +27,7 @@ class Block(nn.Module):
       bias: of attention and norms, as in ViT, with the exact GELU; without them the GELU is the approximate one.
       begin: how kernels begin.
       apart: queries, keys and values have a kernel each, in place of a joint one.
+      qkv_bias: whether they have biases where the others do.
     """
 
     width: int
@@ -40,6 +41,7 @@ class Block(nn.Module):
     output_major: bool
     begin: Any = xavier
     apart: bool = False
+    qkv_bias: bool = True
 
     def setup(self):
         def dense(features, bias=True):
@@ -48,9 +50,9 @@ class Block(nn.Module):
         self.attention_norm, self.mlp_norm = (_norm(self.dtype, self.bias, self.eps) for _ in range(2))
         self.out = dense(self.width, self.bias)
         if self.apart:
-            self.query, self.key, self.value = (dense(self.width, self.bias) for _ in range(3))
+            self.query, self.key, self.value = (dense(self.width, self.bias and self.qkv_bias) for _ in range(3))
         else:
-            self.qkv = dense(3 * self.width, self.bias)
+            self.qkv = dense(3 * self.width, self.bias and self.qkv_bias)
         self.fc1, self.fc2 = dense(self.hidden), dense(self.width)
         self.drop, self.attention_drop = Dropout(self.dropout), Dropout(self.attention_dropout)
 
@@ -97,12 +99,26 @@ class Plain(Backbone):
     kind = Block
 
     @nn.nowrap
-    def blocks_with(self, bias: bool, begin: Any = xavier, apart: bool = False) -> Any:
-        sizes = (
+    def blocks_with(
+        self,
+        bias: bool,
+        begin: Any = xavier,
+        apart: bool = False,
+        qkv_bias: bool = True,
+        kind: Any = None,
+        layers: int = 0,
+    ) -> Any:
+        """Some of the layers, of the class's `kind` or another one; 0 is all."""
+        return self.stack(
+            kind or self.kind, self.fields_of_block(bias, begin, apart, qkv_bias), (nn.broadcast, nn.broadcast), layers
+        )
+
+    @nn.nowrap
+    def fields_of_block(self, bias: bool, begin: Any = xavier, apart: bool = False, qkv_bias: bool = True) -> tuple:
+        return (
             self.width, self.heads, self.hidden or 4 * self.width, self.dropout, self.attention_dropout, bias,
-            self.eps, self.dtype, self.unroll, begin, apart,
+            self.eps, self.dtype, self.unroll, begin, apart, qkv_bias,
         )  # fmt: skip
-        return self.stack(self.kind, sizes, (nn.broadcast, nn.broadcast))
 
     @nn.nowrap
     def look(self, blocks: Any, x: Array, rows: Rows, cache: Cache | None = None) -> tuple[Array, Cache | None]:

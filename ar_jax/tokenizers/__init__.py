@@ -15,7 +15,10 @@ A tokenizer is a module. Of all are asked `size`, `channels`, `spec`, `rules`, `
 - `draws = True`, if it draws tokens from a Gaussian: then `encode(image, key=...)` is `drawn(moments(image), key=...)`, and a
   cache keeps the moments.
 - `stepped = True`, if training changes with time: then it is `autoencode(image, key=..., step=...)`, of the update's number.
-- `generative = True`, if `decode` draws by its key; pictures in training then are `decode(encode(image), key=...)`.
+- `generative = True`, if `decode` draws by its key; pictures in training then are `decode(encode(image), key=...)`. The key is one
+  for all images, or an array with one for each; what an image draws depends on nothing but its own.
+- `prefix(tokens, count, key=...)`, if any number of the first tokens decodes, and `prefixes`, at which numbers more can be seen
+  (`ordered.py`).
 - `host_encode` and `host_decode`, numpy functions, if it is no network but a codec of the host (`host.OnHost`).
 - `known(tokens, free)`, if its tokens have no fixed place in the image: those that editing keeps, where pixels are free.
 """

@@ -10,24 +10,34 @@ import pytest
 
 from ar_jax.data import Info
 from ar_jax.decode.edit import Source
-from ar_jax.decode.guidance import Interval
+from ar_jax.decode.guidance import Interval, Rising
 from ar_jax.decode.logits import Filter
 from ar_jax.decode.sampling import Sampling
-from ar_jax.decode.temperature import Constant
+from ar_jax.decode.sequential import Sequential
+from ar_jax.decode.temperature import Constant, Fading
 from ar_jax.generators.masked import Masked
 from ar_jax.generators.maskgit import MaskGIT
 from ar_jax.heads.categorical import Categorical
 from ar_jax.heads.factorised import Factorised
+from ar_jax.nets.bert import Bert, UViT
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
 from ar_jax.nets.vit import GPT, ViT
-from ar_jax.orders import Confident, Shuffled, known_first
+from ar_jax.orders import Confident, Halton, Shuffled, known_first
 from ar_jax.tokens import TokenSpec, grid
 
 SPEC, IMAGES, CODES = TokenSpec(grid(3, 4), codes=(7,)), 4, 7
+TITOK = {"most": 1.0, "curve": "arccos", "noise": "temperature", "known_weight": 0.1}
 METHODS = {
-    "masked": (Masked(ViT(1, 16, 2), ViT(1, 16, 2), Label(16, apart=True), Categorical(std=0.5), buffer=2), Shuffled(4, 2)),
+    "masked": (
+        Masked(ViT(1, 16, 2), ViT(1, 16, 2), Label(16, apart=True), Categorical(std=0.5), buffer=2),
+        Shuffled(4, 2),
+    ),
     "maskgit": (MaskGIT(GPT(1, 16, 2, rows=0), Label(16), Categorical(std=0.5), choice=2.0), Confident(4)),
+    **{
+        name: (MaskGIT(net, Label(16), Categorical(std=0.5, sure="logit"), **TITOK), Confident(4, "arccos"))
+        for name, net in (("bert", Bert(1, 16, 2)), ("uvit", UViT(2, 16, 2)))
+    },
 }
 BATCH = {"label": np.arange(IMAGES, dtype=np.int32) % 3}
 TOKENS = np.random.default_rng(0).integers(CODES, size=(IMAGES, SPEC.n, 1)).astype(np.int32)
@@ -132,3 +142,34 @@ def test_maskgit_refuses_tokens_of_several_codes():
     net = MaskGIT(GPT(1, 16, 2, rows=0), Label(16), Factorised(Transformer(1, 16, 2, hidden=24)))
     with pytest.raises(ValueError, match=r"MaskGIT embeds tokens of one code, but the tokenizer gives codes \(3, 4\)"):
         net.complete(TokenSpec(grid(3, 4), codes=(3, 4)), Info(classes=3))
+
+
+def test_titoks_steps_temperatures_and_masks_by_hand():
+    order = Confident(4, "arccos")(SPEC)
+    assert order.sizes == (2, 2, 3, 5)  # of 24/pi arccos(i/4), rounded down, stay 10, 8, 5
+    eased = Fading(2.0, eased=True)(order, SPEC)
+    np.testing.assert_allclose(eased, [1.5 * 1.1, 0.9, 0.5 * 0.7, 0], rtol=1e-6)
+    np.testing.assert_allclose(Rising(5.0, "lagging")(order, SPEC), [1, 2, 3, 4], rtol=1e-6)
+    generator, _ = ready("bert")
+    scores = np.random.default_rng(0).random((3, SPEC.n))
+    hidden = generator.drawn_mask(jnp.array([[1.0], [0.5], [0.0]]), scores)
+    np.testing.assert_array_equal(hidden.sum(1), [1, 8, 12])
+
+
+def test_a_maskgit_keeps_the_slots_of_its_order_if_told_so():
+    generator, params = ready("maskgit")
+    generator, keys = generator.clone(kept="ordered"), jax.random.split(jax.random.key(3), IMAGES)
+    order = Halton(4)(SPEC, keys, IMAGES)
+    assert len({tuple(row) for row in np.asarray(order.slot).tolist()}) > 1, "begun at a place of its own for every image"
+
+    @jax.jit
+    def run(params):
+        task = Sampling().task(generator, params, BATCH, order, keys=keys)
+        return Sequential().watched(task, (0, 1, 2, 3))[0]
+
+    tokens, known = run(params)
+    for j, count in enumerate(np.cumsum(order.sizes)):
+        want = np.zeros((IMAGES, SPEC.n), bool)
+        np.put_along_axis(want, np.asarray(order.slot)[:, :count], True, axis=1)
+        np.testing.assert_array_equal(known[j], want)
+        np.testing.assert_array_equal(tokens[j][want], tokens[-1][want])

@@ -1,0 +1,89 @@
+"""What tokenizers share whose tokens lie on a line, of which any prefix decodes, by a decoder that starts from noise."""
+
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+
+from ar_jax.tokenizers.quantised import Quantised
+from ar_jax.tokens import TokenSpec, grid
+from ar_jax.typing import Array, Bool, Float, Index, Int, Key, PRNGKey, Tokens, Within, typed
+
+Length = Annotated[int, Within(0, 2**16)]
+Registers = Annotated[int, Within(1, 2**16)]
+
+
+class Ordered(Quantised):
+    """For modules with the parts of `Quantised` (`latents`, `quantise`, `embed`), and
+
+    - `code_sizes`: of the sub-codes of a token;
+    - `shown`: codes [b registers c], how many of them are known [b], and a key, to images;
+    - these fields.
+
+    Attributes:
+      registers: tokens of an image.
+      length: so many tokens, the first ones, are made and decoded; 0 is all. It changes nothing of the network.
+    """
+
+    generative = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.length and self.length not in self.ends:
+            first, *rest = self.ends
+            some = f"{first} to {self.registers}" if first == 1 else ", ".join(map(str, [first, *rest]))
+            raise ValueError(f"tokenizer.length is {self.length}; it must be one of {some}, or 0 for all")
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Numbers of tokens at which more can be seen, rising; the last is all that the network has."""
+        return tuple(range(1, self.registers + 1))
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Of `ends`, those up to `length`."""
+        return tuple(end for end in self.ends if end <= self.spec.n)
+
+    @property
+    def grid(self) -> tuple[int]:
+        """Tokens on a line."""
+        return (self.length or self.registers,)
+
+    @property
+    def spec(self) -> TokenSpec:
+        return TokenSpec(grid(1, *self.grid), codes=self.code_sizes)
+
+    @typed
+    def decode(self, tokens: Tokens, *, key: PRNGKey | Key[Array, "b"] | None = None) -> Float[Array, "b H W rgb"]:
+        """Images, about [-1, 1] but not clipped; `key` as of `prefix`."""
+        return self.prefix(tokens, self.spec.n, key=key)
+
+    @typed
+    def prefix(
+        self, tokens: Tokens, count: Index | Int[Array, "b"], *, key: PRNGKey | Key[Array, "b"] | None = None
+    ) -> Float[Array, "b H W rgb"]:
+        """Images that the first tokens show, about [-1, 1] but not clipped.
+
+        Args:
+          tokens: all of them; those from `count` on may be anything.
+          count: how many are known, of all images or of each; one program serves all.
+          key: of the noise that images start from, one for all images or one for each; None always takes the same.
+        """
+        codes = self.embed(tokens)
+        missing = self.registers - codes.shape[1]
+        codes = jnp.pad(codes, ((0, 0), (0, missing), (0, 0)))
+        count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), (len(codes),))
+        return self.shown(codes, jnp.clip(count, 0, self.spec.n), key)
+
+    def known(self, tokens: Tokens, free: Bool[Array, "b H W"]) -> Bool[Array, "b n"]:
+        """What editing keeps: all tokens where no pixel is free, else none, as each describes the whole image."""
+        return jnp.broadcast_to(~free.any((1, 2))[:, None], tokens.shape[:2])
+
+
+@typed
+def starts(key: PRNGKey | Key[Array, "b"] | None, images: int, shape: tuple[int, ...]) -> Float[Array, "b *shape"]:
+    """Unit normal noise of images, which depends on nothing but their key, or their number where there is one for all."""
+    key = jax.random.key(0) if key is None else key
+    if not key.shape:
+        key = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(images))
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(key)
