@@ -118,6 +118,11 @@ def _elm():
     return Case(generator.complete(TokenSpec(grid(3, 4), codes=(12, 12)), INFO))
 
 
+def _line():
+    spec, net = TokenSpec(grid(1, 12), codes=(12,)), Transformer(2, 16, 2, hidden=24, line=True)
+    return Case(Causal(net, Label(16)).complete(spec, INFO))
+
+
 def _jpeg_lm():
     # words of 1 to 9, each ended by 10; after the third comes 11, then padding
     kind = np.array([0, *[1] * 9, 2, 3])
@@ -145,6 +150,7 @@ CASES = {
     "fqgan_far": _far((12, 12, 12)),
     "elm": _elm(),
     "ibq": Case(Causal(Modulated(2, 16, 2, hidden=24, gate_size=0.5), Label(16)).complete(SPEC, INFO)),
+    "flextok": _line(),
     "jpeg_lm": _jpeg_lm(),
     "digit": Case(Causal(PostNorm(2, 16, 2, hidden=24), Label(16), Categorical(smoothing=0.1)).complete(SPEC, INFO)),
     "var": _scales(RESIDUAL),

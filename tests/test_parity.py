@@ -89,6 +89,7 @@ BUILT = {
     *("fqgan_dual_vq", "fqgan_triple_vq", "fqgan_dual_far", "fqgan_triple_far"),
     *("vqgan_lc", "tokenflow_vq", "robusttok_perturbation"),
     *("jpeg_lm_codec", "vitok_ae"),
+    *("flextok",),
     *("dqvae", "dq_transformer"),
 }
 

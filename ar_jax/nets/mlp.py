@@ -24,16 +24,18 @@ def sinusoids(t: Float[Array, "*b"], features: int = FREQUENCIES, base: float = 
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of the time through a two-layer perceptron."""
+    """Sinusoids of the time through a two-layer perceptron; `features` of them, down to a frequency of 1/base."""
 
     width: int
     dtype: Any = jnp.float32
     kernel_init: Any = nn.initializers.normal(0.02)
+    features: int = FREQUENCIES
+    base: float = 10000.0
 
     @nn.compact
     @typed
     def __call__(self, t: Float[Array, "*b"]) -> Float[Array, "*b w"]:
-        y = constrain(sinusoids(t), BATCH).astype(self.dtype)
+        y = constrain(sinusoids(t, self.features, self.base), BATCH).astype(self.dtype)
         for name in ("fc1", "fc2"):
             y = nn.silu(y) if name == "fc2" else y
             y = Linear(self.width, self.dtype, None, self.kernel_init, bias=True, name=name)(y)

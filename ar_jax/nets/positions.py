@@ -84,3 +84,18 @@ def sine_grid(side: int, width: int) -> np.ndarray:
     grid = np.empty((side, side, width // 2, 2))
     grid[..., 0], grid[..., 1] = np.sin(wave)[:, None], np.cos(wave)[None]
     return grid.reshape(side, side, -1).astype(np.float32)
+
+
+def sine_quarters(rows: int, columns: int, width: int) -> np.ndarray:
+    """Sines, then cosines of the row, then sines and cosines of the column, float32 [rows*columns width] in raster order.
+
+    Raises:
+      ValueError: the width has no quarters.
+    """
+    if width % 4:
+        raise ValueError(f"positions of rows and columns take quarters of a network's width, but the width is {width}")
+    wave = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+    row, column = (np.arange(side)[:, None] * wave for side in (rows, columns))
+    row, column = (np.concatenate([np.sin(x), np.cos(x)], -1) for x in (row, column))
+    both = np.broadcast_arrays(row[:, None], column[None])
+    return np.concatenate(both, -1).reshape(rows * columns, width).astype(np.float32)
