@@ -43,6 +43,10 @@ FAMILIES = {
         tuple(f"fqgan_far_{kind}_{size}" for kind in ("dual", "triple") for size in "BL"),
     ),
     "vqgan_lc": (("vqgan_lc_100K_f16",), ()),
+    "gigatok": (
+        tuple(f"gigatok_VQ_{size}256" for size in ("SS", "SB", "BL", "XLXXL")),
+        tuple(f"gigatok_GPT_{size}256" for size in ("B", "XL", "XXL")),
+    ),
     "dqvae": (("dqvae_dual_feature", "dqvae_dual_entropy"), ("dq_transformer_class_p6c18",)),
     "rar": (("maskgit-vqgan-imagenet-f16-256",), ("rar_b", "rar_l", "rar_xl", "rar_xxl")),
     "ibq": (("ibq_16384", "ibq_262144"), ("ibq_AR_B", "ibq_AR_L", "ibq_AR_XL", "ibq_AR_XXL")),
