@@ -21,7 +21,7 @@ from ar_jax.nets.adaln import AdaLN
 from ar_jax.nets.conditioning import Caption, Label, Start
 from ar_jax.nets.modulated import Modulated
 from ar_jax.nets.post_norm import PostNorm
-from ar_jax.nets.transformer import Transformer
+from ar_jax.nets.transformer import Positioned, Transformer
 from ar_jax.orders import Order, raster, scales
 from ar_jax.tokenizers.bit_pyramid import BitPyramid
 from ar_jax.tokenizers.pyramid import Pyramid
@@ -152,6 +152,7 @@ CASES = {
     "ibq": Case(Causal(Modulated(2, 16, 2, hidden=24, gate_size=0.5), Label(16)).complete(SPEC, INFO)),
     "flextok": _line(),
     "jpeg_lm": _jpeg_lm(),
+    "gigatok": Case(Causal(Positioned(2, 16, 2, hidden=24), Label(16)).complete(SPEC, INFO)),
     "digit": Case(Causal(PostNorm(2, 16, 2, hidden=24), Label(16), Categorical(smoothing=0.1)).complete(SPEC, INFO)),
     "var": _scales(RESIDUAL),
     "var_shared": _scales(RESIDUAL, shared=True, l2_norm=False, remat="dots"),

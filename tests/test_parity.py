@@ -90,6 +90,7 @@ BUILT = {
     *("vqgan_lc", "tokenflow_vq", "robusttok_perturbation"),
     *("jpeg_lm_codec", "vitok_ae"),
     *("flextok",),
+    *("gigatok_vq", "gigatok_gpt"),
     *("dqvae", "dq_transformer"),
 }
 

@@ -108,7 +108,7 @@ def to_params(
         entries, one = _spread(want, key, layout)
         asked |= {key.format(i) for i in range(entries)} if entries else {key}
         if entries:
-            parts = [layout.from_torch(_get(weights, key.format(i), path)) for i in range(entries)]
+            parts = [layout.from_torch(_part(_get(weights, key.format(i), path), layout)) for i in range(entries)]
             finite = [_finite(part) for part in parts]
             key = key.format(finite.index(False) if False in finite else 0)
             if all(part.shape == one for part in parts):
@@ -132,13 +132,15 @@ def to_weights(params: Params, rules: list[Rule]) -> dict[str, np.ndarray]:
     weights, parts = {}, {}
     for path, key, layout in _renamed(params, rules):
         value = np.asarray(flat[path])
+        each = {key: value}
         if "{}" in key:
-            each = np.split(value, layout.pieces, axis=-1) if layout.pieces else value
-            weights |= {key.format(i): np.ascontiguousarray(layout.to_torch(part)) for i, part in enumerate(each)}
-        elif layout.part[1] != 1:
-            parts.setdefault(key, (layout.axis, {}))[1][layout.part[0]] = layout.to_torch(value)
-        else:
-            weights[key] = np.ascontiguousarray(layout.to_torch(value))
+            split = np.split(value, layout.pieces, axis=-1) if layout.pieces else value
+            each = {key.format(i): one for i, one in enumerate(split)}
+        for name, one in each.items():
+            if layout.part[1] != 1:
+                parts.setdefault(name, (layout.axis, {}))[1][layout.part[0]] = layout.to_torch(one)
+            else:
+                weights[name] = np.ascontiguousarray(layout.to_torch(one))
     return weights | {
         key: np.concatenate([found[i] for i in sorted(found)], axis) for key, (axis, found) in parts.items()
     }

@@ -11,7 +11,7 @@ import numpy as np
 
 from ar_jax.orders import Order
 from ar_jax.tokens import TokenSpec, by_side
-from ar_jax.typing import finite
+from ar_jax.typing import Share, finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +124,52 @@ class Rising:
         steps = len(order.sizes)
         share = np.arange(1, steps + 1) / steps
         return (1 + (self.weight - 1) * PLANS[self.plan](share)).astype(np.float32)
+
+
+STAGES = {  # parts of what the weight is above 1, by the rule and the share r of the steps that came before
+    "step": lambda rule, r: r >= rule.start,
+    "linear": lambda rule, r: r,
+    "reversed": lambda rule, r: 1 - r,
+    "triangle": lambda rule, r: np.minimum(r / max(rule.peak, 1e-9), (1 - r) / max(1 - rule.peak, 1e-9)),
+    "window": lambda rule, r: (r >= rule.start) & (r <= rule.end),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Staged:
+    """A weight that depends on the share of the steps that came before: the first step gets `weight`, step i of N the part
+    of it that the plan has at i / (N - 1). It is never quite 1: where there is no guidance it is 1.0001, as published.
+
+    Source: GigaTok (arXiv:2504.08736).
+    """
+
+    weight: float = 1.0
+    """Of the condition where it is largest; 1 is unguided."""
+    plan: Literal["step", "linear", "reversed", "triangle", "window"] = "step"
+    """All of it from `start` on; rising to it; falling from it; both, with `peak` between; all of it from `start` to `end`."""
+    start: Share = 0.18
+    end: Share = 0.95
+    peak: Share = 0.5
+
+    def __post_init__(self):
+        finite("guidance.weight", self.weight)
+        if self.plan not in STAGES:
+            raise ValueError(f"guidance.plan is {self.plan!r}; it must be one of {', '.join(STAGES)}")
+
+    def __call__(self, order: Order, spec: TokenSpec) -> np.ndarray:
+        steps = len(order.sizes)
+        weight = self.at(np.arange(steps) / max(steps - 1, 1))
+        weight[0] = self.weight
+        return weight
+
+    def at(self, share: np.ndarray) -> np.ndarray:
+        """The weight where a share of the steps came before, float32; exactly 1 if the rule guides nowhere."""
+        if self.weight == 1:
+            return np.ones(len(share), np.float32)
+        part = np.asarray(STAGES[self.plan](self, share), np.float64)
+        flat = self.plan in ("step", "window")
+        weight = np.where(part > 0, self.weight, 1.0001) if flat else 1.0001 + (self.weight - 1) * part
+        return weight.astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -193,8 +193,10 @@ class Block(nn.Module):
 
     def attend(self, x, cache, table, seen, first):
         q, k, v = split_heads(self.qkv(x), self.heads)
-        k, v, cache = remember(cache, rotate(k, table), v, first)
-        return self.out(join_heads(seen(rotate(q, table), k, v))), cache
+        if table is not None:
+            q, k = rotate(q, table), rotate(k, table)
+        k, v, cache = remember(cache, k, v, first)
+        return self.out(join_heads(seen(q, k, v))), cache
 
 
 class Transformer(Backbone):
@@ -248,8 +250,44 @@ class Transformer(Backbone):
             table = rotary_line(rows.coords[..., 2], self.width // self.heads, self.base)
         else:
             table = rotary(rows.coords, self.width // self.heads, self.base)
+        return self.look(x, rows, cache, table)
+
+    @nn.nowrap
+    def look(self, x: Array, rows: Rows, cache: Cache | None, table: Array | None) -> tuple[Array, Cache | None]:
+        """Rows through all layers, turned by the table of rotary positions."""
         x, cache = self.run(self.blocks, x.astype(self.dtype), cache, (), (table, rows.sight(), rows.first))
         return self.norm(x) if self.final else x, cache
+
+
+class Positioned(Transformer):
+    """As `Transformer`, but learned positions of the sequence are added to the rows, and none is turned.
+
+    Attributes:
+      rows: of the longest sequence; 0 is one for the condition and one for each token (`complete`).
+      others: see `Transformer`.
+    Source: GigaTok (arXiv:2504.08736).
+    """
+
+    rows: Annotated[int, Within(0, 2**24)] = 0
+
+    turned = False
+
+    def complete(self, spec: TokenSpec) -> "Positioned":
+        return self if self.rows else self.clone(rows=spec.n + 1)
+
+    def setup(self):
+        super().setup()
+        self.positions = self.param("positions", nn.initializers.normal(self.width**-0.5), (self.rows, self.width))
+
+    @typed
+    def __call__(
+        self, x: Float[Array, "B q d"], rows: Rows, *, mod: None = None, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B q d"], Cache | None]:
+        """Runs some rows of a sequence; see `Transformer`."""
+        if (longest := x.shape[1] if cache is None else len(rows.keys)) > self.rows:
+            raise ValueError(f"backbone.rows is {self.rows}, but the sequence has {longest}; give as many, or 0")
+        positions = lax.dynamic_slice_in_dim(jnp.asarray(self.positions), rows.first, x.shape[1])
+        return self.look(x + positions, rows, cache, None)
 
 
 def slices(path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:

@@ -145,12 +145,13 @@ class Optim:
     """Updates of linear warm-up."""
     warmup_start: float = 0.0
     """Where the warm-up begins, as a part of `lr`."""
-    schedule: Literal["constant", "cosine", "linear", "inverse_sqrt"] = "constant"
-    """After the warm-up; inverse_sqrt falls with the root of the updates done, from the end of the warm-up on."""
+    schedule: Literal["constant", "cosine", "linear", "root", "inverse_sqrt"] = "constant"
+    """After the warm-up; root falls as 1 - the root of the part gone, inverse_sqrt with the root of the updates done, from the
+    end of the warm-up on."""
     hold: Share = 0.0
-    """Part of the run after the warm-up in which the linear schedule stays at `lr`."""
+    """Part of the run after the warm-up in which the linear and the root schedule stay at `lr`."""
     end_lr: float = 0.0
-    """Where cosine and linear schedule end."""
+    """Where cosine, linear and root schedule end."""
     last: bool = False
     """They end with the last update, not with the one that would follow it."""
     trained: tuple[str, ...] = ()
@@ -177,8 +178,10 @@ class Optim:
 
 def schedule(optim: Optim, steps: int) -> optax.Schedule:
     """Learning rate of every update."""
-    if optim.schedule not in ("constant", "cosine", "linear", "inverse_sqrt"):
-        raise ValueError(f"optim.schedule is {optim.schedule!r}; it must be constant, cosine, linear or inverse_sqrt")
+    if optim.schedule not in ("constant", "cosine", "linear", "root", "inverse_sqrt"):
+        raise ValueError(
+            f"optim.schedule is {optim.schedule!r}; it must be constant, cosine, linear, root or inverse_sqrt"
+        )
     rest = steps - optim.warmup - optim.last
     if optim.schedule != "constant" and rest < 1:
         raise ValueError(f"optim.warmup is {optim.warmup}, but there are only {steps} updates")
@@ -190,8 +193,8 @@ def schedule(optim: Optim, steps: int) -> optax.Schedule:
     elif optim.schedule == "cosine":
         after = optax.cosine_decay_schedule(optim.lr, rest, optim.end_lr / optim.lr if optim.lr else 0.0)
     else:
-        held = optim.hold * rest
-        after = lambda step: optim.lr + (optim.end_lr - optim.lr) * jnp.clip((step - held) / (rest - held), 0, 1)  # noqa: E731
+        held, fall = optim.hold * rest, jnp.sqrt if optim.schedule == "root" else lambda gone: gone
+        after = lambda step: optim.lr + (optim.end_lr - optim.lr) * fall(jnp.clip((step - held) / (rest - held), 0, 1))  # noqa: E731
     if not optim.warmup:
         return after
     before = optax.linear_schedule(optim.warmup_start * optim.lr, optim.lr, optim.warmup)

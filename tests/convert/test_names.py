@@ -29,6 +29,21 @@ def test_parts_of_an_entry_are_cut_out_and_put_together(layout, sizes, shape):
             to_params({"table": wrong}, ours, rules)
 
 
+def test_layers_one_by_one_may_be_parts_of_entries_too():
+    rules = [(name, "layers.{}.table", PLAIN._replace(part=(i, 2))) for i, name in enumerate("ab")]
+    ours = {name: jax.ShapeDtypeStruct((3, 2, 4), np.float32) for name in "ab"}
+    whole = {f"layers.{i}.table": np.arange(16, dtype=np.float32).reshape(4, 4) + i for i in range(3)}
+    assert key_shapes(ours, rules) == dict.fromkeys(whole, (4, 4))
+    params = to_params(whole, ours, rules)
+    np.testing.assert_array_equal(params["b"][1], whole["layers.1.table"][2:])
+    back = to_weights(params, rules)
+    assert back.keys() == whole.keys()
+    for key, value in whole.items():
+        np.testing.assert_array_equal(back[key], value)
+    with pytest.raises(ValueError, match=r"layers\.0\.table \(our a\) has another shape than the model's"):
+        to_params(whole | {"layers.2.table": np.ones((3, 4), np.float32)}, ours, rules)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_what_is_not_finite_is_refused_by_its_key(bad, dtype):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from ar_jax.convert.names import to_params
+from ar_jax.convert.names import to_params, to_weights
 from ar_jax.convert.sources import param_shapes
 from ar_jax.decode.guidance import Interval, Linear, Ramp
 from ar_jax.decode.logits import Filter
@@ -179,6 +179,30 @@ def loaded(module: nn.Module, weights: Mapping[str, np.ndarray], family: ModuleT
     params = to_params(weights, shapes, family.rules(module), kept)
     params = jax.tree.map(jnp.asarray, params)
     return params, functools.partial(module.apply, {"params": params})
+
+
+class Asked:
+    """Of gradients, those that outputs are named after: a compiled function that returns no others computes no others.
+
+    `of` picks them, in a jitted function; `named` gives them the family's names.
+    """
+
+    def __init__(self, params: Params, rules: list, keys: list[str]):
+        self.shapes, self.tree = jax.tree.flatten(jax.eval_shape(lambda x: x, params))
+        self.rules, self.keys = rules, keys
+        numbers = [np.full(leaf.shape, i, np.int32) for i, leaf in enumerate(self.shapes)]
+        theirs = to_weights(self.tree.unflatten(numbers), rules)
+        self.wanted = sorted({int(i) for key in keys for i in np.unique(theirs[key])})
+
+    def of(self, grads: Params) -> list:
+        return [leaf for i, leaf in enumerate(jax.tree.leaves(grads)) if i in self.wanted]
+
+    def named(self, found: list) -> dict[str, np.ndarray]:
+        leaves = [np.zeros(leaf.shape, np.float32) for leaf in self.shapes]
+        for i, leaf in zip(self.wanted, found):
+            leaves[i] = leaf
+        theirs = to_weights(self.tree.unflatten(leaves), self.rules)
+        return {key: theirs[key] for key in self.keys}
 
 
 def with_head(generator: nn.Module, **fields: Any) -> nn.Module:
