@@ -32,7 +32,7 @@ class Sampling:
     filter: Callable = Filter()
     """Which codes may be drawn (`decode.logits`)."""
     decoder: Callable = Sequential()
-    """The loop that draws them (`decode.sequential`, `decode.jacobi`)."""
+    """The loop that draws them (`decode.sequential`, `decode.jacobi`, `decode.search`)."""
     soft: bool = False
     """Mixtures of codes instead of codes, as VAR's more_smooth: smoother pictures, no better figures."""
     fields: tuple[tuple[str, Any], ...] = ()

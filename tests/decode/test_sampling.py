@@ -149,7 +149,7 @@ def test_a_file_may_choose_other_parts(tmp_path, monkeypatch):
     file.write_text("def get_sampling(own):\n    return 3\n")
     with pytest.raises(ValueError, match="must return an ar_jax Sampling, got 3"):
         drawer(path, "--sampling", str(file))
-    with pytest.raises(ValueError, match="which is no Python file; published are configs/sampling/jacobi"):
+    with pytest.raises(ValueError, match="which is no Python file; published are configs/sampling/best_of\.py, configs/sampling/jacobi"):
         drawer(path, "--sampling", str(tmp_path / "no.py"))
     monkeypatch.chdir(tmp_path)  # published files are found from everywhere
     published = drawer(path, "--sampling", "configs/sampling/jacobi.py").sampling

@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from small_models import IMAGES, KEYS, LABELS, order_of, program, ready
 
 from ar_jax.decode.guidance import Interval
-from ar_jax.decode.judges import Ensemble, by_rank, by_score
+from ar_jax.decode.judges import ByClass, Ensemble, SmallNetwork, by_rank, by_score
 from ar_jax.decode.sampling import Sampling
 from ar_jax.decode.search import BestOf, Search, doubling, even
 from ar_jax.decode.sequential import Sequential
 from ar_jax.decode.temperature import Constant
+from ar_jax.evals.classifier import SmallNet
 from ar_jax.tokens import MOST
 
 
@@ -136,6 +138,28 @@ def test_stops():
     assert doubling(9, 3) == (1, 2, 4)
     assert even(3, 8) == (3, 6, 8)
     assert doubling(1) == even(5, 1) == (1,)
+
+
+def test_a_judge_of_classes_reads_its_file_and_gives_the_log_probability_of_the_one_asked_for(tmp_path):
+    random, shapes = (
+        np.random.default_rng(0),
+        jax.eval_shape(SmallNet(3).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3))),
+    )
+    params = jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32), shapes["params"])
+    flat = {f"{layer}/{leaf}": x for layer, tree in params.items() for leaf, x in tree.items()}
+    save_file(flat, tmp_path / "judge.safetensors")
+    judge = ByClass(SmallNetwork(str(tmp_path / "judge.safetensors")))
+    read, images = judge.open(), random.uniform(-1, 1, (2, 3, 8, 8, 3)).astype(np.float32)
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    scores, logits = jax.jit(
+        lambda params: (
+            judge(params, images, {"label": jnp.array([2, 0])}),
+            SmallNet(3).apply({"params": params}, images[1]),
+        )
+    )(read)
+    np.testing.assert_allclose(scores[1], jax.nn.log_softmax(logits)[:, 0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="ByClass judges classes, but this model is not asked for one"):
+        judge(read, images, {})
 
 
 def test_ensembles_by_hand():
