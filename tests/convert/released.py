@@ -44,6 +44,7 @@ FAMILIES = {
     ),
     "vqgan_lc": (("vqgan_lc_100K_f16",), ()),
     "flextok": (("flextok_d12_d12_in1k", "flextok_d18_d18_in1k", "flextok_d18_d28"), ()),
+    "dar": (("D-AR-tokenizer_v1",), ("D-AR-L", "D-AR-XL")),
     "dqvae": (("dqvae_dual_feature", "dqvae_dual_entropy"), ("dq_transformer_class_p6c18",)),
     "rar": (("maskgit-vqgan-imagenet-f16-256",), ("rar_b", "rar_l", "rar_xl", "rar_xxl")),
     "ibq": (("ibq_16384", "ibq_262144"), ("ibq_AR_B", "ibq_AR_L", "ibq_AR_XL", "ibq_AR_XXL")),
