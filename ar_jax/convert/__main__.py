@@ -126,7 +126,13 @@ def to_folder(
     hint = re.search(r"_(256|384|512)(?!\d)", path.stem)
     with _of(path):
         found, weights = identified(
-            path, weights, size=size or int(hint[1] if hint else 0), heads=heads, groups=groups, scales=scales, family=family
+            path,
+            weights,
+            size=size or int(hint[1] if hint else 0),
+            heads=heads,
+            groups=groups,
+            scales=scales,
+            family=family,
         )
     words, info, settings = found.source.describe(found.module)
     if levels:

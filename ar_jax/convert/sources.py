@@ -130,9 +130,7 @@ def identify(
     if not family:
         some = ", ".join(f"{words.name(key)} {list(shape)}" for key, shape in list(shapes.items())[:3])
         known = f"the family {wanted}" if wanted else f"a known family ({', '.join(SOURCES)})"
-        raise ValueError(
-            f"not a checkpoint of {known}; its {len(shapes)} entries begin with {some}"
-        )
+        raise ValueError(f"not a checkpoint of {known}; its {len(shapes)} entries begin with {some}")
     refusal, asked = f"looks like a {kind} of {family}, but ", _Asked(shapes)
     if (empty := next((key for key, shape in shapes.items() if 0 in shape), None)) is not None:
         raise ValueError(f"{refusal}{words.name(empty)} has shape {tuple(shapes[empty])}: there is nothing in it")

@@ -88,6 +88,8 @@ class SequentialDiffusion(Ordered):
                 f"tokenizer.aligned is {self.aligned}; it must be a layer of the painter's {self.painter.layers}, a hidden width "
                 "and a width, or ()"
             )
+        for cell in (self.cell, self.brush):
+            cells(self.size, sides(cell))
         for name in ("spread", "delay"):
             finite(f"tokenizer.{name}", getattr(self, name), 1e-6)
         super().__post_init__()

@@ -102,8 +102,9 @@ def test_loss_falls_and_every_parameter_moves_but_rows_of_no_use():
 
 def test_guidance_rises_evenly_and_is_off_below_one():
     spec = TokenSpec(grid(1, 5), codes=(12,))
-    found = [Between(*ends)(raster(spec), spec).round(3).tolist() for ends in ((1, 3), (0.5, 2.5), (2, 1))]
-    assert found == [[1.001, 1.501, 2.0, 2.5, 3.0], [1, 1, 1.5, 2, 2.5], [2, 1.75, 1.5, 1.25, 1]]
+    found = [Between(*ends)(raster(spec), spec) for ends in ((1, 3), (0.5, 2.5), (2, 1))]
+    want = [[1.001, 1.50075, 2.0005, 2.50025, 3], [1, 1, 1.5, 2, 2.5], [2, 1.75, 1.5, 1.25, 1]]
+    np.testing.assert_allclose(found, want, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
