@@ -91,6 +91,7 @@ BUILT = {
     *("jpeg_lm_codec", "vitok_ae"),
     *("flextok",),
     *("gigatok_vq", "gigatok_gpt"),
+    *("flextok", "dar_tokenizer", "dar_gpt"),
     *("dqvae", "dq_transformer"),
 }
 

@@ -45,6 +45,7 @@ def convert(
     sub_codes: int = 0,
     masks: Path | None = None,
     entry: str = "",
+    family: str = "",
     average: bool = True,
 ) -> None:
     """Converts a released checkpoint to a model folder (--to), or a model folder to released names (--back).
@@ -80,6 +81,8 @@ def convert(
         of both is written.
       entry: Which weights of a file, for example ema or trainer.var; "" takes the average where its authors evaluate that (MAR,
         FlowAR, xAR), else model, module, state_dict or the top level. What is taken and what else there is, is printed.
+      family: Reads the file as one of this family, for files that have the names and shapes of another: dar for D-AR's
+        generators, which are LlamaGen's but for their positions.
       average: Of a run folder, take the moving average of the weights if the run keeps one.
     """
     if (to is None) == (back is None):
@@ -87,7 +90,7 @@ def convert(
     if to is not None:
         to_folder(
             path_of(path).expanduser(), path_of(to).expanduser(), size=size, heads=heads, groups=groups, scales=scales,
-            levels=levels, sub_codes=sub_codes, masks=masks and path_of(masks).expanduser(), entry=entry,
+            levels=levels, sub_codes=sub_codes, masks=masks and path_of(masks).expanduser(), entry=entry, family=family,
         )  # fmt: skip
     else:
         to_file(path_of(path).expanduser(), path_of(back).expanduser(), average=average)
@@ -105,6 +108,7 @@ def to_folder(
     sub_codes: int = 0,
     masks: Path | None = None,
     entry: str = "",
+    family: str = "",
 ) -> None:
     """Writes the model folder of a released file, complete or not at all.
 
@@ -122,7 +126,13 @@ def to_folder(
     hint = re.search(r"_(256|384|512)(?!\d)", path.stem)
     with _of(path):
         found, weights = identified(
-            path, weights, size=size or int(hint[1] if hint else 0), heads=heads, groups=groups, scales=scales
+            path,
+            weights,
+            size=size or int(hint[1] if hint else 0),
+            heads=heads,
+            groups=groups,
+            scales=scales,
+            family=family,
         )
     words, info, settings = found.source.describe(found.module)
     if levels:

@@ -27,6 +27,7 @@ import jax
 
 from ar_jax.convert import (
     binary_latent,
+    dar,
     dqvae,
     elm,
     flextok,
@@ -67,6 +68,7 @@ SOURCES: dict[str, ModuleType] = {
     "flextok": flextok,
     "elm": elm,
     "llamagen": llamagen,
+    "dar": dar,
     "flowar": flowar,
     "xar": xar,
     "tokenbridge": tokenbridge,
@@ -111,7 +113,9 @@ class Found(NamedTuple):
         return sum(math.prod(shape) for key, shape in self.keys.items() if key not in self.source.FIXED)
 
 
-def identify(shapes: Shapes, *, size: int = 0, heads: int = 0, groups: int = 0, scales: tuple[int, ...] = ()) -> Found:
+def identify(
+    shapes: Shapes, *, size: int = 0, heads: int = 0, groups: int = 0, scales: tuple[int, ...] = (), family: str = ""
+) -> Found:
     """The network of a file, from the shapes of all its entries; every one of them has to fit.
 
     Args:
@@ -119,16 +123,18 @@ def identify(shapes: Shapes, *, size: int = 0, heads: int = 0, groups: int = 0, 
       heads: of the attention; 0 takes the published number.
       groups: of the group norms; 0 takes the published number.
       scales: of the token pyramid; () takes the published ones of the size.
+      family: the one that the file is of; "" is the first that knows its names.
     Raises:
       ValueError: the file is not known or is damaged; the first differing key is named.
     """
-    source, kind = recognised(shapes)
+    if family and family not in SOURCES:
+        raise ValueError(f"--family is {family!r}; it must be one of {', '.join(SOURCES)}")
+    (source, kind), wanted = recognised(shapes, family), family
     family = next((name for name, known in SOURCES.items() if known is source), "")
     if not family:
         some = ", ".join(f"{words.name(key)} {list(shape)}" for key, shape in list(shapes.items())[:3])
-        raise ValueError(
-            f"not a checkpoint of a known family ({', '.join(SOURCES)}); its {len(shapes)} entries begin with {some}"
-        )
+        known = f"the family {wanted}" if wanted else f"a known family ({', '.join(SOURCES)})"
+        raise ValueError(f"not a checkpoint of {known}; its {len(shapes)} entries begin with {some}")
     refusal, asked = f"looks like a {kind} of {family}, but ", _Asked(shapes)
     if (empty := next((key for key, shape in shapes.items() if 0 in shape), None)) is not None:
         raise ValueError(f"{refusal}{words.name(empty)} has shape {tuple(shapes[empty])}: there is nothing in it")
@@ -152,9 +158,9 @@ def identify(shapes: Shapes, *, size: int = 0, heads: int = 0, groups: int = 0, 
     return found._replace(strays=strays)
 
 
-def recognised(shapes: Shapes) -> tuple[ModuleType | None, str]:
-    """The family whose names a file has, by a few of them, and the kind; None if there is none."""
-    for source in SOURCES.values():
+def recognised(shapes: Shapes, family: str = "") -> tuple[ModuleType | None, str]:
+    """The family whose names a file has, by a few of them, and the kind; None if there is none. One may be asked for."""
+    for source in [SOURCES[family]] if family else SOURCES.values():
         if kind := source.recognise(shapes):
             return source, kind
     return None, ""

@@ -189,3 +189,24 @@ class Linear:
         known = np.cumsum(order.sizes)
         known[-1] -= 1
         return (1 + (self.weight - 1) * known / (known[-1] + 1)).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Between:
+    """Rises evenly from a first to a last weight; steps with weights below 1 are unguided.
+
+    Source: D-AR (arXiv:2505.23660).
+    """
+
+    first: float = 1.0
+    """Of the condition in the first step."""
+    weight: float = 1.0
+    """In the last one; 1 is unguided."""
+
+    def __post_init__(self):
+        for name in ("first", "weight"):
+            finite(f"guidance.{name}", getattr(self, name))
+
+    def __call__(self, order: Order, spec: TokenSpec) -> np.ndarray:
+        first = 1.001 if self.first == 1 < self.weight else self.first
+        return np.maximum(np.linspace(first, self.weight, len(order.sizes)), 1).astype(np.float32)

@@ -48,6 +48,7 @@ FAMILIES = {
         tuple(f"gigatok_VQ_{size}256" for size in ("SS", "SB", "BL", "XLXXL")),
         tuple(f"gigatok_GPT_{size}256" for size in ("B", "XL", "XXL")),
     ),
+    "dar": (("D-AR-tokenizer_v1",), ("D-AR-L", "D-AR-XL")),
     "dqvae": (("dqvae_dual_feature", "dqvae_dual_entropy"), ("dq_transformer_class_p6c18",)),
     "rar": (("maskgit-vqgan-imagenet-f16-256",), ("rar_b", "rar_l", "rar_xl", "rar_xxl")),
     "maskgit": ((), ("generator_titok_l32", "generator_titok_b64", "generator_titok_s128")),
