@@ -89,6 +89,7 @@ BUILT = {
     *("vqgan_lc", "tokenflow_vq", "robusttok_perturbation"),
     *("jpeg_lm_codec", "vitok_ae"),
     *("dqvae", "dq_transformer"),
+    *("titok_vq", "titok_vq_nonlegacy", "titok_vae", "titok_discriminator"),
 }
 
 

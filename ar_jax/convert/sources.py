@@ -39,6 +39,7 @@ from ar_jax.convert import (
     next_scale,
     open_magvit2,
     rar,
+    titok,
     tokenbridge,
     var,
     vqgan_lc,
@@ -50,6 +51,7 @@ from ar_jax.tokenizers.dimensionwise import Dimensionwise
 from ar_jax.typing import Params
 
 SOURCES: dict[str, ModuleType] = {
+    "titok": titok,
     "infinity": infinity,
     "binary_latent": binary_latent,
     "dqvae": dqvae,
