@@ -50,6 +50,9 @@ class Stage:
     anew."""
     alike: tuple[tuple[str, str], ...] = ()
     """With `start`: pairs of parts of the network, of which the first begins as the second."""
+    parts: tuple[tuple[str, str], ...] = ()
+    """Pairs of a part of the network and a run or converted folder of the same kind, as which it begins, whatever `start` has
+    of it."""
     steps: int = 0
     """Updates; 0 trains nothing."""
     batch: int = 256

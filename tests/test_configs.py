@@ -59,6 +59,14 @@ PUBLISHED = {  # variant -> manifest; the size of the image does not change the 
     },
     **{f"gigatok:{size}": f"gigatok_VQ_{size.replace('_', '').upper()}256" for size in ("s_s", "s_b", "b_l", "xl_xxl")},
     **{f"gigatok:gpt_{size}": f"gigatok_GPT_{size.upper()}256" for size in ("b", "xl", "xxl")},
+    **{
+        f"titok:{name}": f"tokenizer_titok_{file}"
+        for name, file in (
+            *(("l_32", "l32"), ("b_64", "b64"), ("s_128", "s128"), ("l_32_logits", "l32"), ("b_64_logits", "b64")),
+            *(("s_128_logits", "s128"), ("bl_64", "bl64_vq8k"), ("bl_128", "bl128_vq8k"), ("sl_256", "sl256_vq8k")),
+        )
+    },
+    **{f"titok:{name}_vae": f"titok_{name.replace('_', '')}_vae_c16" for name in ("ll_32", "bl_64", "bl_128")},
     **{f"mar:{size}_256": f"MAR-{size.upper()}" for size in "blh"},
     **{f"var:d{depth}": f"var_d{depth}" for depth in (16, 20, 24, 30, 36)},
     "flexvar:d16": "FlexVARd16-epo179",

@@ -93,6 +93,7 @@ BUILT = {
     *("gigatok_vq", "gigatok_gpt"),
     *("flextok", "dar_tokenizer", "dar_gpt"),
     *("dqvae", "dq_transformer"),
+    *("titok_vq", "titok_vq_nonlegacy", "titok_vae", "titok_discriminator"),
 }
 
 

@@ -43,6 +43,7 @@ from ar_jax.convert import (
     next_scale,
     open_magvit2,
     rar,
+    titok,
     tokenbridge,
     var,
     vqgan_lc,
@@ -54,6 +55,7 @@ from ar_jax.tokenizers.dimensionwise import Dimensionwise
 from ar_jax.typing import Params
 
 SOURCES: dict[str, ModuleType] = {
+    "titok": titok,
     "infinity": infinity,
     "binary_latent": binary_latent,
     "dqvae": dqvae,

@@ -198,6 +198,19 @@ def lecam(
     return sum(jnp.square(x).mean() for x in apart), average
 
 
+@typed
+def lecam_of_means(
+    real: Float[Array, "..."], fake: Float[Array, "..."], average: Float[Array, "2"], decay: float = 0.999
+) -> tuple[Float[Array, ""], Float[Array, "2"]]:
+    """As `lecam`, of the mean logits of a batch, which the averages count only afterwards.
+
+    Source: TiTok (arXiv:2406.07550), its released training.
+    """
+    real, fake = real.mean(), fake.mean()
+    apart = jnp.square(nn.relu(real - average[1])) + jnp.square(nn.relu(average[0] - fake))
+    return apart, decay * average + (1 - decay) * jax.lax.stop_gradient(jnp.stack([real, fake]))
+
+
 def _by_image(logits: Array) -> Array:
     return logits.reshape(len(logits), -1).mean(1)
 

@@ -155,6 +155,23 @@ class ViT(Plain):
         return self.norm(self.look(self.blocks, x, Rows(np.zeros(x.shape[1], np.int32), valid=valid))[0])
 
 
+class ClipViT(ViT):
+    """A ViT with a norm before the layers too. Attributes: see `Plain`.
+
+    Source: CLIP (arXiv:2103.00020), as in TiTok (arXiv:2406.07550).
+    """
+
+    eps: float = 1e-5
+
+    def setup(self):
+        self.before, self.norm = (_norm(self.dtype, eps=self.eps) for _ in range(2))
+        self.blocks = self.blocks_with(bias=True, begin=nn.initializers.normal(0.02))
+
+    @typed
+    def __call__(self, x: Float[Array, "B q d"], *, valid: Bool[Array, "#B q"] | None = None) -> Float[Array, "B q d"]:
+        return super().__call__(self.before(x), valid=valid)
+
+
 class TurnedBlock(nn.Module):
     """As `Block`, with rotary positions, a gated perceptron as in T5, and no biases of queries, keys and values."""
 

@@ -15,6 +15,7 @@ saved, Ctrl-C with 130.
 import dataclasses
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +163,8 @@ def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -
     module = stage.module
     if stage.path and stage.start:
         raise ValueError(f"{kind}.path takes a network as it is, {kind}.start trains it on; give one of them")
+    if stage.path and stage.parts:
+        raise ValueError(f"{kind}.path takes a network as it is, {kind}.parts trains parts of others on; give one of them")
     if stage.fresh and not stage.start:
         raise ValueError(f"{kind}.fresh is {stage.fresh}, but {kind}.start is empty; everything begins anew")
     given = open_model(stage.path, kind) if stage.path else None
@@ -231,7 +234,7 @@ def stage_fit(
 ) -> None:
     rows = batch_rows(mesh, stage.batch)
     stream = batches(opened(data), data, batch=stage.batch, seed=experiment.seed, rows=rows, then=then)
-    start = functools.partial(load_start, stage, model.kind) if stage.start else None
+    start = functools.partial(load_start, stage, model.kind) if stage.start or stage.parts else None
     evaluate = None
     if stage.evaluate_every:
         many = -(-stage.evaluate_images // stage.preview_images) * stage.preview_images
@@ -264,9 +267,31 @@ def load_start(stage: Stage, kind: str, params: Params) -> Params:
         print(f"{kind}: begin anew: {', '.join(stayed) or 'none'}")
         if unused:
             print(f"{kind}: of no use here: {', '.join(unused)}")
+    """The parameters of `stage.start` and `stage.parts` in the place of shapes, but for those of `stage.fresh`."""
+    loaded = params
+    if stage.start:
+        others = tuple(f"^{re.escape(part)}/" for part, _ in stage.parts)
+        loaded = begun_as(stage.start, kind, params, (*stage.fresh, *others), kind)
+    for part, other in stage.parts:
+        if part not in params:
+            raise ValueError(f"{kind}.parts has {part!r}, which is no part of the network; it has {tuple(params)}")
+        loaded = {**loaded, part: begun_as(other, kind, params[part], (), f"{kind}, {part}")}
     for part, other in stage.alike:
         if not {part, other} <= loaded.keys() or shapes(loaded[part]) != shapes(loaded[other]):
             raise ValueError(f"{kind}.alike has {(part, other)}, which are no two equal parts; it has {tuple(loaded)}")
+    return loaded
+
+
+def begun_as(start: str, kind: str, params: Params, fresh: tuple[str, ...], name: str) -> Params:
+    """The parameters of a folder in the place of shapes, but for those of `fresh`; `name` is what is said of them."""
+    folder, part = open_model(start, kind).place()
+    loaded, stayed, unused = load_matching(folder, params, part, fresh)
+    count = len(jax.tree.leaves(params))
+    if jax.process_index() == 0:
+        print(f"{name}: {count - len(stayed)} of {count} arrays begin as in {folder} ({part}), with a fresh optimiser")
+        print(f"{name}: begin anew: {', '.join(stayed) or 'none'}")
+        if unused:
+            print(f"{name}: of no use here: {', '.join(unused)}")
     return loaded
 
 

@@ -1,11 +1,13 @@
 """The objective of a tokenizer: parts with a weight each, which compare images with what the tokenizer makes of them."""
 
 import dataclasses
+import math
 from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 import tyro
 
 from ar_jax.nets import patchgan
@@ -24,6 +26,8 @@ ADVERSARIAL = {
     "averaged": (patchgan.averaged_discriminator, patchgan.averaged_generator),
     "hinge_averaged": (patchgan.hinge_discriminator, patchgan.averaged_generator),
 }
+
+LECAM = {"logits": patchgan.lecam, "means": patchgan.lecam_of_means}
 
 
 class Part:
@@ -175,6 +179,39 @@ class Contrast(Part):
         return -jnp.diagonal(jax.nn.log_softmax(normalise(told) @ normalise(wanted).T)).mean()
 
 
+@dataclasses.dataclass(frozen=True)
+class ProxyCodes(Part):
+    """Logits must tell the codes that another, frozen tokenizer has for the same image: their cross entropy in nats.
+
+    Source: the first stage of TiTok (arXiv:2406.07550).
+    """
+
+    weight: float = 1.0
+    on: str = "proxy"
+    """The logits, a map [b h w v] with as many places as the other has tokens."""
+    tokenizer: str = ""
+    """Run or converted folder of the other tokenizer."""
+
+    def open(self) -> Params:
+        return self._model().params()
+
+    def __call__(self, params: Params, frozen: Params, image: Array, made: Array) -> Float[Array, ""]:
+        other = self._model().module
+        spec = other.spec
+        if spec.codes != made.shape[-1:] or spec.n != math.prod(made.shape[1:-1]):
+            raise ValueError(
+                f"losses looks at {self.on!r}, logits of {math.prod(made.shape[1:-1])} places and {made.shape[-1]} codes, but "
+                f"{self.tokenizer} has {spec.n} tokens with codes {spec.codes}; they must be the same"
+            )
+        codes = other.apply({"params": frozen}, image, method="encode").reshape(made.shape[:-1])
+        return optax.softmax_cross_entropy_with_integer_labels(made.astype(jnp.float32), codes).mean()
+
+    def _model(self):
+        from ar_jax.files.models import open_model  # which knows of configs, and these of losses
+
+        return open_model(self.tokenizer, "tokenizer")
+
+
 class Projection(nn.Module):
     """From the tokenizer's features to the width of the teacher's."""
 
@@ -216,12 +253,14 @@ class Losses:
     adversarial_kind: Literal["hinge", "vanilla", "non_saturating", "averaged", "hinge_averaged"] = "hinge"
     lecam: float = 0.0
     """Weight of what keeps the discriminator's logits near their averages (`nets.patchgan.lecam`); 0 is off."""
+    lecam_kind: Literal["logits", "means"] = "logits"
+    """Each logit on its own (Open-MAGVIT2), or their means (TiTok: `nets.patchgan.lecam_of_means`)."""
     adaptive: bool = False
     """Scale the verdict so that its gradient at the tokenizer's last layer is as large as that of the other losses of the
     image."""
     judge: nn.Module = PatchGan()
     """The discriminator: images, its running statistics and whether it trains -> logits and new statistics; with
-    `init_stats` and sharding `rules`, as `PatchGan`."""
+    `init_stats` and sharding `rules`, as `PatchGan` and `nets.blur_gan.BlurGan`."""
     reset_after: int = 0
     """Replace codes unused for so many updates by latents of the current batch; 0 never does."""
 

@@ -12,10 +12,9 @@ from jax import lax
 from ar_jax.config import TokenizerStage
 from ar_jax.files.images import to_float, to_uint8
 from ar_jax.generators.base import image_weight
-from ar_jax.nets.patchgan import lecam
 from ar_jax.tokenizers.quantize import count_codes, usage
 from ar_jax.train import codes
-from ar_jax.train.losses import ADVERSARIAL, Losses
+from ar_jax.train.losses import ADVERSARIAL, LECAM, Losses
 from ar_jax.train.optim import decayed, make_optimiser, schedule
 from ar_jax.train.recipes import Recipe, counted, update_settings
 from ar_jax.train.state import GradFn, create, make_update
@@ -159,7 +158,7 @@ def tokenizer_gradients(tokenizer: Any, losses: Losses) -> GradFn:
                 logits_fake, new = judge.apply({"params": discriminator}, recon, new, True)
                 loss, kept = discriminator_loss(logits_real, logits_fake), {"stats": new}
                 if losses.lecam:
-                    apart, kept["lecam"] = lecam(logits_real, logits_fake, extra["lecam"])
+                    apart, kept["lecam"] = LECAM[losses.lecam_kind](logits_real, logits_fake, extra["lecam"])
                     loss += losses.lecam * apart
                 return weight * loss, (kept, logits_real, logits_fake)
 

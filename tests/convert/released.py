@@ -42,6 +42,14 @@ FAMILIES = {
         tuple(f"fqgan_{kind}_{size}" for kind in ("dual", "triple") for size in ("ds8", "ds16")),
         tuple(f"fqgan_far_{kind}_{size}" for kind in ("dual", "triple") for size in "BL"),
     ),
+    "titok": (
+        (
+            *("tokenizer_titok_l32", "tokenizer_titok_b64", "tokenizer_titok_s128"),
+            *("tokenizer_titok_bl64_vq8k", "tokenizer_titok_bl128_vq8k", "tokenizer_titok_sl256_vq8k"),
+            *("titok_ll32_vae_c16", "titok_bl64_vae_c16", "titok_bl128_vae_c16"),
+        ),
+        (),
+    ),
     "vqgan_lc": (("vqgan_lc_100K_f16",), ()),
     "flextok": (("flextok_d12_d12_in1k", "flextok_d18_d18_in1k", "flextok_d18_d28"), ()),
     "gigatok": (
