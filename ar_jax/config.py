@@ -45,9 +45,6 @@ class Stage:
     """Begin training with the parameters of this run or converted folder (the moving average, if it has one)."""
     fresh: tuple[str, ...] = ()
     """With `start`: patterns searched in the paths of the parameters; those they match begin anew."""
-    inside: str = ""
-    """With `start`: the part of the network that its parameters are, as "base" of a tokenizer around another; all others begin
-    anew."""
     alike: tuple[tuple[str, str], ...] = ()
     """With `start`: pairs of parts of the network, of which the first begins as the second."""
     parts: tuple[tuple[str, str], ...] = ()

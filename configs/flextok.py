@@ -119,7 +119,7 @@ def tokenizer(encoder: int, decoder: int) -> Experiment:
         name=f"flextok_d{encoder}_d{decoder}",
         data=Data(name="image_folder", path="data/imagenet", size=256, crop="random", min_fraction=0.8, flip=True),
         tokenizer=TokenizerStage(
-            module=module(encoder, decoder), losses=FLOW, start="runs/flextok_vae/tokenizer", inside="base",
+            module=module(encoder, decoder), losses=FLOW, parts=(("base", "runs/flextok_vae/tokenizer"),),
             steps=400 * (llamagen.IMAGENET // 1024), batch=1024,
             optim=Optim(
                 lr=2e-4, rule=AdamW((0.9, 0.99)), weight_decay=0.05, clip=1.0, warmup=5000, schedule="cosine", ema=0.9998,

@@ -48,7 +48,7 @@ class FlexTok(Ordered):
 
     Attributes:
       base: the tokenizer below (`KLVAE`, `Patches`), whose tokens have about unit variance. Training leaves its parameters
-        alone: begin with its folder (`tokenizer.start`, `tokenizer.inside`).
+        alone: begin with its folder (`tokenizer.parts`).
       registers, length: see `Ordered`.
       encoder, decoder: of any widths that are multiples of 4.
       quantiser: of the registers.

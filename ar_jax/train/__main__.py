@@ -252,21 +252,6 @@ def stage_fit(
 
 
 def load_start(stage: Stage, kind: str, params: Params) -> Params:
-    """The parameters of `stage.start` in the place of shapes, but for those of `stage.fresh`."""
-    folder, part = open_model(stage.start, kind).place()
-    if stage.inside and stage.inside not in params:
-        raise ValueError(f"{kind}.inside is {stage.inside!r}; it must be a part of the network: {', '.join(params)}")
-    some = params[stage.inside] if stage.inside else params
-    loaded, stayed, unused = load_matching(folder, some, part, stage.fresh)
-    count = len(jax.tree.leaves(params))
-    if stage.inside:
-        rest = [name for name in params if name != stage.inside]
-        loaded, stayed = {**params, stage.inside: loaded}, rest + [f"{stage.inside}/{name}" for name in stayed]
-    if jax.process_index() == 0:
-        print(f"{kind}: {count - len(stayed)} of {count} arrays begin as in {folder} ({part}), with a fresh optimiser")
-        print(f"{kind}: begin anew: {', '.join(stayed) or 'none'}")
-        if unused:
-            print(f"{kind}: of no use here: {', '.join(unused)}")
     """The parameters of `stage.start` and `stage.parts` in the place of shapes, but for those of `stage.fresh`."""
     loaded = params
     if stage.start:
