@@ -90,6 +90,7 @@ BUILT = {
     *("jpeg_lm_codec", "vitok_ae"),
     *("dqvae", "dq_transformer"),
     *("titok_vq", "titok_vq_nonlegacy", "titok_vae", "titok_discriminator"),
+    *("tatitok_vq", "tatitok_vae"),
 }
 
 

@@ -16,6 +16,8 @@ A tokenizer is a module. Of all are asked `size`, `channels`, `spec`, `rules`, `
   cache keeps the moments.
 - `stepped = True`, if training changes with time: then it is `autoencode(image, key=..., step=...)`, of the update's number.
 - `generative = True`, if `decode` draws by its key; pictures in training then are `decode(encode(image), key=...)`.
+- `conditioned = ("text", "text_mask")`, or others: what it decodes with of a batch. Then `decode` and `autoencode` take `batch=`
+  (`conditioned.said_of`), and without it decode as if nothing were said.
 - `host_encode` and `host_decode`, numpy functions, if it is no network but a codec of the host (`host.OnHost`).
 - `known(tokens, free)`, if its tokens have no fixed place in the image: those that editing keeps, where pixels are free.
 """
