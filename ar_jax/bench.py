@@ -215,7 +215,7 @@ def bench_sample(subject: Subject, options: Options) -> Bench:
 
     @jax.jit
     def decode(frozen, tokens):
-        return to_uint8(tokenizer.apply({"params": frozen}, tokens, method="decode"))
+        return to_uint8(tokenizer.apply({"params": frozen}, tokens, method="decode"))  # one that takes captions: without
 
     if options.repeat:
         laid_out = laid_out.lower(subject.params).compile()

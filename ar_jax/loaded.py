@@ -21,6 +21,7 @@ from ar_jax.machine.seeds import key_of
 from ar_jax.options import SHORT, Sampler, replaced
 from ar_jax.orders import OrderFn
 from ar_jax.sampler import condition_table, image_keys, open_drawer
+from ar_jax.tokenizers.conditioned import said_of
 from ar_jax.tokenizers.host import encoded, on_host
 from ar_jax.train.recipes import generator_loss
 from ar_jax.typing import Array, Batch, Params, PRNGKey
@@ -33,7 +34,7 @@ class Functions(NamedTuple):
       sample: params, conditions (first axis b), keys [b] of images and of orders (see `sampler.image_keys`) -> images
         float32 [b h w 3], about [-1, 1], and an `Account`.
       encode: params, images float32 [b h w 3] in [-1, 1] -> tokens [b n k].
-      decode: params, tokens [b n k] -> images float32 [b h w 3].
+      decode: params, tokens [b n k] -> images float32 [b h w 3]; of tokenizers that decode with captions, with a batch after them.
       loss: params, batch with "tokens" or "image" (uint8) and conditions, key -> mean loss and metrics.
     """
 
@@ -126,12 +127,12 @@ class Loaded:
         encode = self._jitted("encode", lambda params, images: self.functions.encode(params, to_float(images)))
         return np.asarray(encode(self.params, jnp.asarray(images)))
 
-    def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """Images, uint8 [n h w 3], of tokens [n slots k]."""
+    def decode(self, tokens: np.ndarray, **batch: np.ndarray) -> np.ndarray:
+        """Images, uint8 [n h w 3], of tokens [n slots k]; of tokenizers that decode with captions, with `text` and `text_mask`."""
         if on_host(self.tokenizer):
             return self.tokenizer.host_decode(np.asarray(tokens))
-        decode = self._jitted("decode", lambda params, tokens: to_uint8(self.functions.decode(params, tokens)))
-        return _rgb(decode(self.params, jnp.asarray(tokens)))
+        decode = self._jitted("decode", lambda *arguments: to_uint8(self.functions.decode(*arguments)))
+        return _rgb(decode(self.params, jnp.asarray(tokens), *[batch] * bool(batch)))
 
     def loss(self, images: np.ndarray, labels: Sequence[int] = (), *, seed: int = 0, **batch: np.ndarray) -> float:
         """Mean loss of the generator over the tokens of images, uint8 [n h w 3], in nats for codes.
@@ -154,8 +155,9 @@ class Loaded:
     def functions(self) -> Functions:
         """Pure functions to jit."""
 
-        def tokenizer(params, *arguments, method):
-            return self.tokenizer.apply({"params": params["tokenizer"]}, *arguments, method=method)
+        def tokenizer(params, x, batch=None, *, method):
+            said = said_of(self.tokenizer, batch) if method == "decode" else {}
+            return self.tokenizer.apply({"params": params["tokenizer"]}, x, **said, method=method)
 
         def loss(params, batch, key):
             self._need_generator()

@@ -92,12 +92,14 @@ class TokenSpec:
       codes: sizes of the k sub-codes of a discrete token; () is continuous.
       channels: width of a continuous token; 0 if discrete.
       grammar: of codes that may not follow each other as they like.
+      placed: a token speaks of its cell of the image; else, as those on a line do, of the whole.
     """
 
     coords: np.ndarray
     codes: tuple[int, ...] = ()
     channels: int = 0
     grammar: Grammar | None = None
+    placed: bool = True
 
     def __post_init__(self):
         coords = self.coords

@@ -25,6 +25,22 @@ Tokenizers on ImageNet, by encoder and decoder (s, b, l) and number of tokens:
     bl_64_vae        389M         64 of 16 numbers           rFID 1.25
     bl_128_vae       390M         128 of 16 numbers          rFID 0.84
 
+TA-TiTok's, whose decoders see a caption:
+
+    variant          parameters   tokens                     published
+    ta_bl_32_vq      391M         32 of 8,192 codes          rFID 3.95, IS 219.6
+    ta_bl_64_vq      391M         64 of 8,192 codes          rFID 2.43, IS 218.8
+    ta_bl_128_vq     391M         128 of 8,192 codes         rFID 1.53, IS 222.8
+    ta_bl_32_vae     390M         32 of 16 numbers           rFID 1.53, IS 222.0
+    ta_bl_64_vae     390M         64 of 16 numbers           rFID 1.47, IS 220.7
+    ta_sl_128_vae    330M         128 of 16 numbers          rFID 0.90, IS 227.7
+
+    python train.py configs/titok.py:ta_bl_32_vq --data.path IMAGES --data.text FEATURES.safetensors
+
+IMAGES holds pictures and captions.jsonl; FEATURES holds `features` [N 77 768] and `mask` [N 77], all true, of the last norm of CLIP
+ViT-L/14-336's text encoder. Published ones also move rare codes to latents (`tokenizers.quantize_anchored`); here
+--tokenizer.losses.reset-after replaces them.
+
 The first training of `_logits` predicts the codes of MaskGIT's tokenizer; the second tunes the decoder, with that tokenizer's:
 
     python -m ar_jax.convert maskgit-vqgan-imagenet-f16-256.bin --to checkpoints/maskgit_vqgan
@@ -127,10 +143,23 @@ def decoder(name: str, slots: int) -> Experiment:
 
 
 def one_stage(name: str, slots: int, vae: bool = False) -> Experiment:
+    """Of all at once, with a discriminator."""
     module = TiTokVAE(**towers(name, slots)) if vae else TiTok(**towers(name, slots))
     return experiment(
         f"{name}_{slots}{'_vae' * vae}", module, adversarial(0.1, 200_000), 650_000, 10_000, 0.999
     )  # fmt: skip
+
+
+def text_aware(name: str, slots: int, vae: bool = False) -> Experiment:
+    """With captions."""
+    base, text = one_stage(name, slots, vae), "data/captioned"
+    module = base.tokenizer.module.clone(text_rows=77, text_width=768)
+    return dataclasses.replace(
+        base,
+        name=f"titok_ta_{name}_{slots}_{'vae' if vae else 'vq'}",
+        data=dataclasses.replace(base.data, path=text, text=f"{text}/clip_l_14_336.safetensors", text_rows=77),
+        tokenizer=dataclasses.replace(base.tokenizer, module=module),
+    )
 
 
 VARIANTS = {"mnist5k": mnist5k}
@@ -145,4 +174,11 @@ VARIANTS |= {
 VARIANTS |= {
     f"{name}_{slots}_vae": partial(one_stage, name, slots, True)
     for name, slots in (("ll", 32), ("bl", 64), ("bl", 128))
+}
+VARIANTS |= {
+    f"ta_{name}_{slots}_vq": partial(text_aware, name, slots) for name, slots in (("bl", 32), ("bl", 64), ("bl", 128))
+}
+VARIANTS |= {
+    f"ta_{name}_{slots}_vae": partial(text_aware, name, slots, True)
+    for name, slots in (("bl", 32), ("bl", 64), ("sl", 128))
 }

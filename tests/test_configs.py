@@ -66,6 +66,10 @@ PUBLISHED = {  # variant -> manifest; the size of the image does not change the 
             *(("s_128_logits", "s128"), ("bl_64", "bl64_vq8k"), ("bl_128", "bl128_vq8k"), ("sl_256", "sl256_vq8k")),
         )
     },
+    **{
+        f"titok:ta_{name}": f"tatitok_{name.replace('_', '', 1)}"
+        for name in ("bl_32_vq", "bl_64_vq", "bl_128_vq", "bl_32_vae", "bl_64_vae", "sl_128_vae")
+    },
     **{f"titok:{name}_vae": f"titok_{name.replace('_', '')}_vae_c16" for name in ("ll_32", "bl_64", "bl_128")},
     **{f"mar:{size}_256": f"MAR-{size.upper()}" for size in "blh"},
     **{f"var:d{depth}": f"var_d{depth}" for depth in (16, 20, 24, 30, 36)},

@@ -1,4 +1,4 @@
-"""TiTok's released tokenizers: VQ in two stages and in one, VAE."""
+"""Released tokenizers of TiTok, VQ in two stages and in one and VAE, and of TA-TiTok."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -56,6 +56,9 @@ def build(kind: str, shapes: Shapes, *, size: int, heads: int, groups: int, scal
         "size": size, "cell": cell, "slots": shapes["latent_tokens"][0], "encoder": tower("encoder"),
         "decoder": tower("decoder"), "drawn_cell": 0 if drawn == sides(cell) else drawn, "channels": channels,
     }  # fmt: skip
+    if "decoder.text_guidance_proj.weight" in shapes:
+        fields["text_rows"] = shapes["decoder.text_guidance_positional_embedding"][0]
+        fields["text_width"] = shapes["decoder.text_guidance_proj.weight"][1]
     if "quantize.embedding.weight" not in shapes:
         return TiTokVAE(**fields, latent=shapes["decoder.decoder_embed.weight"][1])
     codes, code_features = shapes["quantize.embedding.weight"]
@@ -85,7 +88,11 @@ def buffers(module: nn.Module, shapes: Shapes) -> dict[str, tuple[int, ...]]:
 def describe(module: nn.Module) -> tuple[str, Info, dict[str, Any]]:
     """A sentence about a network that `build` made, what it knows of its data, and settings of its model folder."""
     tokens = f"codes out of {module.codes}" if module.spec.codes else f"tokens of {module.latent} numbers"
-    return f"{'x'.join(map(str, module.size))} pixels to {module.slots} {tokens} on a line", Info(), {}
+    return (
+        f"{'x'.join(map(str, module.size))} pixels to {module.slots} {tokens} on a line{' and a caption' * bool(module.text_rows)}",
+        Info(),
+        {},
+    )
 
 
 def rules(module: nn.Module) -> list[Rule]:
@@ -114,7 +121,8 @@ def rules(module: nn.Module) -> list[Rule]:
         ("patches/bias", "encoder.patch_embed.bias", PLAIN),
         ("to_code/kernel", "encoder.conv_out.weight", CONV1),
         ("to_code/bias", "encoder.conv_out.bias", PLAIN),
-        *layers("", "decoder.", (("from_code", "decoder_embed"),)),
+        ("text_positions", "decoder.text_guidance_positional_embedding", PLAIN),
+        *layers("", "decoder.", (("from_code", "decoder_embed"), ("text", "text_guidance_proj"))),
     ]
     for side in ("encoder", "decoder"):
         heads, theirs = getattr(module, side).heads, f"{side}.transformer.{{}}."

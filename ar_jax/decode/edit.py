@@ -65,7 +65,9 @@ def hold(tokenizer: Any, frozen: Callable, edit: Edit, tokens: Tokens | None = N
 
 @typed
 def free_slots(spec: TokenSpec, free: Bool[Array, "b H W"]) -> Bool[Array, "b n"]:
-    """Slots with a free pixel in their cell of the image."""
+    """Slots with a free pixel in their cell of the image, or anywhere in it if they have none."""
+    if not spec.placed:
+        return jnp.broadcast_to(free.any((1, 2))[:, None], (len(free), spec.n))
     return jnp.concatenate([touched(free, size).reshape(len(free), -1) for size in spec.scales], axis=1)
 
 

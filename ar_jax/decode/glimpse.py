@@ -43,7 +43,10 @@ def glimpse(
 
 @typed
 def cells(spec: TokenSpec, slots: Bool[Array, "b n"], size: tuple[int, int]) -> Bool[Array, "b H W"]:
-    """Pixels of images of a height and width that lie in the cells of these slots, those of the last scale."""
+    """Pixels of images of a height and width that lie in the cells of these slots, those of the last scale; all once all
+    slots are there, if these have no cells."""
+    if not spec.placed:
+        return jnp.broadcast_to(slots.all(1)[:, None, None], (len(slots), *size))
     level, row, column = spec.coords.T
     last, grid = level == level.max(), spec.scales[-1]
     at = jnp.zeros((len(slots), *grid), bool).at[:, row[last], column[last]].set(slots[:, last])

@@ -17,6 +17,7 @@ from ar_jax.files import codec
 from ar_jax.generators.base import Frozen, Knobs
 from ar_jax.machine.flops import with_fields
 from ar_jax.orders import Order, OrderFn
+from ar_jax.tokenizers.conditioned import said_of
 from ar_jax.tokens import MOST, TokenSpec
 from ar_jax.typing import Array, Batch, Float, Key, Params, Tokens
 
@@ -131,6 +132,7 @@ class Sampling:
 
         def frozen(*arguments, method, **keywords):
             module = shown if method in ("decode", "decode_until", "prefix") else tokenizer
+            keywords |= said_of(tokenizer, batch) if method == "decode" else {}
             return module.apply({"params": tokenizer_params}, *arguments, method=method, **keywords)
 
         if edit is not None:

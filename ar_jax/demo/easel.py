@@ -29,6 +29,7 @@ from ar_jax.machine.flops import with_fields
 from ar_jax.machine.precision import multiply_in
 from ar_jax.options import Sampler
 from ar_jax.sampler import Given, arranged, by_token, condition_table, image_keys, known_beforehand, open_drawer
+from ar_jax.tokenizers.conditioned import said_of
 
 GLIMPSES = 16  # pictures of a drawing in the making, about
 MOST = 64  # images at a time
@@ -288,7 +289,7 @@ class Work:
 
     def _picture(self, frozen, inputs, kept, tokens, known):
         _, edit = self._order(inputs)
-        _, call = self._tokenizer(frozen, edit, kept)
+        _, call = self._tokenizer(frozen, edit, kept, inputs["batch"])
         images = glimpse(self.tokenizer, call, tokens, known, decoding_keys(self._keys(inputs)[0]))
         if edit is not None:
             images = jnp.where(inputs["paste"] & ~edit.free[..., None], edit.image, images)
@@ -296,7 +297,7 @@ class Work:
 
     def _task(self, params, frozen, inputs, kept=None):
         order, edit = self._order(inputs)
-        source, call = self._tokenizer(frozen, edit, kept)
+        source, call = self._tokenizer(frozen, edit, kept, inputs["batch"])
         steps = np.arange(len(order.sizes), dtype=np.float32) / max(len(order.sizes) - 1, 1)
         chosen = with_arrays(self.sampling.filter, inputs["filter"])
         knobs = Knobs(inputs["guidance"], inputs["temperature"], chosen, steps if self.sampling.soft else None)
@@ -314,11 +315,12 @@ class Work:
         _, keys = self._keys(inputs)
         return arranged(self.generator, self.order_fn, keys, inputs["pixels"], self.scales, self.known)
 
-    def _tokenizer(self, frozen, edit, kept):
+    def _tokenizer(self, frozen, edit, kept, batch):
         """The tokens that are kept, and the frozen tokenizer."""
 
         def call(*arguments, method, **keywords):
             module = self.shown if method in ("decode", "decode_until", "prefix") else self.tokenizer
+            keywords |= said_of(self.tokenizer, batch) if method == "decode" else {}
             return module.apply({"params": frozen}, *arguments, method=method, **keywords)
 
         return (None, call) if edit is None else hold(self.tokenizer, call, edit, kept)

@@ -100,6 +100,8 @@ class Judged:
                 self.remarks.append(f"pFD: a sub-code of {few} codes has no {delta} nearest, all of them are taken")
             near = tuple(nearest_codes(table, min(delta, len(table))) for table in tables)
             self._near[delta] = put(near, replicated(mesh))
+        if getattr(self.module, "conditioned", ()):
+            self.remarks.append("decoded without captions")
         self._lpips = None
         try:
             if lpips is not None:

@@ -19,6 +19,8 @@ A tokenizer is a module. Of all are asked `size`, `channels`, `spec`, `rules`, `
   for all images, or an array with one for each; what an image draws depends on nothing but its own.
 - `prefix(tokens, count, key=...)`, if any number of the first tokens decodes, and `prefixes`, at which numbers more can be seen
   (`ordered.py`).
+- `conditioned = ("text", "text_mask")`, or others: what it decodes with of a batch. Then `decode` and `autoencode` take `batch=`
+  (`conditioned.said_of`), and without it decode as if nothing were said.
 - `host_encode` and `host_decode`, numpy functions, if it is no network but a codec of the host (`host.OnHost`).
 - `known(tokens, free)`, if its tokens have no fixed place in the image: those that editing keeps, where pixels are free.
 """

@@ -44,7 +44,7 @@ class Dimensionwise(Around, nn.Module):
                 f"tokenizer.bounds is {self.bounds} and tokenizer.spread {self.spread}; needed are rising bounds and a "
                 "spread above 0"
             )
-        return TokenSpec(spec.coords, codes=(self.levels,) * spec.channels)
+        return TokenSpec(spec.coords, codes=(self.levels,) * spec.channels, placed=spec.placed)
 
     @typed
     def encode(self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None) -> Int[Array, "b n k"]:

@@ -1,4 +1,4 @@
-"""TiTok: an image as a short line of tokens, which transformers read off it and draw it from."""
+"""TiTok and TA-TiTok: an image as a short line of tokens, which transformers read off it and draw it from."""
 
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from ar_jax.tokenizers.maskgit_vqgan import MaskgitVQGAN
 from ar_jax.tokenizers.quantised import Quantised
 from ar_jax.tokenizers.quantize import Codebook, VectorLoss, codebook_init, look_up, normalise, vector_quantise
 from ar_jax.tokens import MOST, Scale, TokenSpec, grid, sides
-from ar_jax.typing import Array, Float, Int, Metrics, Params, PRNGKey, Size, Tokens, Within, typed
+from ar_jax.typing import Array, Batch, Float, Int, Many, Metrics, Params, PRNGKey, Size, Tokens, Within, typed
 
 small = nn.initializers.normal(0.02)
 
@@ -29,6 +29,8 @@ class OnLine(nn.Module):
       slots: tokens of an image.
       encoder, decoder: of any widths.
       drawn_cell: pixels of a patch that the decoder makes; 0 takes `cell`.
+      text_rows, text_width: of the features of a caption that the decoder sees beside the tokens, as TA-TiTok's does; 0 sees none.
+        Rows that the mask leaves out are not seen.
       channels: of the image.
       dtype: of the projections around the networks; what lies between encoder and decoder is float32.
     """
@@ -39,12 +41,14 @@ class OnLine(nn.Module):
     encoder: ClipViT = ClipViT(12, 768, 12)
     decoder: ClipViT = ClipViT(24, 1024, 16)
     drawn_cell: Scale = 0
+    text_rows: Many = 0
+    text_width: Many = 0
     channels: int = 3
     dtype: Any = jnp.float32
 
     no_decay = (
         *("queries", "query_positions", "encoder_first", "encoder_positions"),
-        *("masks", "code_positions", "decoder_first", "decoder_positions"),
+        *("masks", "code_positions", "decoder_first", "decoder_positions", "text_positions"),
     )
     last_layer = "smooth/kernel"
 
@@ -57,6 +61,11 @@ class OnLine(nn.Module):
     def places(self) -> tuple[int, int]:
         """Rows and columns of patches that the decoder makes."""
         return cells(self.size, sides(self.drawn_cell or self.cell))
+
+    @property
+    def conditioned(self) -> tuple[str, ...]:
+        """What it decodes with (see `conditioned.said_of`)."""
+        return ("text", "text_mask") if self.text_rows else ()
 
     @property
     def rules(self) -> Rules:
@@ -83,6 +92,8 @@ class OnLine(nn.Module):
         self.from_code, self.code_positions = self.dense(outside), table("code_positions", self.slots, outside)
         self.masks, self.decoder_first = (table(name, 1, outside) for name in ("masks", "decoder_first"))
         self.decoder_positions = table("decoder_positions", height * width + 1, outside)
+        if self.text_rows:
+            self.text, self.text_positions = self.dense(outside), table("text_positions", self.text_rows, outside)
 
     def dense(self, features: int, out_dtype: Any = None) -> Linear:
         return Linear(features, self.dtype, out_dtype, small, bias=True)
@@ -93,16 +104,32 @@ class OnLine(nn.Module):
         x = _with(x, self.encoder_first) + self.encoder_positions.astype(x.dtype)
         return self.encoder(_with(x, self.queries + self.query_positions, last=True))[:, -self.slots :]
 
-    def rows_of(self, codes: Float[Array, "b n c"]) -> Float[Array, "b p d"]:
-        """The rows of the patches after the decoder."""
+    def rows_of(self, codes: Float[Array, "b n c"], batch: Batch | None = None) -> Float[Array, "b p d"]:
+        """The rows of the patches after the decoder; `batch` has "text" [b r w] and "text_mask" [b r], if there is a caption."""
         x = self.from_code(codes) + self.code_positions.astype(self.dtype)
         masks = jnp.repeat(self.masks, len(self.decoder_positions) - 1, axis=0)
         rows = jnp.concatenate([self.decoder_first, masks]) + self.decoder_positions
-        return self.decoder(_with(x, rows))[:, 1 : len(rows)]
+        x, valid = _with(x, rows), None
+        if self.text_rows:
+            said, seen = self._said(batch, len(x))
+            x = jnp.concatenate([x, said.astype(x.dtype)], axis=1)
+            valid = jnp.pad(seen, ((0, 0), (x.shape[1] - self.text_rows, 0)), constant_values=True)
+        return self.decoder(x, valid=valid)[:, 1 : len(rows)]
 
-    def shown(self, codes: Float[Array, "b n c"]) -> Float[Array, "b H W rgb"]:
+    def _said(self, batch, images):
+        """The rows of captions, and which of them are seen."""
+        shape = (images, self.text_rows, self.text_width)
+        text, mask = (batch["text"], batch["text_mask"]) if batch else (jnp.zeros(shape), jnp.zeros(shape[:2], bool))
+        if text.shape != shape or mask.shape != shape[:2]:
+            raise ValueError(
+                f"captions have features {list(text.shape)} and a mask {list(mask.shape)}; tokenizer.text_rows and "
+                f"tokenizer.text_width ask for {list(shape)} and {list(shape[:2])}"
+            )
+        return self.text(text) + self.text_positions, jnp.asarray(mask, bool)
+
+    def shown(self, codes: Float[Array, "b n c"], batch: Batch | None = None) -> Float[Array, "b H W rgb"]:
         """Images from what stands for the tokens."""
-        patches = self.to_pixels(self.rows_of(codes))
+        patches = self.to_pixels(self.rows_of(codes, batch))
         return 2 * self.smooth(unpatchify(patches, self.places, self.drawn_cell or self.cell)) - 1
 
     def begin_pixels(self) -> None:
@@ -146,7 +173,7 @@ class TiTok(OnLine, Quantised):
 
     @property
     def spec(self) -> TokenSpec:
-        return TokenSpec(grid(1, self.slots), codes=(self.codes,))
+        return TokenSpec(grid(1, self.slots), codes=(self.codes,), placed=False)
 
     def setup(self):
         self.begin(self.code_features)
@@ -166,16 +193,23 @@ class TiTok(OnLine, Quantised):
         return look_up(self._codes(), tokens)
 
     @typed
+    def decode(
+        self, tokens: Tokens, *, key: PRNGKey | None = None, batch: Batch | None = None
+    ) -> Float[Array, "b H W rgb"]:
+        """Images, about [-1, 1] but not clipped, with the captions of `batch`; `key` is unused."""
+        return self.pixels(self.embed(tokens), batch)
+
+    @typed
     def autoencode(
-        self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None
+        self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None, batch: Batch | None = None
     ) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
         """As of `Quantised`; with a proxy it also shows "proxy", the logits [b h w v] of its codes."""
         latents = self.latents(image)
         codes, index, losses = self.quantise(latents)
         seen = {"latents": latents, "tokens": self.in_line(index)}
         if self.proxy is None:
-            return self.shown(codes), losses, seen
-        seen["proxy"] = self.logits(codes)
+            return self.shown(codes, batch), losses, seen
+        seen["proxy"] = self.logits(codes, batch)
         return self.by_proxy(seen["proxy"]), losses, seen
 
     def latents(self, image: Float[Array, "b H W c"]) -> Float[Array, "b n c"]:
@@ -188,12 +222,12 @@ class TiTok(OnLine, Quantised):
     def quantise(self, latents: Float[Array, "b n c"]) -> tuple[Float[Array, "b n c"], Int[Array, "b n"], Metrics]:
         return vector_quantise(normalise(latents) if self.l2_norm else latents, self._codes(), self.vq)
 
-    def pixels(self, codes: Float[Array, "b n c"]) -> Float[Array, "b H W rgb"]:
-        return self.shown(codes) if self.proxy is None else self.by_proxy(self.logits(codes))
+    def pixels(self, codes: Float[Array, "b n c"], batch: Batch | None = None) -> Float[Array, "b H W rgb"]:
+        return self.shown(codes, batch) if self.proxy is None else self.by_proxy(self.logits(codes, batch))
 
-    def logits(self, codes: Float[Array, "b n c"]) -> Float[Array, "b h w v"]:
+    def logits(self, codes: Float[Array, "b n c"], batch: Batch | None = None) -> Float[Array, "b h w v"]:
         """Of the proxy's codes; float32."""
-        logits = self.to_proxy(jnp.tanh(self.proxy_hidden(self.rows_of(codes))))
+        logits = self.to_proxy(jnp.tanh(self.proxy_hidden(self.rows_of(codes, batch))))
         return logits.reshape(len(logits), *self.places, -1)
 
     def by_proxy(self, logits: Float[Array, "b h w v"]) -> Float[Array, "b H W rgb"]:
@@ -225,7 +259,7 @@ class TiTokVAE(OnLine, Measured):
 
     @property
     def spec(self) -> TokenSpec:
-        return TokenSpec(grid(1, self.slots), channels=self.latent)
+        return TokenSpec(grid(1, self.slots), channels=self.latent, placed=False)
 
     def setup(self):
         self.begin(2 * self.latent)
@@ -253,13 +287,15 @@ class TiTokVAE(OnLine, Measured):
         return tokens
 
     @typed
-    def decode(self, tokens: Float[Array, "b n c"], *, key: PRNGKey | None = None) -> Float[Array, "b H W c2"]:
-        """Images, about [-1, 1] but not clipped; `key` is unused."""
-        return self.shown(self.restore(tokens))
+    def decode(
+        self, tokens: Float[Array, "b n c"], *, key: PRNGKey | None = None, batch: Batch | None = None
+    ) -> Float[Array, "b H W c2"]:
+        """Images, about [-1, 1] but not clipped, with the captions of `batch`; `key` is unused."""
+        return self.shown(self.restore(tokens), batch)
 
     @typed
     def autoencode(
-        self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None
+        self, image: Float[Array, "b H W c"], *, key: PRNGKey | None = None, batch: Batch | None = None
     ) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
         """One training pass, through a draw from the posterior, or its mean without a key.
 
@@ -268,7 +304,7 @@ class TiTokVAE(OnLine, Measured):
         """
         mean, logvar = jnp.split(self.moments(image), 2, axis=-1)
         latents = draw(mean, logvar, noise(mean, key))
-        return self.shown(latents), {"kl": self.kl * kl_divergence(mean, logvar).mean()}, {"latents": latents}
+        return self.shown(latents, batch), {"kl": self.kl * kl_divergence(mean, logvar).mean()}, {"latents": latents}
 
 
 def _with(x: Array, rows: Array, last: bool = False) -> Array:

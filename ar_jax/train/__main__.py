@@ -142,7 +142,9 @@ def train(experiment: Experiment, config: str, overrides: list[str]) -> None:
     tokenizer_key, generator_key = jax.random.split(key_of(experiment.seed))
     if experiment.tokenizer.steps and not experiment.tokenizer.path:
         recipe = tokenizer_recipe(experiment.tokenizer, tokenizer.module)
-        stage_fit(recipe, experiment.tokenizer, experiment, experiment.data, opened, tokenizer, mesh, tokenizer_key, beside)
+        stage_fit(
+            recipe, experiment.tokenizer, experiment, experiment.data, opened, tokenizer, mesh, tokenizer_key, beside
+        )
     if not experiment.tokenizer.path:
         tokenizer = measured(tokenizer, experiment.tokenizer.module, source, experiment.data, experiment.seed)
     if generator and stage.tokens:
@@ -164,7 +166,9 @@ def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -
     if stage.path and stage.start:
         raise ValueError(f"{kind}.path takes a network as it is, {kind}.start trains it on; give one of them")
     if stage.path and stage.parts:
-        raise ValueError(f"{kind}.path takes a network as it is, {kind}.parts trains parts of others on; give one of them")
+        raise ValueError(
+            f"{kind}.path takes a network as it is, {kind}.parts trains parts of others on; give one of them"
+        )
     if stage.fresh and not stage.start:
         raise ValueError(f"{kind}.fresh is {stage.fresh}, but {kind}.start is empty; everything begins anew")
     given = open_model(stage.path, kind) if stage.path else None

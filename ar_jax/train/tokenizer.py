@@ -12,13 +12,14 @@ from jax import lax
 from ar_jax.config import TokenizerStage
 from ar_jax.files.images import to_float, to_uint8
 from ar_jax.generators.base import image_weight
+from ar_jax.tokenizers.conditioned import said_of
 from ar_jax.tokenizers.quantize import count_codes, usage
 from ar_jax.train import codes
 from ar_jax.train.losses import ADVERSARIAL, LECAM, Losses
 from ar_jax.train.optim import decayed, make_optimiser, schedule
 from ar_jax.train.recipes import Recipe, counted, update_settings
 from ar_jax.train.state import GradFn, create, make_update
-from ar_jax.typing import Array, Index, Metrics, Params, PRNGKey
+from ar_jax.typing import Array, Batch, Index, Metrics, Params, PRNGKey
 
 USAGE = re.compile(r"usage(/code\d+)?")
 
@@ -74,7 +75,7 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
 
     def preview(params, frozen, batch, key):
         image = to_float(batch["image"])
-        recon, tokens = reconstruct(tokenizer, params, image, key)
+        recon, tokens = reconstruct(tokenizer, params, image, key, batch)
         shown = to_uint8(recon)
         a, b = ((x.astype(jnp.float32) / 255) for x in (batch["image"], shown))
         weight = image_weight(batch, len(image))
@@ -97,13 +98,19 @@ def tokenizer_recipe(stage: TokenizerStage, tokenizer: Any) -> Recipe:
     )
 
 
-def reconstruct(tokenizer: Any, params: Params, image: Array, key: PRNGKey) -> tuple[Array, Array | None]:
-    """Images as the tokenizer shows them, and their tokens, if they are codes; a generative decoder draws by `key`."""
-    call = functools.partial(tokenizer.apply, {"params": params})
+def reconstruct(
+    tokenizer: Any, params: Params, image: Array, key: PRNGKey, batch: Batch | None = None
+) -> tuple[Array, Array | None]:
+    """Images as the tokenizer shows them, and their tokens, if they are codes; a generative decoder draws by `key`.
+
+    Args:
+      batch: what is said of the images, for tokenizers that look at it (`conditioned.said_of`).
+    """
+    call, said = functools.partial(tokenizer.apply, {"params": params}), said_of(tokenizer, batch)
     if getattr(tokenizer, "generative", False):
         tokens = call(image, method="encode")
-        return call(tokens, key=key, method="decode"), tokens
-    recon, _, seen = call(image, method="autoencode")
+        return call(tokens, key=key, method="decode", **said), tokens
+    recon, _, seen = call(image, method="autoencode", **said)
     return recon, seen.get("tokens")
 
 
@@ -121,7 +128,7 @@ def tokenizer_gradients(tokenizer: Any, losses: Losses) -> GradFn:
         real = to_float(batch["image"])
 
         def make(model):
-            made, own, seen = training_pass(tokenizer, model, real, key, names, step)
+            made, own, seen = training_pass(tokenizer, model, real, key, names, step, batch)
             return (made, sum(own.values(), jnp.zeros(()))), (own, seen)
 
         def compare(made, trained):
@@ -177,7 +184,8 @@ def tokenizer_gradients(tokenizer: Any, losses: Losses) -> GradFn:
 
 
 def training_pass(
-    tokenizer: Any, params: Params, image: Array, key: PRNGKey | None, names: frozenset[str], step: Index = 0
+    tokenizer: Any, params: Params, image: Array, key: PRNGKey | None, names: frozenset[str], step: Index = 0,
+    batch: Batch | None = None,
 ) -> tuple[dict[str, Array], Metrics, Metrics]:
     """What `autoencode` makes of images under those names (see `Part.on`), what it reports as losses, and what it shows.
 
@@ -188,7 +196,7 @@ def training_pass(
     def kept(module, method):
         return method == "__call__" and "/".join(module.path) in names
 
-    plan = {"step": step} if getattr(tokenizer, "stepped", False) else {}
+    plan = said_of(tokenizer, batch) | ({"step": step} if getattr(tokenizer, "stepped", False) else {})
     (recon, own, seen), inside = tokenizer.apply(
         {"params": params},
         image,

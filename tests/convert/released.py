@@ -47,6 +47,8 @@ FAMILIES = {
             *("tokenizer_titok_l32", "tokenizer_titok_b64", "tokenizer_titok_s128"),
             *("tokenizer_titok_bl64_vq8k", "tokenizer_titok_bl128_vq8k", "tokenizer_titok_sl256_vq8k"),
             *("titok_ll32_vae_c16", "titok_bl64_vae_c16", "titok_bl128_vae_c16"),
+            *("tatitok_bl32_vq", "tatitok_bl64_vq", "tatitok_bl128_vq"),
+            *("tatitok_bl32_vae", "tatitok_bl64_vae", "tatitok_sl128_vae"),
         ),
         (),
     ),

@@ -13,6 +13,10 @@ VARIANTS = {
     "tokenizer_titok_l32": "l_32", "tokenizer_titok_b64": "b_64", "tokenizer_titok_s128": "s_128",
     "tokenizer_titok_bl64_vq8k": "bl_64", "tokenizer_titok_bl128_vq8k": "bl_128", "tokenizer_titok_sl256_vq8k": "sl_256",
     "titok_ll32_vae_c16": "ll_32_vae", "titok_bl64_vae_c16": "bl_64_vae", "titok_bl128_vae_c16": "bl_128_vae",
+    **{
+        f"tatitok_{name.replace('_', '', 1)}": f"ta_{name}"
+        for name in ("bl_32_vq", "bl_64_vq", "bl_128_vq", "bl_32_vae", "bl_64_vae", "sl_128_vae")
+    },
 }  # fmt: skip
 
 
@@ -33,7 +37,7 @@ def test_released_checkpoints_have_exactly_these_keys_and_are_the_networks_of_th
     assert f"256x256 pixels to {sizes['num_latent_tokens']} " in words
 
 
-@pytest.mark.parametrize("folder", ["titok_vq", "titok_vae"])
+@pytest.mark.parametrize("folder", ["titok_vq", "titok_vae", "tatitok_vq"])
 def test_there_and_back_changes_no_bit(tmp_path, folder, capsys):
     want = weights_of(folder)
     save_file(want, tmp_path / "a.safetensors")

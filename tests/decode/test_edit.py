@@ -11,6 +11,7 @@ from trees import random_params
 
 from ar_jax.data import Info
 from ar_jax.decode.edit import Edit, free_slots, hold
+from ar_jax.decode.glimpse import cells
 from ar_jax.decode.sequential import Sequential, Task
 from ar_jax.generators.base import Knobs
 from ar_jax.generators.causal import Causal
@@ -110,6 +111,15 @@ def test_a_cell_is_free_if_any_of_its_pixels_is():
     np.testing.assert_array_equal(touched(free, (3, 4))[0], [[0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]])  # cells overlap
     spec = TokenSpec(pyramid((1, (2, 3))), codes=(4,))
     np.testing.assert_array_equal(free_slots(spec, free)[0], [1, 0, 1, 0, 0, 0, 0])
+
+
+def test_tokens_without_a_cell_are_free_if_any_pixel_is_and_show_nothing_before_all_are_there():
+    spec, free = TokenSpec(grid(1, 3), codes=(4,), placed=False), np.zeros((2, 8, 8), bool)
+    free[1, 7, 0] = True
+    np.testing.assert_array_equal(free_slots(spec, free), [[0, 0, 0], [1, 1, 1]])
+    np.testing.assert_array_equal(
+        cells(spec, np.array([[1, 1, 0], [1, 1, 1]], bool), (2, 2)), [[[0, 0]] * 2, [[1, 1]] * 2]
+    )
 
 
 @each_fixed

@@ -1,4 +1,4 @@
-"""TiTok's tokenizers and discriminator."""
+"""Tokenizers and discriminator of TiTok and TA-TiTok."""
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from ar_jax.nets.vit import ClipViT
 from ar_jax.tokenizers.continuous import draw, kl_divergence
 from ar_jax.tokenizers.maskgit_vqgan import MaskgitVQGAN
 from ar_jax.tokenizers.quantize import VectorLoss
+from ar_jax.tokenizers.quantize_anchored import anchored
 from ar_jax.tokenizers.titok import TiTok, TiTokVAE
 from ar_jax.tokens import sides
 
@@ -37,9 +38,11 @@ def build(folder):
 
     size, legacy = sides(h["image_size"]), h["is_legacy"]
     fields = {
-        "size": size, "cell": h["enc_patch_size"], "drawn_cell": h["dec_patch_size"], "slots": h["num_latent_tokens"],
+        "size": size, "cell": sides(h["enc_patch_size"]), "drawn_cell": sides(h["dec_patch_size"]), "slots": h["num_latent_tokens"],
         "encoder": tower("enc"), "decoder": tower("dec"), "channels": folder.shape("image")[1],
     }  # fmt: skip
+    if "text_context_length" in h:
+        fields |= {"text_rows": h["text_context_length"], "text_width": h["text_embed_dim"]}
     fixed(h, finetune_decoder=legacy)
     if h["quantize_mode"] == "vae":
         fixed(h, is_legacy=False)
@@ -56,18 +59,26 @@ def build(folder):
     )  # fmt: skip
 
 
+def captions(folder):
+    """Features of captions, all of whose rows are seen, as keyword arguments of what looks at them; {} if there are none."""
+    if "text" not in folder.io:
+        return {}
+    text = jnp.asarray(folder.io["text"])
+    return {"batch": {"text": text, "text_mask": jnp.ones(text.shape[:2], bool)}}
+
+
 def shown(images):
     return nchw((images + 1) / 2)
 
 
 def vq(folder):
-    io, module = folder.io, build(folder)
+    io, module, said = folder.io, build(folder), captions(folder)
     params, _ = loaded(module, folder.weights, source)
 
     @jax.jit
     def run(params, image, tokens, z, readout):
-        def call(*args, method):
-            return module.apply({"params": params}, *args, method=method)
+        def call(*args, method, **keywords):
+            return module.apply({"params": params}, *args, method=method, **keywords)
 
         def objective(params, z):
             quant, index, losses = module.apply({"params": params}, z, method="quantise")
@@ -78,7 +89,7 @@ def vq(folder):
         quant, indices, _ = call(latents, method="quantise")
         outputs = {
             "encoder_latent": line(latents), "quant": line(quant), "indices": indices,
-            "decoded": shown(call(quant, method="pixels")), "decoded_tokens": shown(call(tokens, method="decode")),
+            "decoded": shown(call(quant, method="pixels", **said)), "decoded_tokens": shown(call(tokens, method="decode", **said)),
             "loss_total": sum(losses.values()), "loss_commitment": losses["commit"], "loss_codebook": losses["codebook"],
             "loss_indices": index, "loss_grad_latent": line(grad_z), "loss_grad_codebook": grad_params["codebook"],
         }  # fmt: skip
@@ -86,18 +97,23 @@ def vq(folder):
             outputs["decoder_logits"] = nchw(call(quant, method="logits"))
         return outputs
 
-    tokens = jnp.asarray(io["tokens"])[..., None]
-    return run(params, 2 * nhwc(io["image"]) - 1, tokens, rows(io["loss_latent"]), rows(io["loss_readout"]))
+    tokens, z = jnp.asarray(io["tokens"])[..., None], rows(io["loss_latent"])
+    outputs = run(params, 2 * nhwc(io["image"]) - 1, tokens, z, rows(io["loss_readout"]))
+    if "cluster_prob" in io:
+        used, codes = jnp.asarray(io["cluster_prob"]), params["codebook"]
+        latents, index = z.reshape(-1, z.shape[-1]), outputs["loss_indices"].reshape(-1)
+        outputs["cluster_prob_after"], outputs["cluster_codebook_after"] = anchored(used, codes, latents, index)
+    return outputs
 
 
 def vae(folder):
-    io, module = folder.io, build(folder)
+    io, module, said = folder.io, build(folder), captions(folder)
     params, _ = loaded(module, folder.weights, source)
 
     @jax.jit
     def run(params, image, noise):
-        def call(*args, method):
-            return module.apply({"params": params}, *args, method=method)
+        def call(*args, method, **keywords):
+            return module.apply({"params": params}, *args, method=method, **keywords)
 
         told = module.apply({"params": params}, image, method=lambda self, image: self.to_code(self.told(image)))
         moments = call(image, method="moments")
@@ -112,8 +128,8 @@ def vae(folder):
             "post_std": line(jnp.exp(logvar / 2)),
             "post_kl": kl + losses["kl"] - kl.sum(1).mean(),  # what is trained for is their sum
             "post_sample": line(sample),
-            "decoded_sample": shown(call(sample, method="decode")),
-            "decoded_mode": shown(call(call(image, method="encode"), method="decode")),
+            "decoded_sample": shown(call(sample, method="decode", **said)),
+            "decoded_mode": shown(call(call(image, method="encode"), method="decode", **said)),
         }
 
     return run(params, 2 * nhwc(io["image"]) - 1, rows(io["noise"]))
@@ -162,3 +178,4 @@ def discriminator(folder):
 
 
 CASES = {"titok_vq": vq, "titok_vq_nonlegacy": vq, "titok_vae": vae, "titok_discriminator": discriminator}
+CASES |= {"tatitok_vq": vq, "tatitok_vae": vae}

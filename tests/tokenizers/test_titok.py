@@ -12,15 +12,23 @@ from trees import initial_params, never_moved, random_params
 from ar_jax.config import TokenizerStage, load_config
 from ar_jax.convert.sources import param_shapes
 from ar_jax.data import Info
+from ar_jax.decode.sampling import Sampling
 from ar_jax.files.models import describe
+from ar_jax.generators.causal import Causal
+from ar_jax.nets.conditioning import Caption
+from ar_jax.nets.transformer import Transformer
 from ar_jax.nets.vit import ClipViT
+from ar_jax.orders import raster
+from ar_jax.tokenizers.conditioned import said_of
 from ar_jax.tokenizers.maskgit_vqgan import MaskgitVQGAN
+from ar_jax.tokenizers.quantize_anchored import anchored
 from ar_jax.tokenizers.titok import TiTok, TiTokVAE
 from ar_jax.train.__main__ import load_start, prepare
 from ar_jax.train.checkpoint import save_params
 from ar_jax.train.losses import ProxyCodes
 from ar_jax.train.measure import moments
 from ar_jax.train.optim import is_trained
+from ar_jax.train.tokenizer import reconstruct, training_pass
 
 NET = {"width": 16, "heads": 2, "hidden": 24}
 TOWERS = {"size": (8, 16), "cell": 4, "slots": 3, "encoder": ClipViT(1, **NET), "decoder": ClipViT(2, **NET)}
@@ -28,6 +36,7 @@ CODES = {"codes": 16, "code_features": 4}
 VQ = TiTok(**TOWERS, **CODES, drawn_cell=(4, 2))
 PROXY = MaskgitVQGAN((8, 16), 4, (1, 1, 1), res_blocks=1, codes=8, code_features=4, groups=2)
 FIRST = TiTok(**TOWERS, **CODES, l2_norm=True, mixed=True, proxy=PROXY)
+AWARE = TiTok(**TOWERS, **CODES, text_rows=3, text_width=5)
 VAE = TiTokVAE(**TOWERS, latent=5)
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 8, 16, 3)).astype(np.uint8)
 FLOAT = IMAGES / np.float32(127.5) - 1
@@ -126,6 +135,62 @@ def test_the_first_training_tells_the_codes_of_the_proxy_and_begins_with_its_dec
         load_start(TokenizerStage(module=FIRST, parts=(("pixels", folder),)), "tokenizer", param_shapes(FIRST))
     with pytest.raises(ValueError, match=r"^tokenizer\.path takes a network as it is, tokenizer\.parts trains parts"):
         prepare(TokenizerStage(path=folder, parts=(("proxy", folder),)), "tokenizer", None, Info(), {})
+
+
+def test_a_decoder_sees_the_rows_of_a_caption_that_are_not_masked():
+    params, mask = random_params(AWARE, 0.3), np.array([[1, 1, 1], [1, 1, 0], [0, 0, 0], [1, 0, 0]], bool)
+    text = np.random.default_rng(1).normal(size=(4, 3, 5)).astype("f4")
+    batch, decode = (
+        {"text": text, "text_mask": mask, "label": np.zeros(4, int)},
+        functools.partial(call(AWARE, params), method="decode"),
+    )
+    tokens = call(AWARE, params)(FLOAT, method="encode")
+    shown, alone = decode(tokens, **said_of(AWARE, batch)), decode(tokens)
+    np.testing.assert_allclose(
+        shown, decode(tokens, batch=batch | {"text": np.where(mask[..., None], text, 9)}), atol=1e-5
+    )
+    apart = np.abs(np.asarray(shown - alone)).max((1, 2, 3))
+    assert apart[[0, 1, 3]].min() > 1e-3
+    assert apart[2] < 1e-5
+    made, _, _ = training_pass(AWARE, params, FLOAT, None, frozenset({"image"}), batch=batch)
+    np.testing.assert_allclose(made["image"], shown, atol=1e-4)
+    recon, _ = reconstruct(AWARE, params, FLOAT, None, batch)
+    np.testing.assert_allclose(recon, shown, atol=1e-4)
+    assert said_of(VQ, batch) == said_of(AWARE, None) == {}
+    with pytest.raises(
+        ValueError, match=r"^TiTok decodes with text and text_mask of its images, but these come without text and"
+    ):
+        said_of(AWARE, {"label": mask})
+    with pytest.raises(
+        ValueError,
+        match=r"^captions have features \[4, 3, 4\] and a mask \[4, 3\]; tokenizer\.text_rows and .* \[4, 3, 5\]",
+    ):
+        decode(tokens, batch=batch | {"text": text[..., :4]})
+
+
+def test_images_are_drawn_with_the_captions_they_were_asked_for():
+    generator = Causal(Transformer(1, 16, 2, hidden=24), Caption(16)).complete(
+        AWARE.spec, Info(captions=True, text_rows=3, text_width=5)
+    )
+    batch = {"text": np.random.default_rng(1).normal(size=(2, 3, 5)).astype("f4"), "text_mask": np.ones((2, 3), bool)}
+    params, own = random_params(AWARE, 0.3), random_params(generator, 0.3)
+    order, keys = raster(AWARE.spec), jax.random.split(jax.random.key(0), 2)
+
+    @functools.partial(jax.jit, static_argnames="decoded")
+    def draw(own, params, batch, decoded=True):
+        return Sampling().images(generator, AWARE, own, params, batch, order, keys=keys, decoded=decoded)[0]
+
+    tokens = draw(own, params, batch, decoded=False)
+    want = call(AWARE, params)(tokens, batch=batch, method="decode")
+    np.testing.assert_allclose(draw(own, params, batch), want, atol=1e-5)
+    assert np.abs(np.asarray(want - call(AWARE, params)(tokens, method="decode"))).max() > 1e-3
+
+
+def test_rare_codes_move_to_the_nearest_latent():
+    codes, latents = np.float32([[0, 0], [5, 5]]), np.float32([[0, 1], [4, 4], [0, 2]])
+    used, moved = anchored(np.float32([0.9, 0.0]), codes, latents, np.int32([0, 0, 0]))
+    np.testing.assert_allclose(used, [0.99 * 0.9 + 0.01, 0], atol=1e-6)
+    np.testing.assert_allclose(moved, [[0, 0], [4, 4]], atol=2e-3)
 
 
 def test_the_two_trainings_move_what_they_say():
