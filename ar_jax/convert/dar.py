@@ -26,7 +26,7 @@ ALIGNED = 8  # layer of the painter that features for a teacher are taken before
 SAMPLING = Sampling(Between(1.2, 8.0))
 FIXED = set()  # all parameters are trained
 PAINTER = "diff_decoder.net."
-LOG = "quantize.codebook_used"  # of how codes were used
+LOG, LOGGED = "quantize.codebook_used", 65536  # of how codes were used, and its length
 
 
 def layers(ours: str, theirs: str, pairs: tuple[tuple[str, str], ...]) -> list[Rule]:
@@ -154,7 +154,8 @@ def build(kind: str, shapes: Shapes, *, size: int, heads: int, groups: int, scal
 
 def buffers(module: nn.Module, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """A log of how codes were used, and empty caches: nothing is computed with them."""
-    return {key: tuple(shape) for key, shape in shapes.items() if key == LOG or ".kv_cache." in key}
+    found = {key: tuple(shape) for key, shape in shapes.items() if key == LOG or ".kv_cache." in key}
+    return ({LOG: (LOGGED,)} if isinstance(module, SequentialDiffusion) else {}) | found
 
 
 def describe(module: nn.Module) -> tuple[str, Info, dict[str, Any]]:
