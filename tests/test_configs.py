@@ -53,6 +53,8 @@ PUBLISHED = {  # variant -> manifest; the size of the image does not change the 
     },
     **{f"gigatok:{size}": f"gigatok_VQ_{size.replace('_', '').upper()}256" for size in ("s_s", "s_b", "b_l", "xl_xxl")},
     **{f"gigatok:gpt_{size}": f"gigatok_GPT_{size.upper()}256" for size in ("b", "xl", "xxl")},
+    **{"hita:v": "hita_tok", "hita:u": "hita_ultra"},
+    **{f"hita:{size}": f"hita_gpt_{size.upper()}" for size in ("b", "l", "xl", "xxl", "2b")},
     **{f"mar:{size}_256": f"MAR-{size.upper()}" for size in "blh"},
     **{f"var:d{depth}": f"var_d{depth}" for depth in (16, 20, 24, 30, 36)},
     "flexvar:d16": "FlexVARd16-epo179",

@@ -88,7 +88,7 @@ BUILT = {
     *("fqgan_dual_vq", "fqgan_triple_vq", "fqgan_dual_far", "fqgan_triple_far"),
     *("vqgan_lc", "tokenflow_vq", "robusttok_perturbation"),
     *("jpeg_lm_codec", "vitok_ae"),
-    *("gigatok_vq", "gigatok_gpt"),
+    *("gigatok_vq", "gigatok_gpt", "hita_vq", "hita_gpt"),
     *("dqvae", "dq_transformer"),
 }
 

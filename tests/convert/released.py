@@ -43,6 +43,7 @@ FAMILIES = {
         tuple(f"fqgan_far_{kind}_{size}" for kind in ("dual", "triple") for size in "BL"),
     ),
     "vqgan_lc": (("vqgan_lc_100K_f16",), ()),
+    "hita": (("hita_tok", "hita_ultra"), tuple(f"hita_gpt_{size}" for size in ("B", "L", "XL", "XXL", "2B"))),
     "gigatok": (
         tuple(f"gigatok_VQ_{size}256" for size in ("SS", "SB", "BL", "XLXXL")),
         tuple(f"gigatok_GPT_{size}256" for size in ("B", "XL", "XXL")),
