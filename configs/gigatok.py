@@ -78,7 +78,8 @@ def mnist5k() -> Experiment:
                 vq=VectorLoss(entropy=0.02),
             ),
             losses=Losses(
-                lpips=0.0, adversarial=0.0, teacher=Teacher(0.5, "to_map/told", EfficientNet(), projected=False)
+                lpips=0.0, adversarial=0.0,
+                teacher=Teacher(0.5, "to_map/told", EfficientNet(side=128), projected=False),
             ),
             steps=250, batch=64, optim=Optim(lr=2e-3, weight_decay=0.0, warmup=40, schedule="cosine"),
             log_every=50, preview_every=125, save_every=125,

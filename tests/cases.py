@@ -10,6 +10,7 @@ from trees import random_params
 
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
+from ar_jax.generators.hita import ByLevel, Holistic, TwoTables
 from ar_jax.generators.hmar import Hmar
 from ar_jax.generators.inputs import Joined, NextScale, Previous, Upsampled
 from ar_jax.generators.rar import Aimed, Placed, StartLabel
@@ -27,7 +28,7 @@ from ar_jax.tokenizers.bit_pyramid import BitPyramid
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
 from ar_jax.tokenizers.tokenflow import PatchViT, TokenFlow
-from ar_jax.tokens import Grammar, TokenSpec, grid
+from ar_jax.tokens import Grammar, TokenSpec, grid, pyramid
 
 SPEC = TokenSpec(grid(3, 4), codes=(12,))
 INFO = Info(classes=3, captions=True, text_rows=4, text_width=6)
@@ -123,6 +124,11 @@ def _line():
     return Case(Causal(net, Label(16)).complete(spec, INFO))
 
 
+def _hita():
+    spec, net = TokenSpec(pyramid(((1, 3), (3, 3))), codes=(12,)), Holistic(2, 16, 2, hidden=24)
+    return Case(Causal(net, Label(16), ByLevel(), TwoTables(), emphasis="levels").complete(spec, INFO))
+
+
 def _jpeg_lm():
     # words of 1 to 9, each ended by 10; after the third comes 11, then padding
     kind = np.array([0, *[1] * 9, 2, 3])
@@ -153,6 +159,7 @@ CASES = {
     "flextok": _line(),
     "jpeg_lm": _jpeg_lm(),
     "gigatok": Case(Causal(Positioned(2, 16, 2, hidden=24), Label(16)).complete(SPEC, INFO)),
+    "hita": _hita(),
     "digit": Case(Causal(PostNorm(2, 16, 2, hidden=24), Label(16), Categorical(smoothing=0.1)).complete(SPEC, INFO)),
     "var": _scales(RESIDUAL),
     "var_shared": _scales(RESIDUAL, shared=True, l2_norm=False, remat="dots"),

@@ -71,6 +71,8 @@ PUBLISHED = {  # variant -> manifest; the size of the image does not change the 
         for name in ("bl_32_vq", "bl_64_vq", "bl_128_vq", "bl_32_vae", "bl_64_vae", "sl_128_vae")
     },
     **{f"titok:{name}_vae": f"titok_{name.replace('_', '')}_vae_c16" for name in ("ll_32", "bl_64", "bl_128")},
+    **{"hita:v": "hita_tok", "hita:u": "hita_ultra"},
+    **{f"hita:{size}": f"hita_gpt_{size.upper()}" for size in ("b", "l", "xl", "xxl", "2b")},
     **{f"mar:{size}_256": f"MAR-{size.upper()}" for size in "blh"},
     **{f"var:d{depth}": f"var_d{depth}" for depth in (16, 20, 24, 30, 36)},
     "flexvar:d16": "FlexVARd16-epo179",

@@ -37,7 +37,8 @@ class Causal(Generator):
         `GaussianMixture`).
       inputs: what rows carry (`Previous`, `Joined`, `NextScale`, `Upsampled`, `NextLatent`).
       dropout: rate on the input rows; active only when a "dropout" key is given to `apply`.
-      emphasis: weight of a step's tokens in training: all tokens alike ("equal"), or "lognorm" (see `lognorm`).
+      emphasis: weight of a step's tokens in training: all tokens alike ("equal"), all levels alike, however many tokens they have
+        ("levels"), or "lognorm" (see `lognorm`).
       spec: the tokens; None until the tokenizer is known (`complete`).
     Source: LlamaGen (arXiv:2406.06525), VAR (arXiv:2404.02905), FlexVAR (arXiv:2502.20313).
     """
@@ -47,14 +48,14 @@ class Causal(Generator):
     head: Head = Categorical()
     inputs: Previous | NextScale = Previous()
     dropout: Share = 0.0
-    emphasis: Literal["equal", "lognorm"] = "equal"
+    emphasis: Literal["equal", "levels", "lognorm"] = "equal"
     spec: TokenSpec | None = None
 
     parses = True
 
     def complete(self, spec: TokenSpec, info: Info) -> "Causal":
-        if self.emphasis not in ("equal", "lognorm"):
-            raise ValueError(f"generator.emphasis is {self.emphasis!r}; it must be equal or lognorm")
+        if self.emphasis not in ("equal", "levels", "lognorm"):
+            raise ValueError(f"generator.emphasis is {self.emphasis!r}; it must be equal, levels or lognorm")
         return super().complete(spec, info)
 
     def on(self, spec: TokenSpec) -> "Causal":
@@ -110,6 +111,9 @@ class Causal(Generator):
     def weight(self, batch: Batch, order: Order, images: int) -> Float[Array, "b n"]:
         """Weight of every rank in training."""
         by_slot = lognorm(self.spec) if self.emphasis == "lognorm" else np.ones(self.spec.n, np.float32)
+        if self.emphasis == "levels":
+            _, level, count = np.unique(self.spec.coords[:, 0], return_inverse=True, return_counts=True)
+            by_slot = (self.spec.n / len(count) / count).astype(np.float32)[level]
         by_rank = jnp.asarray(by_slot)[order.slot] * jnp.asarray(order.step != NEVER, jnp.float32)
         return image_weight(batch, images)[:, None] * by_rank
 

@@ -39,10 +39,14 @@ def touched(mask: Bool[Array, "b H W"], size: tuple[int, int]) -> Bool[Array, "b
 
 
 @functools.lru_cache
-def bicubic_matrix(n: int, m: int) -> np.ndarray:
-    """float32 [n m], from m pixels to n; half-pixel centres, pixels beyond the border repeat it."""
+def bicubic_matrix(n: int, m: int, span: float = 0.0) -> np.ndarray:
+    """float32 [n m], from m pixels to n; half-pixel centres, pixels beyond the border repeat it.
+
+    Args:
+      span: so many pixels of the result would cover those m; 0 is n.
+    """
     a, matrix = -0.75, np.zeros((n, m))
-    place = (np.arange(n) + 0.5) * m / n - 0.5
+    place = (np.arange(n) + 0.5) * m / (span or n) - 0.5
     left = np.floor(place).astype(int)
     for tap in range(-1, 3):
         u = np.abs(place - left - tap)

@@ -14,10 +14,13 @@ init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # the +-1/s
 
 
 # Inside a block the first product divides its outputs, the last one its inputs; between blocks all channels are whole.
-RULES: Rules = (
+RESIDUAL: Rules = (  # of networks without attention
     (r"coder/\w+/conv1/kernel$", P(None, "tp")),
     (r"coder/\w+/(conv1/bias|norm2/(scale|bias))$", P("tp")),
     (r"coder/\w+/conv2/kernel$", P("tp", None)),
+)
+RULES: Rules = (
+    *RESIDUAL,
     (r"coder/\w+/[qkv]/kernel$", P(None, "tp")),
     (r"coder/\w+/proj_out/kernel$", P("tp", None)),
 )

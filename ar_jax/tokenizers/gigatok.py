@@ -240,12 +240,16 @@ class GigaTok(conv.Convolutional, Quantised):
 
     @property
     def rules(self) -> Rules:
-        return conv.RULES + self.encoder_net.rules
+        return conv.RESIDUAL + self.encoder_net.rules
 
     def setup(self):
         if len(self.decoder_mult or self.mult) != len(self.mult):
             raise ValueError(
                 f"tokenizer.decoder_mult is {self.decoder_mult}; it must have {len(self.mult)} levels, as tokenizer.mult"
+            )
+        if self.map == (1, 1):
+            raise ValueError(
+                f"tokenizer.size is {self.size}, of which the convolutions make a single cell, which has no spread; give more"
             )
         if self.target and not self.decoder_net.tap:
             raise ValueError(

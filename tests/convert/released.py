@@ -54,6 +54,7 @@ FAMILIES = {
     ),
     "vqgan_lc": (("vqgan_lc_100K_f16",), ()),
     "flextok": (("flextok_d12_d12_in1k", "flextok_d18_d18_in1k", "flextok_d18_d28"), ()),
+    "hita": (("hita_tok", "hita_ultra"), tuple(f"hita_gpt_{size}" for size in ("B", "L", "XL", "XXL", "2B"))),
     "gigatok": (
         tuple(f"gigatok_VQ_{size}256" for size in ("SS", "SB", "BL", "XLXXL")),
         tuple(f"gigatok_GPT_{size}256" for size in ("B", "XL", "XXL")),

@@ -11,6 +11,7 @@ from trees import initial_params, never_moved, random_params
 
 from ar_jax.convert.sources import param_shapes
 from ar_jax.decode.guidance import Staged
+from ar_jax.machine.sharding import MeshShape, make_mesh, shard
 from ar_jax.nets.queries import QFormer
 from ar_jax.orders import raster
 from ar_jax.tokenizers.gigatok import GigaTok, pooled
@@ -100,11 +101,19 @@ def test_guidance_is_full_at_first_and_off_until_its_start():
     np.testing.assert_allclose(Staged(3.0, "reversed").at(np.array([0.0, 0.5, 1.0])), [3.0001, 2.0001, 1.0001])
 
 
+def test_every_rule_of_tensor_parallelism_divides_something():
+    mesh = make_mesh(MeshShape(1, 1, 2), jax.devices()[:2])
+    divided = jax.tree.leaves(shard(param_shapes(SMALL), mesh, SMALL.rules))
+    assert any(not where.is_fully_replicated for where in divided)
+
+
 def test_bad_input_is_refused_in_a_sentence():
     with pytest.raises(ValueError, match=r"^tokenizer\.tokens is 6; it must be a power of two"):
         param_shapes(SMALL.clone(tokens=6))
     with pytest.raises(ValueError, match=r"^tokenizer\.size must be multiples of 2 pixels, got \(9, 8\)"):
         _ = SMALL.clone(size=(9, 8)).spec
+    with pytest.raises(ValueError, match=r"^tokenizer\.size is \(2, 2\), of which the convolutions make a single cell"):
+        param_shapes(SMALL.clone(size=(2, 2)))
     with pytest.raises(ValueError, match=r"^tokenizer\.decoder_mult is \(1,\); it must have 2 levels"):
         param_shapes(SMALL.clone(decoder_mult=(1,)))
     with pytest.raises(ValueError, match=r"^tokenizer\.target is 5, but decoder_net\.tap is 0; give the layer"):
