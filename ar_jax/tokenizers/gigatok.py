@@ -23,7 +23,7 @@ from ar_jax.tokenizers.quantize import (
     vector_quantise,
 )
 from ar_jax.tokens import TokenSpec, grid
-from ar_jax.typing import Array, Blocks, Bool, Float, Index, Int, Layers, Many, Metrics, PRNGKey, Size, Tokens, typed
+from ar_jax.typing import Array, Blocks, Float, Index, Int, Layers, Many, Metrics, PRNGKey, Size, Tokens, typed
 
 
 def pooled(x: Float[Array, "b h w c"], tokens: int) -> Float[Array, "b n c"]:
@@ -236,7 +236,7 @@ class GigaTok(conv.Convolutional, Quantised):
     @property
     def spec(self) -> TokenSpec:
         _ = self.map  # refuses sizes that it has not
-        return TokenSpec(grid(1, self.tokens), codes=(self.codes,))
+        return TokenSpec(grid(1, self.tokens), codes=(self.codes,), placed=False)
 
     @property
     def rules(self) -> Rules:
@@ -288,10 +288,6 @@ class GigaTok(conv.Convolutional, Quantised):
             losses["shortcut"] = on * jnp.square(self.decoder(seen) - image).mean()
             losses["map"] = on * jnp.square(again - lax.stop_gradient(seen)).mean()
         return self.decoder(again), losses, {"latents": latents, "tokens": self.in_line(index)}
-
-    def known(self, tokens: Tokens, free: Bool[Array, "b H W"]) -> Bool[Array, "b n"]:
-        """What editing keeps: nothing if any pixel is free, as every token speaks of the whole image."""
-        return jnp.broadcast_to(~free.any((1, 2))[:, None], tokens.shape[:2])
 
     def latents(self, image: Float[Array, "b H W c"]) -> Float[Array, "b n c"]:
         """What the quantiser sees, before any normalisation."""

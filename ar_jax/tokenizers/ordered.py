@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ar_jax.tokenizers.quantised import Quantised
 from ar_jax.tokens import TokenSpec, grid
-from ar_jax.typing import Array, Bool, Float, Index, Int, Key, PRNGKey, Tokens, Within, typed
+from ar_jax.typing import Array, Float, Index, Int, Key, PRNGKey, Tokens, Within, typed
 
 Length = Annotated[int, Within(0, 2**16)]
 Registers = Annotated[int, Within(1, 2**16)]
@@ -51,7 +51,7 @@ class Ordered(Quantised):
 
     @property
     def spec(self) -> TokenSpec:
-        return TokenSpec(grid(1, *self.grid), codes=self.code_sizes)
+        return TokenSpec(grid(1, *self.grid), codes=self.code_sizes, placed=False)
 
     @typed
     def decode(self, tokens: Tokens, *, key: PRNGKey | Key[Array, "b"] | None = None) -> Float[Array, "b H W rgb"]:
@@ -74,10 +74,6 @@ class Ordered(Quantised):
         codes = jnp.pad(codes, ((0, 0), (0, missing), (0, 0)))
         count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), (len(codes),))
         return self.shown(codes, jnp.clip(count, 0, self.spec.n), key)
-
-    def known(self, tokens: Tokens, free: Bool[Array, "b H W"]) -> Bool[Array, "b n"]:
-        """What editing keeps: all tokens where no pixel is free, else none, as each describes the whole image."""
-        return jnp.broadcast_to(~free.any((1, 2))[:, None], tokens.shape[:2])
 
 
 @typed
