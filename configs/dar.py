@@ -74,11 +74,12 @@ def mnist5k() -> Experiment:
 
 def module() -> SequentialDiffusion:
     """The published tokenizer, in bfloat16."""
-    tower, painter = (
-        kind(depth, 768, 12, dtype=jnp.bfloat16, remat="dots") for kind, depth in ((HeadNorm, 8), (Painter, 12))
+    encoder, decoder, painter = (
+        kind(depth, 768, 12, dtype=jnp.bfloat16, remat="dots")
+        for kind, depth in ((HeadNorm, 8), (HeadNorm, 8), (Painter, 12))
     )
     return SequentialDiffusion(
-        encoder=tower, decoder=tower, painter=painter, rows=1024, aligned=(8, 2048, 768), dtype=jnp.bfloat16
+        encoder=encoder, decoder=decoder, painter=painter, rows=1024, aligned=(8, 2048, 768), dtype=jnp.bfloat16
     )
 
 

@@ -69,7 +69,7 @@ def mnist5k() -> Experiment:
         generator=GeneratorStage(
             module=Hmar(
                 net(2, final=False), Label(128, std=0.05), head, NextScale(channels=8), emphasis="lognorm", tail=net(2),
-                masks=net(2), mask_head=head, refine=((1,), (1, 3), (1, 1, 2, 5), (4, 4, 8)),
+                masks=net(2), mask_head=head.clone(), refine=((1,), (1, 3), (1, 1, 2, 5), (4, 4, 8)),
             ),
             order=scales, steps=500, batch=64, optim=Optim(lr=2e-3, warmup=50, schedule="cosine", clip=2.0, ema=0.99),
             sampling=Sampling(Ramp(1.5), filter=Filter(100, top_p=0.96)),
@@ -84,7 +84,7 @@ def class_conditional(depth: int, masks: bool = False) -> Experiment:
     module = Hmar(
         var.network(depth, 0, trunk, sees="step", final=False), label, head, NextScale(), emphasis="lognorm",
         tail=var.network(depth, trunk, MASKS, sees="step"), masks=var.network(depth, trunk, MASKS, sees="step"),
-        mask_head=head, refine=REFINE if masks else (), branches=("masks",) if masks else ("scales",),
+        mask_head=head.clone(), refine=REFINE if masks else (), branches=("masks",) if masks else ("scales",),
     )  # fmt: skip
     settings = var.optimiser(depth, 100 if masks else var.EPOCHS[depth], batch=1024 if depth == 30 else 768)
     settings["optim"] = dataclasses.replace(settings["optim"], trained=(r"^/mask",) if masks else (r"^/(?!mask)",))

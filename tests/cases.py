@@ -90,7 +90,7 @@ def _scales(tokenizer, inputs=NextScale(channels=4), sees="past", head=Categoric
         generator = Causal(net(2), Label(16), head, inputs)
     else:
         generator = Hmar(
-            net(2, final=False), Label(16), head, inputs, emphasis="lognorm", tail=net(1), masks=net(1), mask_head=head
+            net(2, final=False), Label(16), head, inputs, emphasis="lognorm", tail=net(1), masks=net(1), mask_head=head.clone()
         )  # fmt: skip
     return Case(generator.complete(tokenizer.spec, INFO), scales, pyramid=tokenizer)
 

@@ -24,8 +24,10 @@ from ar_jax.heads.flow import Flow, Times, uniform
 from ar_jax.nets.conditioning import Caption, Label
 from ar_jax.nets.gated import EncoderDecoder
 from ar_jax.nets.transformer import Transformer
+from ar_jax.nets.vit import ViT
 from ar_jax.orders import Cells, Order, OrderFn, Shuffled, known_first, raster, scales
 from ar_jax.tokenizers.quantize import VectorLoss
+from ar_jax.tokenizers.vit_vqgan import ViTVQGAN
 from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.train.exported import Exported
@@ -154,6 +156,13 @@ def made(name, module, **fields):
     return kind(**fields)
 
 
+def test_a_module_in_two_places_is_not_written():
+    backbone = ViT(1, 8, 2)
+    with pytest.raises(ValueError, match=r"^encoder and decoder of ViTVQGAN are the same module"):
+        codec.encode(ViTVQGAN(encoder=backbone, decoder=backbone))
+    assert codec.encode(ViTVQGAN(encoder=backbone, decoder=backbone.clone()))
+
+
 def test_names_from_outside_are_written_and_this_process_trusts_what_it_wrote():
     written = codec.encode([Outside(2, (-5,)), diagonal])
     assert written == [{"type": f"{HERE}:Outside", "size": 2, "places": [-5]}, {"function": f"{HERE}:diagonal"}]
@@ -266,7 +275,9 @@ def method(tmp_path, monkeypatch):
 def test_a_program_that_a_model_names_runs_only_where_it_is_trusted(monkeypatch):
     value = {"type": "ar_jax.train.exported:Exported", "path": "evil.export"}
     monkeypatch.setattr(trust, "_trusted", set())
-    with pytest.raises(trust.Untrusted, match=r"^value.type: .* give --trust ar_jax\.train\.exported or set AR_JAX_TRUST="):
+    with pytest.raises(
+        trust.Untrusted, match=r"^value.type: .* give --trust ar_jax\.train\.exported or set AR_JAX_TRUST="
+    ):
         codec.decode(value, Any)
     written = codec.encode(Exported("mine.export"))  # by a run of one's own, which goes on with it
     assert codec.decode(written, Any) == Exported("mine.export")
@@ -527,7 +538,9 @@ def test_fields_of_wrong_kinds_are_one_sentence_that_names_file_and_field(folder
 
 def test_networks_of_senseless_sizes_are_one_sentence(folder):
     changed(folder, "module.backbone.heads", 7)
-    with pytest.raises(ValueError, match=r"model\.json: the network of its module cannot be built: .*width / heads") as caught:
+    with pytest.raises(
+        ValueError, match=r"model\.json: the network of its module cannot be built: .*width / heads"
+    ) as caught:
         models.open_model(folder, "generator").fixed()
     assert "\n" not in str(caught.value)
 

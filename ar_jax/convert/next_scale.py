@@ -162,7 +162,7 @@ def build(
         module = Hmar(
             net(lists["base_blocks"], 0, sees="step", final=False), conditioning, head, inputs,
             tail=net(lists["ns_blocks"], lists["base_blocks"], sees="step"),
-            masks=net(lists["mask_blocks"], lists["base_blocks"], sees="step"), mask_head=head,
+            masks=net(lists["mask_blocks"], lists["base_blocks"], sees="step"), mask_head=head.clone(),
             refine=REFINE if scales == var.SCALES[16] else (), emphasis="lognorm",
         )  # fmt: skip
     else:
@@ -230,7 +230,11 @@ def describe(module: Causal) -> tuple[str, Info, dict[str, Any]]:
         f"{layers} layers of width {net.width} with {net.heads} heads, scales {scales} of {module.spec.codes[0]} codes, "
         f"{module.conditioning.classes} classes"
     )
-    return words, Info(classes=module.conditioning.classes), {"order": codec.encode(scale_order), "sampling": codec.encode(sampling)}
+    return (
+        words,
+        Info(classes=module.conditioning.classes),
+        {"order": codec.encode(scale_order), "sampling": codec.encode(sampling)},
+    )
 
 
 def merge(scales: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray], last: int = 8) -> dict[str, np.ndarray]:

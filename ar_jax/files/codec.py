@@ -61,6 +61,14 @@ def encode(value: Any) -> Any:
             raise ValueError(
                 f"{type(value).__name__} has a field named type, which its JSON keeps for the class; rename it"
             )
+        parts = {}
+        for name in fields:
+            part = getattr(value, name)
+            if isinstance(part, nn.Module) and (other := parts.setdefault(id(part), name)) != name:
+                raise ValueError(
+                    f"{other} and {name} of {type(value).__name__} are the same module, which would share its parameters; "
+                    "make two of them"
+                )
         return {"type": _name(type(value)), **{name: encode(getattr(value, name)) for name in fields}}
     try:
         return {"dtype": jnp.dtype(value).name}
