@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_refused_by_its_first_difference(tmp_path, key, val
 
 def test_a_family_that_is_not_known_or_not_the_files_is_refused():
     shapes = {key: x.shape for key, x in weights_of("dar_gpt").items()}
-    with pytest.raises(ValueError, match=r"--family is 'd-ar'; it must be one of infinity, "):
+    with pytest.raises(ValueError, match=r"--family is 'd-ar'; it must be one of .*infinity, "):
         identify(shapes, family="d-ar")
     with pytest.raises(ValueError, match=r"not a checkpoint of the family var; its \d+ entries begin with"):
         identify(shapes, family="var")

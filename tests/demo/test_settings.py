@@ -72,7 +72,7 @@ def test_choices_become_ways_to_sample(boards):
         ("filter.banned=1;2", r"--filter.banned is '1;2'; give numbers"),
         ("soft=perhaps", r"soft is 'perhaps'; it must be true or false"),
         ("seed=18446744073709551616", r"seed is 18446744073709551616; it must be 0 to"),
-        ("b.way=sideways", r"there is no way 'sideways' to sample; there are own, jacobi"),
+        ("b.way=sideways", r"there is no way 'sideways' to sample; there are own, best_of, jacobi, search"),
         ("b.decoder.window=0&b.way=jacobi", r"decoder.window is 0; it must be 1 or more"),
     ],
 )
