@@ -167,13 +167,14 @@ class MaskGIT(Generator):
         Before the first step, ranks before `first` are those known beforehand.
         """
         n, slots, order = self.spec.n, jnp.arange(self.spec.n), setting.order
-        before = to_slots((slots < now.first)[None, :, None].astype(jnp.int32), order)[..., 0] > 0
+        rank = to_slots(jnp.broadcast_to(slots, order.slot.shape)[..., None], order)[..., 0]
+        before = rank < now.first
         known, tokens = jnp.where(state.known.any(), state.known, before), to_slots(state.tokens, order)
         keys = now.keys[:, 0]
         each = jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(slots))(keys)
         drawn, sure = self.head.decide(self.hidden(tokens, ~known, setting.cond), each, setting.knobs, now.i)
         if self.kept == "ordered":
-            sure = to_slots(-slots[None, :, None], order)[..., 0].astype(sure.dtype)
+            sure = jnp.broadcast_to(-rank, sure.shape).astype(sure.dtype)
         else:
             sure = sure + self.noise_of(now.i, setting) * self.gumbel(keys)
         hidden = lowest(jnp.where(known, jnp.inf, sure), n - now.first - jnp.asarray(order.sizes)[now.i])

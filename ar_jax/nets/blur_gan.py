@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ar_jax.machine.sharding import Rules
 from ar_jax.typing import Array, Float, Params, Within, typed
 
 BLUR = (1.0, 3.0, 3.0, 1.0)
@@ -36,7 +35,7 @@ class BlurGan(nn.Module):
     leaky_slope: float = 0.1
     dtype: Any = jnp.float32
 
-    rules: Rules = ()  # it stays whole
+    rules = ()  # it stays whole
 
     def init_stats(self) -> Params:
         """None."""

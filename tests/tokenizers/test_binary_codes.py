@@ -38,7 +38,8 @@ def test_plans_rise_to_the_weight_and_unknown_ones_are_refused():
         weight = Rising(3.0, plan)(raster(spec), spec)
         assert (np.diff(weight) > 0).all()
         assert 1 <= weight[0] < 1.8
-        np.testing.assert_allclose(weight[-1], 1 + 2 * (7 / 8) ** 0.5 if plan == "square_root" else 3, rtol=1e-6)
+        end = {"square_root": (7 / 8) ** 0.5, "lagging": 7 / 8}.get(plan, 1)
+        np.testing.assert_allclose(weight[-1], 1 + 2 * end, rtol=1e-6)
     with pytest.raises(
         ValueError, match=r"guidance\.plan is 'sqrt'; it must be one of linear, cos, log, square, square_root"
     ):
