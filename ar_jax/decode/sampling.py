@@ -132,7 +132,7 @@ class Sampling:
 
         def frozen(*arguments, method, **keywords):
             module = shown if method in ("decode", "decode_until", "prefix") else tokenizer
-            keywords |= said_of(tokenizer, batch) if method == "decode" else {}
+            keywords |= said_of(tokenizer, batch, len(arguments[0])) if method == "decode" else {}
             return module.apply({"params": tokenizer_params}, *arguments, method=method, **keywords)
 
         if edit is not None:

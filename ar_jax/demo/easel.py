@@ -320,7 +320,7 @@ class Work:
 
         def call(*arguments, method, **keywords):
             module = self.shown if method in ("decode", "decode_until", "prefix") else self.tokenizer
-            keywords |= said_of(self.tokenizer, batch) if method == "decode" else {}
+            keywords |= said_of(self.tokenizer, batch, len(arguments[0])) if method == "decode" else {}
             return module.apply({"params": frozen}, *arguments, method=method, **keywords)
 
         return (None, call) if edit is None else hold(self.tokenizer, call, edit, kept)

@@ -13,6 +13,7 @@ from ar_jax.config import TokenizerStage, load_config
 from ar_jax.convert.sources import param_shapes
 from ar_jax.data import Info
 from ar_jax.decode.sampling import Sampling
+from ar_jax.decode.search import BestOf
 from ar_jax.files.models import describe
 from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Caption
@@ -184,6 +185,15 @@ def test_images_are_drawn_with_the_captions_they_were_asked_for():
     want = call(AWARE, params)(tokens, batch=batch, method="decode")
     np.testing.assert_allclose(draw(own, params, batch), want, atol=1e-5)
     assert np.abs(np.asarray(want - call(AWARE, params)(tokens, method="decode"))).max() > 1e-3
+
+    def judge(_, images, batch):  # candidates are decoded with the caption of their image
+        return images.mean((2, 3, 4))
+
+    sampling = Sampling(decoder=BestOf(3, judge))
+    best = jax.jit(
+        lambda own, params: sampling.images(generator, AWARE, own, params, batch, order, keys=keys, extra={})[0]
+    )(own, params)
+    assert (best.mean((1, 2, 3)) >= want.mean((1, 2, 3)) - 1e-5).all()
 
 
 def test_rare_codes_move_to_the_nearest_latent():
