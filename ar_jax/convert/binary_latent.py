@@ -1,4 +1,4 @@
-"""Binary Latent Diffusion's released autoencoders; of its denoisers those that are told a class."""
+"""Binary Latent Diffusion's released autoencoders and denoisers."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -11,6 +11,7 @@ from ar_jax.convert.names import CONV, CONV1, PLAIN, Layout, Rule, count, multip
 from ar_jax.data import Info
 from ar_jax.files import codec
 from ar_jax.generators.binary_diffusion import BinaryDiffusion, Denoised, Scaled, Shown
+from ar_jax.nets.conditioning import Nothing
 from ar_jax.tokenizers.binary_autoencoder import BinaryAutoencoder
 from ar_jax.tokens import TokenSpec, grid
 
@@ -129,18 +130,17 @@ def generator(shapes: Shapes, heads: int = 0) -> BinaryDiffusion:
     """The denoiser whose state dict has these keys and shapes.
 
     Raises:
-      ValueError: it is told no class, or its tokens make no square.
+      ValueError: its tokens make no square.
     """
-    if "_denoise_fn.cls_embedding.weight" not in shapes:
-        raise ValueError("it is told no class, and what is drawn here has one")
     (bits, width), n = shapes["_denoise_fn.tok_emb.weight"], shapes["_denoise_fn.pos_emb"][1]
     side = round(n**0.5)
     if side**2 != n:
         raise ValueError(f"the file has places for {n} tokens, which make no square")
     layers, hidden = count(shapes, r"_denoise_fn\.blocks\.(\d+)\."), shapes["_denoise_fn.blocks.0.mlp.0.weight"][0]
     times = shapes["scheduler.beta"][0] - 1 if "scheduler.beta" in shapes else 64
-    module = BinaryDiffusion(Scaled(layers, width, heads or HEADS, hidden=hidden), Shown(width), times)
-    classes = shapes["_denoise_fn.cls_embedding.weight"][0]
+    classes = shapes.get("_denoise_fn.cls_embedding.weight", (0,))[0]
+    conditioning = Shown(width) if classes else Nothing(width)
+    module = BinaryDiffusion(Scaled(layers, width, heads or HEADS, hidden=hidden), conditioning, times)
     return module.complete(TokenSpec(grid(side, side), codes=(2,) * bits), Info(classes=classes))
 
 
@@ -178,9 +178,9 @@ def describe(module: nn.Module) -> tuple[str, Info, dict[str, Any]]:
     if isinstance(module, BinaryAutoencoder):
         (height, width), (rows, columns) = module.size, module.grid
         return f"{height}x{width} pixels to {rows}x{columns} tokens of {module.bits} bits", Info(), {}
-    net, classes = module.backbone, module.conditioning.classes
-    words = f"{net.layers} layers of width {net.width}, {module.spec.n} tokens of {len(module.spec.codes)} bits, {classes} classes"
-    return words, Info(classes=classes), {"order": codec.encode(Denoised(min(module.times, module.spec.n)))}
+    net, classes = module.backbone, getattr(module.conditioning, "classes", 0)
+    words = f"{net.layers} layers of width {net.width}, {module.spec.n} tokens of {len(module.spec.codes)} bits"
+    return f"{words}, {classes or 'no'} classes", Info(classes=classes), {"order": codec.encode(Denoised(min(module.times, module.spec.n)))}
 
 
 def rules(module: nn.Module) -> list[Rule]:
@@ -191,6 +191,6 @@ def rules(module: nn.Module) -> list[Rule]:
     """
     if type(module) is BinaryAutoencoder:
         return tokenizer_rules(module)
-    if isinstance(module, BinaryDiffusion) and isinstance(module.conditioning, Shown):
+    if isinstance(module, BinaryDiffusion) and isinstance(module.conditioning, Shown | Nothing):
         return generator_rules(module)
     raise ValueError(f"Binary Latent Diffusion has no {type(module).__name__}")

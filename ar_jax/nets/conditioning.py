@@ -115,6 +115,26 @@ class Start(nn.Module):
         return Cond(jnp.broadcast_to(row, (len(drop), 1, self.width)))
 
 
+class Nothing(nn.Module):
+    """No condition, and no row for it either.
+
+    Attributes:
+      width: of the network.
+    """
+
+    width: int
+
+    def complete(self, info: Info) -> "Nothing":
+        return self
+
+    def example(self) -> Batch:
+        return {}
+
+    @typed
+    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
+        return Cond(jnp.zeros((len(drop), 0, self.width)))
+
+
 class Caption(nn.Module):
     """Caption features through a two-layer perceptron.
 

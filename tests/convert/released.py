@@ -34,7 +34,7 @@ FAMILIES = {
     "mar": (("kl16",), ("MAR-B", "MAR-L", "MAR-H")),
     "flowar": ((), ("FlowAR-S", "FlowAR-L", "FlowAR-H")),
     "xar": ((), ("xAR-B", "xAR-L", "xAR-H")),
-    "binary_latent": (("bld_ae_c64", "ELM-bae-16", "ELM-bae-20", "ELM-bae-24"), ()),
+    "binary_latent": (("bld_ae_c64", "ELM-bae-16", "ELM-bae-20", "ELM-bae-24"), ("bld_churches_c64",)),
     "elm": ((), ("ELM-L-1-16", "ELM-L-2-10", "ELM-XL-2-12", "ELM-2B-2-12")),
     "tokenbridge": ((), ("tokenbridge_large", "tokenbridge_huge")),
     "infinity": (tuple(f"infinity_vae_{name}" for name in ("d16", "d24", "d32", "d64", "d56_f8_14_patchify")), ()),

@@ -1,17 +1,18 @@
-"""Binary Latent Diffusion's autoencoders: released keys, there and back, refusals."""
+"""Binary Latent Diffusion's released files: keys, there and back, refusals."""
 
 import numpy as np
 import pytest
-from released import assert_same, change, names, released, weights_of
+from released import FAMILIES, assert_same, change, released, weights_of
 from safetensors.numpy import load_file, save_file
 
 from ar_jax.config import load_config
 from ar_jax.convert.__main__ import main, to_folder
-from ar_jax.convert.sources import identify
+from ar_jax.convert.sources import export, identify
+from ar_jax.data import Info
 from ar_jax.files.models import open_model
 
 
-@pytest.mark.parametrize("name", names("binary_latent"))
+@pytest.mark.parametrize("name", FAMILIES["binary_latent"][0])
 def test_released_autoencoders_have_exactly_these_keys_and_are_those_of_the_configs(name):
     content, shapes = released(name)
     found = identify(shapes)
@@ -24,6 +25,18 @@ def test_released_autoencoders_have_exactly_these_keys_and_are_those_of_the_conf
     else:
         ours = load_config("binary_latent:" + name.removeprefix("bld_")).tokenizer.module
     assert found.module == ours.clone(dtype=found.module.dtype, attention=(4,), decoder_blocks=2)
+
+
+def test_the_released_denoiser_is_told_nothing_and_is_that_of_the_config():
+    content, shapes = released("bld_churches_c64")
+    found = identify(shapes)
+    assert {**found.keys, **found.buffers} == shapes
+    assert found.trained == content["num_params"]
+    stage = load_config("binary_latent:churches_c64")
+    ours = stage.generator.module.complete(stage.tokenizer.module.spec, Info())
+    net = found.module.backbone.clone(dtype=ours.backbone.dtype, remat=ours.backbone.remat, hidden=0)
+    assert (net, found.module.conditioning, found.module.times) == (ours.backbone, ours.conditioning, ours.times)
+    assert export(ours, "generator").keys == found.keys
 
 
 def parts():

@@ -15,6 +15,7 @@ from ar_jax.decode.guidance import Interval
 from ar_jax.decode.sampling import Sampling
 from ar_jax.decode.temperature import Constant
 from ar_jax.generators.binary_diffusion import BinaryDiffusion, Denoised, Scaled, Shown, kept_bits, ratio, step_factors
+from ar_jax.nets.conditioning import Nothing
 from ar_jax.orders import whole
 from ar_jax.tokenizers.binary_autoencoder import BinaryAutoencoder
 from ar_jax.tokens import TokenSpec, grid
@@ -113,6 +114,22 @@ def test_the_loss_reaches_every_parameter_and_a_dropped_class_is_not_seen():
     assert value(params, BATCH, ~none) != value(params, other, ~none)
 
 
+def test_images_are_drawn_and_learned_without_a_condition():
+    generator = GENERATOR.clone(conditioning=Nothing(8))
+    params, order, keys = random_params(generator, 0.5), Denoised(2)(generator.spec), jax.random.split(jax.random.key(2), 2)
+
+    @jax.jit
+    def run(params, drop):
+        each, *_ = generator.apply(
+            {"params": params}, TOKENS, {}, whole(generator.spec), drop=drop, key=jax.random.key(0), method="loss"
+        )
+        return each, Sampling(Interval(1.0)).tokens(generator, params, {}, order, keys=keys)[0]
+
+    (loss, tokens), (other, _) = (run(params, jnp.full(4, drop)) for drop in (False, True))
+    np.testing.assert_array_equal(loss, other)
+    assert (tokens[0] != tokens[1]).any()
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"order\.steps is 7, but there are 6 slots"):
         Denoised(7)(GENERATOR.spec)
@@ -128,7 +145,8 @@ def test_what_does_not_fit_is_refused():
     AUTOENCODER,
     AUTOENCODER.clone(mult=(1, 1, 2), attention=(1, 2), decoder_blocks=1, norm_first=False, size=(16, 16)),
     GENERATOR.on(TokenSpec(grid(3, 3), codes=(2, 2, 2))),
-], ids=["autoencoder", "other", "generator"])  # fmt: skip
+    GENERATOR.clone(conditioning=Nothing(8)).on(TokenSpec(grid(3, 3), codes=(2, 2, 2))),
+], ids=["autoencoder", "other", "generator", "without classes"])  # fmt: skip
 def test_networks_are_found_again_by_the_names_of_their_files(module):
     kind = "generator" if isinstance(module, BinaryDiffusion) else "tokenizer"
     written = export(module, kind)
