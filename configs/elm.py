@@ -8,6 +8,7 @@ What ran here, and addresses of released weights: configs/README.md.
 Small, for two CPU cores:
 
     mnist5k          5,000 real digits, 8x8 tokens of 2 sub-codes of 4 bits
+    mnist5k_3_3      the same, of 3 sub-codes of 3 bits
 
 Tokenizers on ImageNet, 256 pixels to 16x16 tokens:
 
@@ -70,16 +71,17 @@ PARTS = {  # sub-codes and bits of each, by size
 }
 
 
-def mnist5k() -> Experiment:
+def mnist5k(name: str, sub_codes: int, bits: int) -> Experiment:
     """On the tokenizer of Binary Latent Diffusion's, whose bits are drawn anew for every update."""
     base = binary_latent.mnist5k()
+    module = base.tokenizer.module.clone(bits=sub_codes * bits, parts=(bits,) * sub_codes)
     net = Transformer(layers=4, width=128, heads=4, hidden=384)
     return dataclasses.replace(
         base,
-        name="mnist5k_elm",
-        tokenizer=dataclasses.replace(base.tokenizer, module=base.tokenizer.module.clone(parts=(4, 4))),
+        name=name,
+        tokenizer=dataclasses.replace(base.tokenizer, module=module),
         generator=GeneratorStage(
-            module=Causal(net, Label(128), Bitwise(bias=False, std=0.0), inputs(2)),
+            module=Causal(net, Label(128), Bitwise(bias=False, std=0.0), inputs(sub_codes)),
             steps=500, batch=64, optim=Optim(lr=2e-3, warmup=50, schedule="cosine", ema=0.99),
             sampling=Sampling(Rising(4.0), Constant(0.9)),
             log_every=50, preview_every=250, save_every=250,
@@ -123,7 +125,8 @@ def class_conditional(model: str, sub_codes: int, bits: int) -> Experiment:
 
 
 VARIANTS = {
-    "mnist5k": mnist5k,
+    "mnist5k": partial(mnist5k, "mnist5k_elm", 2, 4),
+    "mnist5k_3_3": partial(mnist5k, "mnist5k_3_3_elm", 3, 3),
     **{f"bae_{bits}": partial(tokenizer, bits) for bits in (16, 20, 24)},
     **{
         f"{model}_{k}_{bits}": partial(class_conditional, model, k, bits) for model in SIZES for k, bits in PARTS[model]
