@@ -7,8 +7,10 @@ from collections import OrderedDict
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from test_reader import Storage, Tensor, save
+
+from ar_jax.convert.__main__ import main, to_folder
 
 ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[3] / "shared" / "parity"))
 
@@ -117,3 +119,19 @@ def change(weights, key, value):
     """The weights with another entry, or without it if it is None."""
     changed = {**weights, key: value}
     return {key: value for key, value in changed.items() if value is not None}
+
+
+def there_and_back(folder, weights, *options):
+    """A file becomes a model folder and a file again, as the commands make them, and no bit changes."""
+    save_file(weights, folder / "a.safetensors")
+    main([str(folder / "a.safetensors"), "--to", str(folder / "model"), *options])
+    main([str(folder / "model"), "--back", str(folder / "back.safetensors")])
+    assert_same(load_file(folder / "back.safetensors"), weights)
+
+
+def refused(folder, weights, message, **settings):
+    """A file is refused in this sentence, and nothing is left behind."""
+    save_file(weights, folder / "a.safetensors")
+    with pytest.raises(ValueError, match=message):
+        to_folder(folder / "a.safetensors", folder / "model", **settings)
+    assert [path.name for path in folder.iterdir()] == ["a.safetensors"]

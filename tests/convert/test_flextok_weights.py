@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from released import assert_same, change, names, released, weights_of
+from released import assert_same, change, names, released, there_and_back, weights_of
 from safetensors.numpy import load_file, save_file
 
 from ar_jax.config import load_config
@@ -29,11 +29,7 @@ def test_released_checkpoints_have_exactly_these_keys_and_are_the_networks_of_th
 
 
 def test_there_and_back_changes_no_bit(tmp_path):
-    want = weights_of("flextok")
-    save_file(want, tmp_path / "a.safetensors")
-    main([str(tmp_path / "a.safetensors"), "--to", str(tmp_path / "model"), "--heads", "3"])
-    main([str(tmp_path / "model"), "--back", str(tmp_path / "back.safetensors")])
-    assert_same(load_file(tmp_path / "back.safetensors"), want)
+    there_and_back(tmp_path, weights_of("flextok"), "--heads", "3")
 
 
 def test_with_the_autoencoder_below_there_and_back_changes_no_bit(tmp_path):
