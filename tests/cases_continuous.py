@@ -11,6 +11,7 @@ from trees import random_params
 
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
+from ar_jax.generators.lightgen import Aligned, Crossed, LightGen
 from ar_jax.generators.masked import Masked
 from ar_jax.generators.maskgit import MaskGIT
 from ar_jax.heads.diffusion import Diffusion
@@ -68,6 +69,13 @@ CASES = {
     "masked_flow": masked(Flow(16, 1, steps=5, solver="heun", remat="full"), remat="full"),
     "causal_flow": causal(Caption(16), Flow(16, 2, steps=4, anneal="linear", last_steps=2, solver="stochastic")),
     "givt": causal(Label(16), GaussianMixture(3)),
+    "lightgen": Case(
+        LightGen(
+            ViT(1, 16, 2, hidden=24), ViT(1, 24, 3), Aligned(ViT(1, 16, 2)), Flow(16, 1, steps=3),
+            cross=Crossed(2, 24, 3, remat="full"), places=5,
+        ).complete(SPEC, INFO),
+        Shuffled(4, 2),
+    ),
     "givt_masked": Case(
         MaskGIT(GPT(2, 16, 2, hidden=24, rows=0), Label(16), GaussianMixture(3)).complete(SPEC, INFO), Confident(5)
     ),

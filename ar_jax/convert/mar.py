@@ -101,13 +101,13 @@ def layers(ours: str, theirs: str, pairs: tuple[tuple[str, str], ...]) -> list[R
     ]
 
 
-def qkv_bias(heads: int) -> Layout:
-    """Our joint bias [3f] holds query, key and value head by head; theirs all queries first."""
+def qkv_bias(heads: int, parts: int = 3) -> Layout:
+    """Our joint bias [3f] holds query, key and value head by head; theirs all queries first. Two parts are keys and values."""
 
     def reordered(x, first, second):
         return x.reshape(first, second, -1).swapaxes(0, 1).reshape(-1)
 
-    return Layout(lambda x: reordered(x, heads, 3), lambda x: reordered(x, 3, heads))
+    return Layout(lambda x: reordered(x, heads, parts), lambda x: reordered(x, parts, heads))
 
 
 def generator_rules(generator: Masked) -> list[Rule]:

@@ -86,10 +86,14 @@ class Masked(Generator):
             self.input = Linear(wide, self.encoder.dtype, None, xavier, bias=True)
         self.input_norm = norm(None, self.encoder.dtype)
         self.decoder_input = Linear(width, self.decoder.dtype, None, xavier, bias=True)
-        self.encoder_positions = self.param("encoder_positions", init, (rows, wide))
-        self.decoder_positions = self.param("decoder_positions", init, (rows, width))
-        self.head_positions = self.param("head_positions", init, (self.spec.n, width))
+        self.encoder_positions = self.table("encoder_positions", rows, wide)
+        self.decoder_positions = self.table("decoder_positions", rows, width)
+        self.head_positions = self.table("head_positions", self.spec.n, width)
         self.mask_token = self.param("mask_token", init, (width,))
+
+    def table(self, name: str, rows: int, width: int) -> Float[Array, "p d"]:
+        """Learned positions."""
+        return self.param(name, init, (rows, width))
 
     @typed
     def loss(
@@ -148,17 +152,13 @@ class Masked(Generator):
           cond: rows of B = b * ways guided images.
           order: gives the places of the ranks.
         """
-        encoded = self.encode(tokens, known, cond, order)
-        decoded = self.decoder_input(encoded)
-        seen = jnp.arange(self.buffer + tokens.shape[1]) < self.buffer + known
-        rows = jnp.where(seen[:, None], decoded, self.mask_token.astype(decoded.dtype))
-        unknown = self.spec.n - tokens.shape[1]
-        blank = jnp.broadcast_to(self.mask_token.astype(decoded.dtype), (len(rows), unknown, rows.shape[-1]))
-        x = jnp.concatenate([rows, blank], axis=1)
-        x = (x + self._positions(self.decoder_positions, order, len(cond.rows))).astype(x.dtype)
-        h = self.decoder(constrain(x, BATCH))[:, self.buffer :]
+        h = self.decode(self.encode(tokens, known, cond, order), tokens.shape[1], known, order)
         slots = widen(jnp.asarray(order.slot), len(h) // len(order.slot) if len(order.slot) > 1 else 1)
-        return (h + look_up(self.head_positions, slots)).astype(h.dtype)
+        return self.told(h, look_up(self.head_positions, slots), cond)
+
+    def told(self, h: Float[Array, "B n d"], positions: Float[Array, "#B n d"], cond: Cond) -> Float[Array, "B n d"]:
+        """What the head is given of the decoder's rows and of learned positions."""
+        return (h + positions).astype(h.dtype)
 
     def encode(self, tokens: Array, known: Index, cond: Cond, order: Order) -> Float[Array, "B p d"]:
         """The encoder's rows: the buffer, then the first ranks; those not yet known mean nothing."""
@@ -170,6 +170,16 @@ class Masked(Generator):
         x = (x + self._positions(self.encoder_positions, order, len(x))[:, : x.shape[1]]).astype(x.dtype)
         valid = jnp.arange(x.shape[1])[None] < self.buffer + known
         return self.encoder(constrain(self.input_norm(x), BATCH), valid=valid)
+
+    def decode(self, encoded: Float[Array, "B p d"], ranks: int, known: Index, order: Order) -> Float[Array, "B n d"]:
+        """The decoder's row of every rank, of the encoder's rows of the first `ranks`."""
+        decoded = self.decoder_input(encoded)
+        seen = jnp.arange(self.buffer + ranks) < self.buffer + known
+        rows = jnp.where(seen[:, None], decoded, self.mask_token.astype(decoded.dtype))
+        shape = len(rows), self.spec.n - ranks, rows.shape[-1]
+        x = jnp.concatenate([rows, jnp.broadcast_to(self.mask_token.astype(decoded.dtype), shape)], axis=1)
+        x = (x + self._positions(self.decoder_positions, order, len(x))).astype(x.dtype)
+        return self.decoder(constrain(x, BATCH))[:, self.buffer :]
 
     def begin(self, setting: Setting, images: int) -> State:
         """Without room for any rank; what lies at ranks not yet revealed is never read."""

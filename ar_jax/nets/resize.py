@@ -33,6 +33,15 @@ def resize(x: Float[Array, "b h w c"], size: tuple[int, int], kind: str = "bicub
 
 
 @typed
+def resized(places: Float[Array, "h w d"], size: tuple[int, int]) -> Float[Array, "n d"]:
+    """A learned table of places for a grid of another size, in raster order, as DINOv2, Hita and LightGen do it: as if the grid
+    were a tenth of a place larger than it is."""
+    down, across = (bicubic_matrix(n, m, n + 0.1) for n, m in zip(size, places.shape[:2]))
+    out = jnp.einsum("yh,xw,hwd->yxd", down, across, places, precision=lax.Precision.HIGHEST)
+    return out.reshape(-1, places.shape[-1])
+
+
+@typed
 def touched(mask: Bool[Array, "b H W"], size: tuple[int, int]) -> Bool[Array, "b h w"]:
     """Which cells of a grid of that height and width hold anything of a mask; cells are those of "area"."""
     return resize(mask[..., None].astype(jnp.float32), size, "area")[..., 0] > 0

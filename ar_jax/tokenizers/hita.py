@@ -10,7 +10,7 @@ from jax import lax
 from ar_jax.machine.sharding import Rules
 from ar_jax.nets.linear import Linear
 from ar_jax.nets.mlp import xavier
-from ar_jax.nets.resize import bicubic_matrix, touched
+from ar_jax.nets.resize import resized, touched
 from ar_jax.nets.swiglu import SwiGLU
 from ar_jax.tokenizers.conv import RULES, Convolutional, Decoder, Encoder, init
 from ar_jax.tokenizers.feature_codes import opened
@@ -19,8 +19,6 @@ from ar_jax.tokens import TokenSpec, pyramid
 from ar_jax.train.exported import Exported
 from ar_jax.train.teachers import EfficientNet
 from ar_jax.typing import Array, Blocks, Bool, Float, Int, Layers, Many, Metrics, Params, PRNGKey, Size, Tokens, typed
-
-OVER = 0.1  # what the published code adds to the side of a grid before it divides by that of another
 
 
 def norm(dtype: Any, name: str) -> nn.LayerNorm:
@@ -108,18 +106,12 @@ class Spread(nn.Module):
         shown = rows[:, n - self.early : n - self.early + h * w].reshape(x.shape).astype(jnp.float32)
         if not self.target:
             return shown, None
-        ask = self.param("ask", begin, (1, width)) + shrunk(places.reshape(h, w, width), self.side)
+        ask = self.param("ask", begin, (1, width)) + resized(places.reshape(h, w, width), (self.side,) * 2)
         rows = jnp.concatenate([carriers, jnp.broadcast_to(ask, (b, *ask.shape)).astype(carriers.dtype)], axis=1)
         step = np.minimum(np.arange(rows.shape[1], dtype=np.int32), n)  # the carriers do not see who asks
         rows = self.net(norm(self.dtype, "ask_norm")(rows), step)
         told = Linear(self.target, self.dtype, jnp.float32, xavier, bias=True, name="tell")(rows[:, n:])
         return shown, told.reshape(b, self.side, self.side, -1)
-
-
-def shrunk(places: Float[Array, "h w d"], side: int) -> Float[Array, "n d"]:
-    """A table of places as that of a square grid, as published: as if the grid were a tenth of a place larger than it is."""
-    down, across = (bicubic_matrix(side, length, side + OVER) for length in places.shape[:2])
-    return jnp.einsum("yh,xw,hwd->yxd", down, across, places, precision=lax.Precision.HIGHEST).reshape(side**2, -1)
 
 
 class Hita(Convolutional, nn.Module):

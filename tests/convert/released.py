@@ -33,6 +33,7 @@ FAMILIES = {
             *("hmar-d16", "hmar-d20", "hmar-d24", "hmar-d30"),
         ),
     ),
+    "lightgen": ((), ("lightgen_large",)),
     "mar": (("kl16",), ("MAR-B", "MAR-L", "MAR-H")),
     "flowar": ((), ("FlowAR-S", "FlowAR-L", "FlowAR-H")),
     "xar": ((), ("xAR-B", "xAR-L", "xAR-H")),
