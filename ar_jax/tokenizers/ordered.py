@@ -1,4 +1,4 @@
-"""What tokenizers share whose tokens lie on a line, of which any prefix decodes, by a decoder that starts from noise."""
+"""What tokenizers share whose tokens lie on a line, of which any prefix decodes."""
 
 from typing import Annotated
 
@@ -25,7 +25,7 @@ class Ordered(Quantised):
       length: so many tokens, the first ones, are made and decoded; 0 is all. It changes nothing of the network.
     """
 
-    generative = True
+    generative = True  # the decoder starts from noise
 
     def __post_init__(self):
         super().__post_init__()
