@@ -52,6 +52,7 @@ from ar_jax.nets.conditioning import Label
 from ar_jax.nets.transformer import Transformer
 from ar_jax.nets.vit import Siglip
 from ar_jax.tokenizers.detailflow import DetailFlow
+from ar_jax.tokenizers.quantize import VectorLoss
 from ar_jax.train.losses import Teacher
 from ar_jax.train.optim import AdamW, Optim
 from ar_jax.train.teachers import Siglip2
@@ -62,12 +63,16 @@ BATCH = {16: 512, 32: 512, 64: 256}  # of the generators, by groups
 def mnist5k() -> Experiment:
     base = llamagen.mnist5k()
     net = {"width": 64, "heads": 4, "hidden": 128}
-    module = DetailFlow((32, 32), 4, 16, 4, 4, Siglip(2, **net), Siglip(2, **net), codes=256, nearest=8)
+    module = DetailFlow(
+        (32, 32), 4, 16, 4, 4, Siglip(2, **net), Siglip(2, **net), codes=256, nearest=8, vq=VectorLoss(entropy=0.02)
+    )
     generator = base.generator.module
     return dataclasses.replace(
         base,
         name="mnist5k_detailflow",
-        tokenizer=dataclasses.replace(base.tokenizer, module=module),
+        tokenizer=dataclasses.replace(
+            base.tokenizer, module=module, losses=dataclasses.replace(base.tokenizer.losses, reset_after=20)
+        ),
         generator=dataclasses.replace(
             base.generator, module=generator.clone(inputs=Grouped(group=4)), order=Groups(4, 4), mistaken=0.3
         ),
@@ -110,7 +115,7 @@ def class_conditional(groups: int) -> Experiment:
     steps = 300 * (llamagen.IMAGENET // batch)
     return Experiment(
         name=f"detailflow_l_{groups}",
-        data=Data(name="image_folder", path="data/imagenet", size=256, crop="random", min_fraction=0.8, flip=True),
+        data=Data(name="image_folder", path="data/imagenet", size=256, crop="random", min_fraction=1 / 1.1, flip=True),
         tokenizer=TokenizerStage(module=module(groups), path=f"checkpoints/detailflow_vq_{groups}"),
         generator=GeneratorStage(
             module=Causal(net, Label(width), Categorical(dtype=jnp.bfloat16), Grouped(), dropout=0.1),

@@ -289,7 +289,7 @@ class DetailFlow(Ordered):
         """
         patches, book, slot = self.seen(image), normalise(self.codebook), np.arange(self.registers)
         latents = self.to_code(self.registered(patches, self.queries))
-        codes, index, _ = self.quantise(latents)
+        codes, index, plain = self.quantise(latents)
         end = begin + jnp.where(begin < self.single, 1, self.group)
         known = slot < end[:, None]
         wrong = jnp.where(
@@ -299,8 +299,9 @@ class DetailFlow(Ordered):
         queries = jnp.where(known[..., None], self.mistaken(given), self.after_mistake)
         others = self.to_code(self.registered(patches, queries))
         again, follows, _ = self.quantise(others)
+        # the entropy, if it has a weight, is that of the plain pass
         parts = ((latents, index, jnp.ones_like(index)), (others, follows, 1 - known))
-        losses = {
+        losses = plain | {
             "codebook": self.vq.codebook * _mean(lambda z, i: book[i] - lax.stop_gradient(z), parts),
             "commit": self.vq.commit * _mean(lambda z, i: lax.stop_gradient(book[i]) - z, parts),
         }
