@@ -64,14 +64,15 @@ def mnist5k() -> Experiment:
     base = llamagen.mnist5k()
     net = {"width": 64, "heads": 4, "hidden": 128}
     module = DetailFlow(
-        (32, 32), 4, 16, 4, 4, Siglip(2, **net), Siglip(2, **net), codes=256, nearest=8, vq=VectorLoss(entropy=0.02)
+        (32, 32), 4, 16, 4, 4, Siglip(2, **net), Siglip(2, **net), codes=256, nearest=2, vq=VectorLoss(entropy=0.02)
     )
     generator = base.generator.module
     return dataclasses.replace(
         base,
         name="mnist5k_detailflow",
         tokenizer=dataclasses.replace(
-            base.tokenizer, module=module, losses=dataclasses.replace(base.tokenizer.losses, reset_after=20)
+            base.tokenizer, module=module, losses=dataclasses.replace(base.tokenizer.losses, reset_after=20), steps=500,
+            preview_every=250, save_every=250,
         ),
         generator=dataclasses.replace(
             base.generator, module=generator.clone(inputs=Grouped(group=4)), order=Groups(4, 4), mistaken=0.3

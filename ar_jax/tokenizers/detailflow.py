@@ -1,6 +1,5 @@
 """DetailFlow's tokenizer: codes on a line, of which the first ones show an image at a resolution that grows with their number."""
 
-import functools
 import math
 from typing import Annotated, Any
 
@@ -49,7 +48,12 @@ from ar_jax.typing import (
 small = nn.initializers.normal(0.02)
 
 
-class Patches(nn.Module):
+def table_init(width: int) -> Any:
+    """How places begin, as in SigLIP."""
+    return nn.initializers.normal(width**-0.5)
+
+
+class PatchRows(nn.Module):
     """Rows of the patches of an image, with learned places that are resized to their grid.
 
     Attributes:
@@ -70,7 +74,7 @@ class Patches(nn.Module):
     def __call__(self, image: Float[Array, "b H W c"]) -> Float[Array, "b h w d"]:
         height, width = cells(image.shape[1:3], (self.cell, self.cell))
         rows = Linear(self.width, self.dtype, None, xavier, bias=True, name="patch")(patchify(image, self.cell))
-        places = self.param("places", small, (self.table, self.table, self.width))
+        places = self.param("places", table_init(self.width), (self.table, self.table, self.width))
         matrices = (smooth_matrix(side, self.table)[None] for side in (height, width))
         return rows.reshape(len(rows), height, width, -1) + resized(places[None], *matrices).astype(rows.dtype)
 
@@ -80,7 +84,7 @@ class Features(nn.Module):
 
     Attributes:
       net: the tower.
-      cell, table, dtype: see `Patches`.
+      cell, table, dtype: see `PatchRows`.
     """
 
     net: Siglip
@@ -89,7 +93,7 @@ class Features(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.patches = Patches(self.net.width, self.cell, self.table, self.dtype)
+        self.patches = PatchRows(self.net.width, self.cell, self.table, self.dtype)
 
     @typed
     def __call__(self, image: Float[Array, "b H W c"]) -> Float[Array, "b h w d"]:
@@ -152,9 +156,7 @@ class DetailFlow(Ordered):
 
     codebooks = (Codebook("codebook"),)
     adjustable = ("length",)
-    no_decay = (
-        *("queries", "after_mistake", "register_positions", "mask", "code_positions", "decoder_positions", "codebook"),
-    )
+    no_decay = ("queries", "after_mistake", "register_positions", "mask", "code_positions", "decoder_positions", "codebook")
     last_layer = "to_pixels/kernel"
     generative = False
 
@@ -219,10 +221,8 @@ class DetailFlow(Ordered):
 
         n, inside, outside = self.registers, self.encoder.width, self.decoder.width
         side = self.table or self.places
-        self.patches, self.to_code = (
-            Patches(inside, self.cell, side, self.dtype),
-            dense(self.code_features, jnp.float32),
-        )
+        self.patches = PatchRows(inside, self.cell, side, self.dtype)
+        self.to_code = dense(self.code_features, jnp.float32)
         self.queries, self.register_positions, self.after_mistake = (
             self.param(name, small, (n, inside)) for name in ("queries", "register_positions", "after_mistake")
         )
@@ -230,7 +230,7 @@ class DetailFlow(Ordered):
         self.codebook = self.param("codebook", codebook_init(True), (self.codes, self.code_features))
         self.from_code, self.to_pixels = dense(outside), dense(self.channels * self.cell**2, jnp.float32)
         self.mask = self.param("mask", small, (1, outside))
-        self.decoder_positions = self.param("decoder_positions", small, (side, side, outside))
+        self.decoder_positions = self.param("decoder_positions", table_init(outside), (side, side, outside))
         self.code_positions = self.param("code_positions", small, (n, outside))
         if self.aligned:
             hidden, features = self.aligned
@@ -337,7 +337,7 @@ class DetailFlow(Ordered):
             return self.shown(codes, count, None), losses, self._shows(latents, codes, index, image)
         less, where, which = jax.random.split(key, 3)
         uniform = shares.draw(jax.random.uniform, less, (len(image), 2))
-        count = jnp.where(uniform[:, 0] < self.fewer, self.some(uniform[:, 1]), self.registers)
+        count = jnp.where(uniform[:, 0] < self.fewer, self.counts(uniform[:, 1]), self.registers)
         begin = self.begins(shares.draw(jax.random.uniform, where, (len(image),)), count)
         return self.trained(image, count, begin, self._draw(which, len(image)))
 
@@ -347,14 +347,15 @@ class DetailFlow(Ordered):
         return shares.draw(lambda key, shape: jax.random.randint(key, shape, 0, most), key, (images, self.registers))
 
     @typed
-    def some(self, uniform: Float[Array, "b"]) -> Int[Array, "b"]:
+    def counts(self, uniform: Float[Array, "b"]) -> Int[Array, "b"]:
         """A number of codes, of 1 to all but a group, rounded up to whole groups, from uniform numbers."""
         count = 1 + (uniform * max(self.registers - self.group, 1)).astype(jnp.int32)
         return jnp.where(count > self.single, -(-count // self.group) * self.group, count)
 
     @typed
     def begins(self, uniform: Float[Array, "b"], count: Int[Array, "b"]) -> Int[Array, "b"]:
-        """Where a mistake begins that leaves a group of `count` codes, if there are so many; n (none) if there is one code."""
+        """Where a mistake begins that leaves at least a group of `count` codes after it, or lies among the `single` ones if there are no
+        more; n (none) if there is one code."""
         most = jnp.where(count > self.single, count - self.group, count)
         begin = jnp.minimum((uniform * most).astype(jnp.int32), jnp.maximum(most - 1, 0))
         begin = jnp.where(begin < self.single, begin, begin // self.group * self.group)
@@ -373,8 +374,7 @@ class DetailFlow(Ordered):
         again = jnp.where((begin < self.registers)[:, None, None], again, codes)
         at = self._at(count)
         target = self.enlarged(self.lowered(image, at), at)
-        both = functools.partial(jnp.tile, reps=2)
-        recon = self.shown(jnp.concatenate([codes, again]), both(count), None)
+        recon = self.shown(jnp.concatenate([codes, again]), jnp.concatenate([count, count]), None)
         return recon, losses, self._shows(latents, codes, tokens[..., 0], jnp.concatenate([target, target]))
 
     def _shows(self, latents, codes, index, target):

@@ -30,8 +30,8 @@ class Ordered(Quantised):
     def __post_init__(self):
         super().__post_init__()
         if self.length and self.length not in self.ends:
-            first, *rest = self.ends
-            some = f"{first} to {self.registers}" if first == 1 else ", ".join(map(str, [first, *rest]))
+            every = self.ends == tuple(range(1, self.registers + 1))
+            some = f"1 to {self.registers}" if every else ", ".join(map(str, self.ends))
             raise ValueError(f"tokenizer.length is {self.length}; it must be one of {some}, or 0 for all")
 
     @property

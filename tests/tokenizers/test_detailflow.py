@@ -87,7 +87,7 @@ def test_a_shorter_line_has_the_first_codes_and_decodes_as_their_prefix():
 
 def test_draws_leave_whole_groups_and_mistakes_lie_within_them():
     uniform = np.linspace(0, 1, 64, endpoint=False, dtype=np.float32)
-    counts = np.asarray(call()(uniform, method="some"))
+    counts = np.asarray(call()(uniform, method="counts"))
     assert set(counts.tolist()) == {1, 2, 4, 6}  # 1 to 6, rounded up
     for count in (1, 2, 4, 8):
         begins = np.asarray(call()(uniform, np.full(64, count), method="begins"))
