@@ -34,7 +34,7 @@ PLACES = Layout(lambda x: x.reshape(-1, x.shape[-1]), lambda x: x.reshape(math.i
 
 
 def numbers(cell: int, channels: int, into: bool) -> Layout:
-    """Of patches, whose numbers are theirs by row, column, channel and ours by channel, row, column; `into` a network, or out of it."""
+    """Of patches, whose numbers are theirs by row, column, channel and ours by channel, row, column; `into` a network, or out."""
 
     def theirs(x):  # the last axis
         return x.reshape(*x.shape[:-1], channels, -1).swapaxes(-1, -2).reshape(x.shape)

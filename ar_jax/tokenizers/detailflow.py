@@ -354,8 +354,8 @@ class DetailFlow(Ordered):
 
     @typed
     def begins(self, uniform: Float[Array, "b"], count: Int[Array, "b"]) -> Int[Array, "b"]:
-        """Where a mistake begins that leaves at least a group of `count` codes after it, or lies among the `single` ones if there are no
-        more; n (none) if there is one code."""
+        """Where a mistake begins, from uniform numbers: before the last group of `count` codes, or anywhere if all are `single`;
+        at n (none) if there is one code."""
         most = jnp.where(count > self.single, count - self.group, count)
         begin = jnp.minimum((uniform * most).astype(jnp.int32), jnp.maximum(most - 1, 0))
         begin = jnp.where(begin < self.single, begin, begin // self.group * self.group)
