@@ -99,6 +99,8 @@ class GeneratorStage(Stage):
     """What training predicts next, if it is something else than sampling does."""
     drop: Share = 0.1
     """Part of the images trained without their condition, for guidance."""
+    mistaken: Share = 0.0
+    """Part of the images whose tokens are given with a mistake, to be made up for; some tokenizers know how (DetailFlow's)."""
     tokens: str = ""
     """Train on this token cache (written by `python -m ar_jax.tokenize`) instead of encoding images in every update."""
     other_tokenizer: bool = False

@@ -10,6 +10,7 @@ from trees import random_params
 
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
+from ar_jax.generators.detailflow import Grouped, Groups
 from ar_jax.generators.hita import ByLevel, Holistic, TwoTables
 from ar_jax.generators.hmar import Hmar
 from ar_jax.generators.inputs import Joined, NextScale, Previous, Upsampled
@@ -124,6 +125,11 @@ def _line():
     return Case(Causal(net, Label(16)).complete(spec, INFO))
 
 
+def _detailflow():
+    spec, net = TokenSpec(grid(4, 3), codes=(12,)), Transformer(2, 16, 2, hidden=24)
+    return Case(Causal(net, Label(16), inputs=Grouped(group=3)).complete(spec, INFO), Groups(3, 3))
+
+
 def _hita():
     spec, net = TokenSpec(pyramid(((1, 3), (3, 3))), codes=(12,)), Holistic(2, 16, 2, hidden=24)
     return Case(Causal(net, Label(16), ByLevel(), TwoTables(), emphasis="levels").complete(spec, INFO))
@@ -159,6 +165,7 @@ CASES = {
     "flextok": _line(),
     "jpeg_lm": _jpeg_lm(),
     "gigatok": Case(Causal(Positioned(2, 16, 2, hidden=24), Label(16)).complete(SPEC, INFO)),
+    "detailflow": _detailflow(),
     "hita": _hita(),
     "digit": Case(Causal(PostNorm(2, 16, 2, hidden=24), Label(16), Categorical(smoothing=0.1)).complete(SPEC, INFO)),
     "var": _scales(RESIDUAL),

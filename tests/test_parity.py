@@ -89,7 +89,7 @@ BUILT = {
     *("fqgan_dual_vq", "fqgan_triple_vq", "fqgan_dual_far", "fqgan_triple_far"),
     *("vqgan_lc", "tokenflow_vq", "robusttok_perturbation"),
     *("jpeg_lm_codec", "vitok_ae"),
-    *("flextok", "dar_tokenizer", "dar_gpt"),
+    *("flextok", "dar_tokenizer", "dar_gpt", "detailflow_tokenizer", "detailflow_gpt"),
     *("gigatok_vq", "gigatok_gpt", "hita_vq", "hita_gpt"),
     *("dqvae", "dq_transformer"),
     *("titok_vq", "titok_vq_nonlegacy", "titok_vae", "titok_discriminator"),

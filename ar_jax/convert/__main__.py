@@ -71,7 +71,7 @@ def convert(
       size: Side of the images in pixels, which the file does not hold. 0 takes 256, 384 or 512 from a file name
         like c2i_B_384.pt; tokenizers default to 256. A generator works at one size only.
       heads: Attention heads, which the file does not hold either. 0 takes the published number for the width.
-      groups: Groups of a tokenizer's norms. 0 takes the published number.
+      groups: Groups of a tokenizer's norms, or of the tokens of a DetailFlow generator. 0 takes the published number.
       scales: Sides of a token pyramid, coarse to fine. Left out: the published ones of the size.
       levels: Rounds every number of a continuous tokenizer's tokens to one of so many values, which is all that TokenBridge does
         to KL-16 (64). 0 leaves them continuous.

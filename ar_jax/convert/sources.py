@@ -28,6 +28,7 @@ import jax
 from ar_jax.convert import (
     binary_latent,
     dar,
+    detailflow,
     dqvae,
     elm,
     flextok,
@@ -57,6 +58,7 @@ from ar_jax.tokenizers.dimensionwise import Dimensionwise
 from ar_jax.typing import Params
 
 SOURCES: dict[str, ModuleType] = {
+    "detailflow": detailflow,
     "titok": titok,
     "infinity": infinity,
     "binary_latent": binary_latent,

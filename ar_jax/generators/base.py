@@ -106,6 +106,7 @@ class Generator(nn.Module):
     """
 
     any_order = False  # whether ranks may be put in another order, and those known beforehand first
+    corrects = False  # whether it may be given other tokens than those that it learns to predict
     parses = False  # whether its tokens follow a grammar where they have one
     editable = True  # whether it draws around tokens that are known beforehand
 

@@ -51,6 +51,7 @@ class Causal(Generator):
     emphasis: Literal["equal", "levels", "lognorm"] = "equal"
     spec: TokenSpec | None = None
 
+    corrects = True
     parses = True
 
     def complete(self, spec: TokenSpec, info: Info) -> "Causal":
@@ -84,6 +85,7 @@ class Causal(Generator):
         drop: Bool[Array, "b"],
         key: PRNGKey | None = None,
         tokenizer: Frozen | None = None,
+        given: Int[Array, "b s k"] | Float[Array, "b s k"] | None = None,
     ) -> tuple[Float[Array, "b n"], Float[Array, "b n"], Metrics]:
         """Teacher forcing.
 
@@ -94,12 +96,14 @@ class Causal(Generator):
           drop: images trained without their condition.
           key: for heads that draw noise.
           tokenizer: calls a method of the frozen tokenizer; `Previous` needs none.
+          given: what rows are made of, where that has mistakes; None is `tokens`.
 
         Returns:
           The head's loss and weight of every rank, and metrics.
         """
         target = to_ranks(tokens, order)
-        loss = self.head.loss(self.hidden(target, self.condition(batch, drop), order, tokenizer), target, key=key)
+        known = target if given is None else to_ranks(given, order)
+        loss = self.head.loss(self.hidden(known, self.condition(batch, drop), order, tokenizer), target, key=key)
         weight = self.weight(batch, order, len(tokens))
         if self.spec.grammar:
             weight = weight * (target[..., 0] != self.spec.grammar.padding)

@@ -76,6 +76,15 @@ def linear_matrix(n: int, m: int) -> np.ndarray:
 
 
 @functools.lru_cache
+def smooth_matrix(n: int, m: int) -> np.ndarray:
+    """As `linear_matrix`, but the filter widens when the image shrinks (PyTorch's with antialiasing)."""
+    stretch = max(m / n, 1.0)
+    centre = (np.arange(n)[:, None] + 0.5) * m / n
+    weight = np.maximum(0, 1 - np.abs(np.arange(m) + 0.5 - centre) / stretch)
+    return (weight / weight.sum(1, keepdims=True)).astype(np.float32)
+
+
+@functools.lru_cache
 def area_matrix(n: int, m: int) -> np.ndarray:
     """float32 [n m], from m pixels to n; bins overlap where n does not divide m."""
     i, pixel = np.arange(n)[:, None], np.arange(m)[None]

@@ -172,6 +172,32 @@ class ClipViT(ViT):
         return super().__call__(self.before(x), valid=valid)
 
 
+class SiglipBlock(Block):
+    """As `Block`, with the approximate GELU."""
+
+    def perceptron(self, y, det):
+        return self.fc2(self.drop(nn.gelu(self.fc1(y), approximate=True), deterministic=det))
+
+
+class Siglip(Plain):
+    """Rows see those of no later step; they come with their positions added. Attributes: see `Plain`.
+
+    Source: the towers of SigLIP 2 (arXiv:2502.14786), without the pooling head.
+    """
+
+    kind = SiglipBlock
+
+    def setup(self):
+        self.blocks, self.norm = self.blocks_with(bias=True, apart=True), _norm(self.dtype, eps=self.eps)
+
+    @typed
+    def __call__(
+        self, x: Float[Array, "B q d"], step: Int[np.ndarray, "q"], *, valid: Bool[Array, "B q"] | None = None
+    ) -> Float[Array, "B q d"]:
+        """Runs all layers; rows that are not `valid` are seen by nobody else."""
+        return self.norm(self.look(self.blocks, x, Rows(step, valid=valid))[0])
+
+
 class TurnedBlock(nn.Module):
     """As `Block`, with rotary positions, a gated perceptron as in T5, and no biases of queries, keys and values."""
 

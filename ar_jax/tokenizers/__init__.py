@@ -7,6 +7,7 @@ A tokenizer is a module. Of all are asked `size`, `channels`, `spec`, `rules`, `
   the losses that it reports itself, weighted, by name; and what it shows by name: "tokens" as of `encode`, if they are
   codes; "latents", what the codes stand for in the order of the tokens (to replace dead codes; a tuple with one for each
   codebook if there are several); any features that a teacher may look at.
+  "target" are the images that the reconstruction is compared with, where these are not the ones given.
 - `codebooks`, where tokens are codes: which are learned, and where they lie (`quantize.Codebook`). Without it none is. Of one
   that follows averages (`quantize_averaged.Average`), `autoencode` shows in "members", by path, the vectors [m c] and the
   codes that they chose [m]; its parameter gets no gradient.
@@ -19,6 +20,8 @@ A tokenizer is a module. Of all are asked `size`, `channels`, `spec`, `rules`, `
   for all images, or an array with one for each; what an image draws depends on nothing but its own.
 - `prefix(tokens, count, key=...)`, if any number of the first tokens decodes, and `prefixes`, at which numbers more can be seen
   (`ordered.py`).
+- `corrected(image, key=...)`, if generators may learn to make up for mistakes (`GeneratorStage.mistaken`): tokens with a mistake in
+  each image, and those that are to be predicted from them.
 - `conditioned = ("text", "text_mask")`, or others: what it decodes with of a batch. Then `decode` and `autoencode` take `batch=`
   (`conditioned.said_of`), and without it decode as if nothing were said.
 - `host_encode` and `host_decode`, numpy functions, if it is no network but a codec of the host (`host.OnHost`).

@@ -1,4 +1,4 @@
-"""What tokenizers share whose tokens lie on a line, of which any prefix decodes, by a decoder that starts from noise."""
+"""What tokenizers share whose tokens lie on a line, of which any prefix decodes."""
 
 from typing import Annotated
 
@@ -25,13 +25,13 @@ class Ordered(Quantised):
       length: so many tokens, the first ones, are made and decoded; 0 is all. It changes nothing of the network.
     """
 
-    generative = True
+    generative = True  # the decoder starts from noise
 
     def __post_init__(self):
         super().__post_init__()
         if self.length and self.length not in self.ends:
-            first, *rest = self.ends
-            some = f"{first} to {self.registers}" if first == 1 else ", ".join(map(str, [first, *rest]))
+            every = self.ends == tuple(range(1, self.registers + 1))
+            some = f"1 to {self.registers}" if every else ", ".join(map(str, self.ends))
             raise ValueError(f"tokenizer.length is {self.length}; it must be one of {some}, or 0 for all")
 
     @property

@@ -14,7 +14,7 @@ from ar_jax.machine.flops import model_flops, without_remat
 from ar_jax.machine.sharding import Rules, gathered
 from ar_jax.train.optim import Optim, decayed, make_optimiser, only_trained, schedule
 from ar_jax.train.state import GradFn, TrainState, create, make_update
-from ar_jax.typing import Array, Batch, Float, Metrics, Params, PRNGKey, UInt8
+from ar_jax.typing import Array, Batch, Float, Metrics, Params, PRNGKey, Tokens, UInt8
 
 
 class Recipe(NamedTuple):
@@ -52,11 +52,13 @@ def counted(update_of: Callable[[Any], Callable], module: Any) -> tuple[Callable
 LossFn = Callable[[Params, Params, Batch, PRNGKey, Array], tuple[Float[Array, ""], Metrics]]
 
 
-def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate: float, train: bool = True) -> LossFn:
+def generator_loss(
+    generator: Any, tokenizer: Any, order_fn: Callable, drop_rate: float, train: bool = True, mistaken: float = 0.0
+) -> LossFn:
     """Mean loss of a generator over the tokens of a batch; with dropout if `train`.
 
     `frozen` are the tokenizer's parameters. A batch holds "image" (uint8), "moments" that tokens are drawn from, or ready
-    "tokens"; and the condition.
+    "tokens"; and the condition. A part of the images is `mistaken` (see `GeneratorStage`).
     """
 
     def loss_fn(params, frozen, batch, key, step):
@@ -68,17 +70,37 @@ def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate
             tokens = call(batch["moments"], key=encode_key, method="drawn")
         else:
             tokens = call(to_float(batch["image"]), key=encode_key, method="encode")
-        images = len(tokens)
+        images, more = len(tokens), {}
+        if mistaken:
+            choice, which = jax.random.split(jax.random.fold_in(encode_key, 1))
+            pair = call(to_float(batch["image"]), key=which, method="corrected")
+            uniform = shares.draw(jax.random.uniform, choice, (images,))
+            more["given"], tokens = with_mistakes(uniform, mistaken, tokens, *pair)
         loss, weight, metrics = generator.apply(
             {"params": params}, tokens, batch,
             order_fn(generator.spec, shares.draw(jax.random.split, order_key, (images,)), images, step), method="loss", tokenizer=call,
             drop=shares.draw(jax.random.uniform, drop_key, (images,)) < drop_rate, key=loss_key,
-            rngs={"dropout": dropout_key} if train else {},
+            rngs={"dropout": dropout_key} if train else {}, **more,
         )  # fmt: skip
         mean = (loss * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
         return mean, {"loss": mean, "weight": weight.sum(), **metrics}
 
     return loss_fn
+
+
+def with_mistakes(
+    uniform: Float[Array, "b"], share: float, tokens: Tokens, given: Tokens, corrected: Tokens
+) -> tuple[Tokens, Tokens]:
+    """Tokens that are given and that are to be predicted: those with a mistake, for a share of the images, or plain ones.
+
+    Args:
+      uniform: numbers in [0, 1); images below the share have a mistake.
+      tokens: plain ones.
+      given, corrected: as of a tokenizer's `corrected`.
+    Source: DetailFlow (arXiv:2505.21473).
+    """
+    some = (uniform < share)[:, None, None]
+    return jnp.where(some, given, tokens), jnp.where(some, corrected, tokens)
 
 
 def gradients(loss_fn: LossFn, optim: Optim = Optim()) -> GradFn:
@@ -103,6 +125,7 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
     """Trains a generator on a frozen tokenizer's tokens."""
     tx = make_optimiser(stage.optim, stage.steps, {"model": decayed(generator.init_params)})
     train_order = stage.train_order or stage.order
+    _check_mistaken(stage, generator, tokenizer)
     held_out_loss = generator_loss(generator, tokenizer, train_order, 0.0, train=False)
 
     # Methods from elsewhere may draw for rows without `shares.draw`: these sum gradients once a part, which is right for all
@@ -116,7 +139,8 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
         return {"model": jax.tree.map_with_path(one, params["model"], generator.multiplied(params["model"]))}
 
     def update_of(generator):
-        grad_fn = gradients(generator_loss(generator, tokenizer, train_order, stage.drop), stage.optim)
+        loss = generator_loss(generator, tokenizer, train_order, stage.drop, mistaken=stage.mistaken)
+        grad_fn = gradients(loss, stage.optim)
         return make_update(grad_fn, tx, rounded=rounded if by_rows else None, **update_settings(stage.optim))
 
     def init(key):
@@ -144,3 +168,15 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
         lr=schedule(stage.optim, stage.steps),
         rules=generator.rules,
     )
+
+
+def _check_mistaken(stage, generator, tokenizer):
+    if not stage.mistaken:
+        return
+    wrong = f"generator.mistaken is {stage.mistaken}, but "
+    if not hasattr(tokenizer, "corrected"):
+        raise ValueError(f"{wrong}{type(tokenizer).__name__} does not say what would make up for a mistake; give 0")
+    if not getattr(generator, "corrects", False):
+        raise ValueError(f"{wrong}{type(generator).__name__} cannot be given tokens with mistakes; give 0")
+    if stage.tokens:
+        raise ValueError(f'{wrong}a cache holds no mistakes; give 0, or --generator.tokens "" to encode images')

@@ -2,10 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from ar_jax.evals.efficientnet import EfficientNetLite0
 from ar_jax.evals.networks import PROTOCOLS, open_network, pil_bicubic
+from ar_jax.files.places import path_of
+from ar_jax.nets.vit import Siglip
+from ar_jax.tokenizers.detailflow import Features
 from ar_jax.typing import Array, Float, Params
 
 
@@ -31,3 +35,33 @@ class EfficientNet:
         # no parent: a tokenizer that calls a teacher (`FeatureCodes`) does not make it a part of itself
         _, kept = EfficientNetLite0(parent=None).apply({"params": params}, (x - 127) / 128, mutable=["maps"])
         return kept["maps"]["tapped"][0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Siglip2:
+    """The tower of SigLIP 2 that lies beside the tokenizer in a released file of DetailFlow: maps with a place for every 16 pixels,
+    [b 16 16 1152] at 256."""
+
+    weights: str = ""
+    """The released file."""
+
+    tower = Features(Siglip(27, 1152, 16, hidden=4304))
+
+    def open(self) -> Params:
+        from ar_jax.convert.choose import choose  # these know of tokenizers, and some of them of teachers
+        from ar_jax.convert.detailflow import BESIDE, teacher_rules
+        from ar_jax.convert.names import to_params
+
+        if not (path := path_of(self.weights)).is_file():
+            raise ValueError(
+                f"the teacher's network.weights is {self.weights!r}, which is no file; it must be a released tokenizer of "
+                "DetailFlow, which holds the teacher"
+            )
+        _, found = choose(path)
+        found = {key: value for key, value in found.items() if key.startswith(BESIDE)}
+        image = jnp.zeros((1, *2 * (self.tower.cell * self.tower.table,), 3))
+        shapes = jax.eval_shape(self.tower.init, jax.random.key(0), image)["params"]
+        return to_params(found, shapes, teacher_rules(self.tower))
+
+    def __call__(self, params: Params, image: Array) -> Float[Array, "b h w c"]:
+        return self.tower.apply({"params": params}, image)

@@ -133,17 +133,20 @@ def tokenizer_gradients(tokenizer: Any, losses: Losses) -> GradFn:
 
         def compare(made, trained):
             found = {
-                name: part(trained.get(name, {}), frozen.get(name, {}), real, made[part.on])
+                name: part(
+                    trained.get(name, {}), frozen.get(name, {}), target if part.on == "image" else real, made[part.on]
+                )
                 for name, part in parts.items()
             }
             return sum((parts[name].weight * value for name, value in found.items()), jnp.zeros(())), found
 
         trained = {name: params[name] for name in parts if name in params}
         (made, own_loss), pull, (own, seen) = jax.vjp(make, params["model"], has_aux=True)
+        target = seen.get("target", real)
         (compared, metrics), (push, grads) = jax.value_and_grad(compare, argnums=(0, 1), has_aux=True)(made, trained)
         metrics |= own | {"loss": compared + own_loss}
         if "image" in made:
-            metrics["psnr"] = -10 * jnp.log10(jnp.square(made["image"] - real).mean() / 4)
+            metrics["psnr"] = -10 * jnp.log10(jnp.square(made["image"] - target).mean() / 4)
         if tokenizer.spec.codes:
             extra, figures = codes.track(extra, seen, tokenizer)
             metrics |= figures
@@ -160,7 +163,7 @@ def tokenizer_gradients(tokenizer: Any, losses: Losses) -> GradFn:
             push["image"] += weight * scale * blame
 
             def judge_loss(discriminator):
-                logits_real, new = judge.apply({"params": discriminator}, real, stats, True)
+                logits_real, new = judge.apply({"params": discriminator}, target, stats, True)
                 recon = lax.stop_gradient(made["image"])
                 logits_fake, new = judge.apply({"params": discriminator}, recon, new, True)
                 loss, kept = discriminator_loss(logits_real, logits_fake), {"stats": new}

@@ -62,6 +62,10 @@ FAMILIES = {
         tuple(f"gigatok_VQ_{size}256" for size in ("SS", "SB", "BL", "XLXXL")),
         tuple(f"gigatok_GPT_{size}256" for size in ("B", "XL", "XXL")),
     ),
+    "detailflow": (
+        tuple(f"detailflow_tokenizer_{tokens}" for tokens in (128, 256, 512)),
+        tuple(f"detailflow_gpt_L_{tokens}" for tokens in (128, 512)),
+    ),
     "dar": (("D-AR-tokenizer_v1",), ("D-AR-L", "D-AR-XL")),
     "dqvae": (("dqvae_dual_feature", "dqvae_dual_entropy"), ("dq_transformer_class_p6c18",)),
     "rar": (("maskgit-vqgan-imagenet-f16-256",), ("rar_b", "rar_l", "rar_xl", "rar_xxl")),
