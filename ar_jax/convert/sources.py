@@ -38,6 +38,7 @@ from ar_jax.convert import (
     hita,
     ibq,
     infinity,
+    instella,
     llamagen,
     mar,
     maskgit,
@@ -58,6 +59,7 @@ from ar_jax.typing import Params
 SOURCES: dict[str, ModuleType] = {
     "titok": titok,
     "infinity": infinity,
+    "instella": instella,
     "binary_latent": binary_latent,
     "dqvae": dqvae,
     "var": var,
