@@ -11,9 +11,9 @@ from ar_jax.generators.binary_diffusion import TossedBits, ratio
 from ar_jax.heads.bitwise import cross_entropy
 from ar_jax.machine import shares
 from ar_jax.nets.conditioning import Cond, widen
+from ar_jax.nets.head_rms import init
 from ar_jax.nets.linear import Linear
 from ar_jax.nets.reader import TimedReader
-from ar_jax.nets.transformer import init
 from ar_jax.orders import Order
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Batch, Bool, Float, Int, Metrics, PRNGKey, Within, typed

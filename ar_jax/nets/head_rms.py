@@ -11,8 +11,10 @@ from ar_jax.machine.sharding import BATCH, Rules, constrain
 from ar_jax.nets.attention import Rows, join_heads, remember, split_heads
 from ar_jax.nets.linear import Linear
 from ar_jax.nets.positions import rotary_axes, rotate, rotate_halves
-from ar_jax.nets.transformer import Backbone, RMSNorm, init
+from ar_jax.nets.transformer import Backbone, RMSNorm
 from ar_jax.typing import Array, Float, Index, Layers, Many, Within, typed
+
+init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # +-1/sqrt(fan_in)
 
 
 class Attention(nn.Module):
@@ -48,11 +50,17 @@ class Attention(nn.Module):
         return rotate_halves(x, table) if self.halves else rotate(x, table)
 
     def __call__(
-        self, y: Float[Array, "B q d"], seen: Callable, cache: Any = None, first: Index = 0, table: Array | None = None
-    ) -> tuple[Float[Array, "B q d"], Any]:
-        """Rows of the result, and the cache with these rows' keys and values at `first`; `seen` as of `Rows.sight`."""
+        self, y: Float[Array, "B q d"], seen: Callable, cache: Any = None, first: Index = 0, table: Array | None = None,
+        others: Float[Array, "B r f"] | None = None,
+    ) -> tuple[Float[Array, "B q d"], Any]:  # fmt: skip
+        """Rows of the result, and the cache with these rows' keys and values at `first`.
+
+        Args:
+          seen: as of `Rows.sight`.
+          others: rows to look at; None is the same.
+        """
         q = self.turned(self.query_norm(self.split(self.query(y))), table)
-        k, v, cache = remember(cache, *self.keys(y, table), first)
+        k, v, cache = remember(cache, *self.keys(y if others is None else others, table), first)
         return self.out(join_heads(seen(q, k, v))), cache
 
 

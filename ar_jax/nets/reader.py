@@ -15,10 +15,10 @@ from ar_jax.machine.sharding import BATCH, Rules, constrain
 from ar_jax.nets.adaln import modulated
 from ar_jax.nets.attention import Int8, Rows
 from ar_jax.nets.conditioning import Cond
-from ar_jax.nets.head_rms import Attention
+from ar_jax.nets.head_rms import Attention, init
 from ar_jax.nets.linear import Linear
 from ar_jax.nets.mlp import zeros
-from ar_jax.nets.transformer import Backbone, Cache, RMSNorm, init
+from ar_jax.nets.transformer import Backbone, Cache, RMSNorm
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Batch, Bool, Float, Layers, Many, typed
 
@@ -295,6 +295,6 @@ class LayeredCaption(nn.Module):
         """Of `batch["text"]`, float [b r p*c]; `batch["text_mask"]`, bool [b r], marks the real rows."""
         text = jnp.asarray(batch["text"])
         features = jnp.moveaxis(text.reshape(*text.shape[:2], self.parts, -1), 2, 1)
-        row = self.param("start_row", init, (1, self.width)) if self.start else jnp.zeros((1, self.width))
+        row = self.param("start_row", nn.initializers.normal(0.02), (1, self.width)) if self.start else jnp.zeros((1, self.width))
         rows = jnp.broadcast_to(row, (len(text), 1, self.width))
         return Cond(rows, mod=Text(features, jnp.asarray(batch["text_mask"], bool) & ~drop[:, None]))

@@ -2,19 +2,22 @@
 
 from typing import Annotated, Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ar_jax.machine import shares
 from ar_jax.machine.sharding import Rules
-from ar_jax.nets.head_rms import Doubling, Halving
+from ar_jax.nets.head_rms import Doubling, Halving, init
 from ar_jax.nets.linear import Linear
-from ar_jax.nets.transformer import RMSNorm, init
+from ar_jax.nets.transformer import RMSNorm
 from ar_jax.tokenizers.continuous import cells, patchify
 from ar_jax.tokenizers.quantised import Quantised
 from ar_jax.tokens import MOST, TokenSpec, grid
 from ar_jax.typing import Array, Float, Int, Many, Metrics, Params, PRNGKey, Size, Tokens, Within, typed
+
+small = nn.initializers.normal(0.02)
 
 
 class BinaryLine(Quantised):
@@ -88,13 +91,13 @@ class BinaryLine(Quantised):
 
         inside, outside = self.encoder.width, self.decoder.width
         self.patches, self.told = dense(inside), dense(inside)
-        self.queries = self.param("queries", init, (self.slots, inside))
+        self.queries = self.param("queries", small, (self.slots, inside))
         self.told_norm, self.code_norm, self.image_norm = (
             RMSNorm(eps) for eps in (self.encoder.eps, self.decoder.eps, self.decoder.eps)
         )
         self.quant = dense(self.bits, jnp.float32)
-        self.embedding = self.param("embedding", init, (self.bits, inside))
-        self.from_code, self.mask = dense(outside), self.param("mask", init, (1, outside))
+        self.embedding = self.param("embedding", small, (self.bits, inside))
+        self.from_code, self.mask = dense(outside), self.param("mask", small, (1, outside))
         self.to_pixels = dense(self.channels * self.cell**2, jnp.float32)
 
     @typed
