@@ -1,7 +1,7 @@
 """Layton: a few codes of a small image, and a latent diffusion that makes a large one of them, in one step or two."""
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -50,7 +50,6 @@ class ConsistencyDecoder(Quantised):
     jump: Annotated[int, Within(1, TIMES - 1)] = 20
     sharp: Annotated[float, Within(1e-9, 1e3)] = 1e-3
     sigma: Annotated[float, Within(1e-6, 1e6)] = 0.5
-    dtype: Any = jnp.float32
 
     generative = True
     adjustable = ("steps",)
