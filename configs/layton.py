@@ -52,6 +52,7 @@ from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.train.optim import AdamW, Optim
 
 TEACHER = (("teacher", "denoiser"),)  # what the second training begins as what
+FRESH = ("^teacher/",)  # which the first has not
 DENOISER = ("^/denoiser/",)  # and what it moves
 
 
@@ -71,7 +72,7 @@ def mnist5k() -> Experiment:
     base, first = llamagen.mnist5k(), mnist5k_noise().tokenizer
     stage = dataclasses.replace(
         first, module=first.module.clone(consistent=True, steps=2), losses=base.tokenizer.losses, steps=250,
-        start="runs/mnist5k_noise_layton/tokenizer", alike=TEACHER,
+        start="runs/mnist5k_noise_layton/tokenizer", fresh=FRESH, alike=TEACHER,
         optim=dataclasses.replace(first.optim, lr=5e-4, trained=DENOISER), preview_every=125, save_every=125,
     )  # fmt: skip
     return dataclasses.replace(base, name="mnist5k_layton", tokenizer=stage)
@@ -117,7 +118,7 @@ def consistency() -> Experiment:
     base = noise()
     stage = dataclasses.replace(
         base.tokenizer, module=module(consistent=True, steps=2), losses=Losses(lpips=1.0, adversarial=0.0),
-        parts=(), start="runs/layton_noise/tokenizer", alike=TEACHER, steps=50_000, batch=64,
+        parts=(), start="runs/layton_noise/tokenizer", fresh=FRESH, alike=TEACHER, steps=50_000, batch=64,
         optim=dataclasses.replace(base.tokenizer.optim, lr=1e-5, ema=0.95),
     )  # fmt: skip
     return dataclasses.replace(base, name="layton_consistency", tokenizer=stage)
