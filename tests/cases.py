@@ -13,7 +13,7 @@ from ar_jax.generators.causal import Causal
 from ar_jax.generators.detailflow import Grouped, Groups
 from ar_jax.generators.hita import ByLevel, Holistic, TwoTables
 from ar_jax.generators.hmar import Hmar
-from ar_jax.generators.inputs import Joined, NextScale, Previous, Upsampled
+from ar_jax.generators.inputs import Bits, Joined, NextScale, Previous, Upsampled
 from ar_jax.generators.rar import Aimed, Placed, StartLabel
 from ar_jax.heads.bitwise import Bitwise
 from ar_jax.heads.by_dimension import Dimensions
@@ -23,6 +23,7 @@ from ar_jax.nets.adaln import AdaLN
 from ar_jax.nets.conditioning import Caption, Label, Start
 from ar_jax.nets.modulated import Modulated
 from ar_jax.nets.post_norm import PostNorm
+from ar_jax.nets.reader import LayeredCaption, Reader
 from ar_jax.nets.transformer import Positioned, Transformer
 from ar_jax.orders import Order, raster, scales
 from ar_jax.tokenizers.bit_pyramid import BitPyramid
@@ -120,6 +121,12 @@ def _elm():
     return Case(generator.complete(TokenSpec(grid(3, 4), codes=(12, 12)), INFO))
 
 
+def _instella():
+    net, head = Reader(2, 16, 2, hidden=24, remat="dots"), Bitwise(single=True)
+    spec = TokenSpec(grid(1, 12), codes=(2, 2, 2, 2))
+    return Case(Causal(net, LayeredCaption(16, parts=2), head, Bits()).complete(spec, INFO))
+
+
 def _line():
     spec, net = TokenSpec(grid(1, 12), codes=(12,)), Transformer(2, 16, 2, hidden=24, line=True)
     return Case(Causal(net, Label(16)).complete(spec, INFO))
@@ -161,6 +168,7 @@ CASES = {
     "open_magvit2": _open_magvit2(),
     "fqgan_far": _far((12, 12, 12)),
     "elm": _elm(),
+    "instella": _instella(),
     "ibq": Case(Causal(Modulated(2, 16, 2, hidden=24, gate_size=0.5), Label(16)).complete(SPEC, INFO)),
     "flextok": _line(),
     "jpeg_lm": _jpeg_lm(),

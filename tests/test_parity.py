@@ -92,6 +92,7 @@ BUILT = {
     *("flextok", "dar_tokenizer", "dar_gpt", "detailflow_tokenizer", "detailflow_gpt"),
     *("gigatok_vq", "gigatok_gpt", "hita_vq", "hita_gpt"),
     *("dqvae", "dq_transformer"),
+    *("instella_bae", "instella_ar", "instella_diff"),
     *("titok_vq", "titok_vq_nonlegacy", "titok_vae", "titok_discriminator"),
     *("tatitok_vq", "tatitok_vae"),
 }

@@ -122,7 +122,76 @@ class Scaled(Plain):
         return self.norm(self.run(self.blocks, x.astype(self.dtype), None, (), (seen,))[0])
 
 
-class BinaryDiffusion(Generator):
+class TossedBits(Generator):
+    """All bits are drawn anew in every step (`Denoised`), from coin tosses to the likelier ones in the end.
+
+    Others say which times the steps go through (`visited`), what of the bits is wrong at a time (`logits`), and how likely a 1 is
+    at an earlier time (`earlier`).
+    """
+
+    def complete(self, spec: TokenSpec, info: Info) -> "TossedBits":
+        if not spec.codes or set(spec.codes) != {2}:
+            raise ValueError(
+                f"{type(self).__name__} needs tokens of bits, but the tokenizer gives codes {spec.codes[:8]}"
+            )
+        return super().complete(spec, info)
+
+    @nn.nowrap
+    def seen(self, state: State, ranks: Index, order: Order) -> Bool[Array, "1 n"]:
+        """All slots, whose bits are there from the first step on, and change."""
+        return jnp.ones((1, order.n), bool)
+
+    def begin(self, setting: Setting, images: int) -> State:
+        return State(self.spec.zeros(images))
+
+    def step(self, state: State, now: Step, setting: Setting) -> State:
+        """Draws all bits of the next time; in the first step, those of the last time before that."""
+        i, steps = jnp.asarray(now.i), len(setting.order.sizes)
+        first, second = self.tosses(now, state.tokens.shape)
+        noisy = jnp.where(i == 0, (first < 0.5).astype(jnp.int32), state.tokens)
+        p, before = self.chances(noisy, i, setting)
+        return State(jnp.where(i == steps - 1, p > 0.5, second < before).astype(jnp.int32))
+
+    def chances(
+        self, noisy: Int[Array, "b n k"], i: Index, setting: Setting
+    ) -> tuple[Float[Array, "b n k"], Float[Array, "b n k"]]:
+        """Probability of a 1 in the image, and at the time that step `i` goes to."""
+        times = self.visited(len(setting.order.sizes))
+        t, u = jnp.asarray(times)[i], jnp.asarray(np.append(times[1:], 0))[i]
+        temperature = jnp.asarray(setting.knobs.temperature)[i]
+        logits = self.logits(noisy, jnp.full(len(noisy), t), setting.cond)
+        cond, uncond = (logits, logits) if len(logits) == len(noisy) else (logits[::2], logits[1::2])
+        guided = cond + (jnp.asarray(setting.knobs.guidance)[i] - 1) * (cond - uncond)
+        wrong = jax.nn.sigmoid(guided / jnp.where(temperature > 0, temperature, 1))
+        p = jnp.where(noisy > 0, 1 - wrong, wrong)
+        return p, self.earlier(p, noisy, t, u)
+
+    @nn.nowrap
+    def visited(self, steps: int) -> np.ndarray:
+        """Times that so many steps go through, falling, [steps]; after the last comes 0."""
+        raise NotImplementedError
+
+    def logits(self, noisy: Int[Array, "b n k"], t: Array, cond: Cond) -> Float[Array, "B n k"]:
+        """That bits are wrong at a time of each image, float32, of B = b * ways guided rows."""
+        raise NotImplementedError
+
+    def earlier(
+        self, p: Float[Array, "b n k"], noisy: Int[Array, "b n k"], t: Array, u: Array
+    ) -> Float[Array, "b n k"]:
+        """Probability of a 1 at time u, given that of a 1 at time 0 and the bits at time t."""
+        raise NotImplementedError
+
+    def tosses(self, now: Step, shape: tuple[int, ...]) -> tuple[Float[Array, "b n k"], Float[Array, "b n k"]]:
+        """Uniform numbers for the bits before the first step, and for those of this step."""
+
+        def some(which):
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, which))(now.keys[:, 0])
+            return jax.vmap(lambda key: jax.random.uniform(key, shape[1:]))(keys)
+
+        return some(0), some(1)
+
+
+class BinaryDiffusion(TossedBits):
     """Which bits are wrong is predicted, for all tokens at once, of bits that are more and more often tossed anew.
 
     Time 0 is the image, time `times` is coin tosses. Sampling goes from there through as many times as the order has steps
@@ -151,11 +220,6 @@ class BinaryDiffusion(Generator):
     spec: TokenSpec | None = None
 
     no_decay = ("position",)
-
-    def complete(self, spec: TokenSpec, info: Info) -> "BinaryDiffusion":
-        if not spec.codes or set(spec.codes) != {2}:
-            raise ValueError(f"BinaryDiffusion needs tokens of bits, but the tokenizer gives codes {spec.codes[:8]}")
-        return super().complete(spec, info)
 
     def setup(self):
         width, bits = self.backbone.width, len(self.spec.codes)
@@ -249,31 +313,6 @@ class BinaryDiffusion(Generator):
         return jnp.where((t == 1)[:, None, None], p, drawn)
 
     @nn.nowrap
-    def seen(self, state: State, ranks: Index, order: Order) -> Bool[Array, "1 n"]:
-        """All slots, whose bits are there from the first step on, and change."""
-        return jnp.ones((1, order.n), bool)
-
-    def begin(self, setting: Setting, images: int) -> State:
-        return State(self.spec.zeros(images))
-
-    def step(self, state: State, now: Step, setting: Setting) -> State:
-        """Draws all bits of the next time; in the first step, those of the last time before that."""
-        i, steps = jnp.asarray(now.i), len(setting.order.sizes)
-        times, kept = self.visited(steps), kept_bits(self.times, self.rule)
-        first, second = self.tosses(now, state.tokens.shape)
-        noisy = jnp.where(i == 0, (first < 0.5).astype(jnp.int32), state.tokens)
-        t, u = jnp.asarray(times)[i], jnp.asarray([*times[1:], 0])[i]
-        temperature = jnp.asarray(setting.knobs.temperature)[i]
-        logits = self.logits(noisy, jnp.full(len(noisy), t), setting.cond)
-        cond, uncond = (logits, logits) if len(logits) == len(noisy) else (logits[::2], logits[1::2])
-        guided = cond + (jnp.asarray(setting.knobs.guidance)[i] - 1) * (cond - uncond)
-        wrong = jax.nn.sigmoid(guided / jnp.where(temperature > 0, temperature, 1))
-        p = jnp.where(noisy > 0, 1 - wrong, wrong)
-        factor = jnp.asarray(kept)[t] / jnp.maximum(jnp.asarray(kept)[u], 1e-12)
-        drawn = second < ratio(p, noisy, jnp.asarray(kept)[u], factor, 0.0)
-        return State(jnp.where(i == steps - 1, p > 0.5, drawn).astype(jnp.int32))
-
-    @nn.nowrap
     def visited(self, steps: int) -> np.ndarray:
         """Times that so many steps go through, falling, int [steps]."""
         if steps > self.times:
@@ -284,14 +323,11 @@ class BinaryDiffusion(Generator):
             return np.arange(self.times, self.times - steps, -1)
         return 1 + (np.linspace(0, 1, steps) * (self.times - 1)).astype(int)[::-1]
 
-    def tosses(self, now: Step, shape: tuple[int, ...]) -> tuple[Float[Array, "b n k"], Float[Array, "b n k"]]:
-        """Uniform numbers for the bits before the first step, and for those of this step."""
-
-        def some(which):
-            keys = jax.vmap(lambda key: jax.random.fold_in(key, which))(now.keys[:, 0])
-            return jax.vmap(lambda key: jax.random.uniform(key, shape[1:]))(keys)
-
-        return some(0), some(1)
+    def earlier(
+        self, p: Float[Array, "b n k"], noisy: Int[Array, "b n k"], t: Index, u: Index
+    ) -> Float[Array, "b n k"]:
+        kept = jnp.asarray(kept_bits(self.times, self.rule))
+        return ratio(p, noisy, kept[u], kept[t] / jnp.maximum(kept[u], 1e-12), 0.0)
 
 
 def ratio(p, noisy, before, step, eps):

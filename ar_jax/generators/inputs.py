@@ -137,6 +137,24 @@ class Joined(Previous):
         return self.projection(self.vectors(tokens, elsewhere))
 
 
+class Bits(Previous):
+    """As `Previous`, but the row carries a projection of the token's bits, which are zeros and ones. Attributes: see there.
+
+    Source: Instella-T2I (arXiv:2506.21022).
+    """
+
+    def complete(self, spec: TokenSpec) -> "Bits":
+        if not spec.codes or set(spec.codes) != {2}:
+            raise ValueError(f"Bits needs tokens of bits, but the tokenizer gives codes {spec.codes[:8]}; use Previous")
+        return super().complete(spec)
+
+    def setup(self):
+        self.projection = Linear(self.width, bias=True)
+
+    def embed(self, tokens: Tokens, elsewhere: Frozen | None = None) -> Float[Array, "b m d"]:
+        return self.projection(tokens.astype(jnp.float32))
+
+
 class NextScale(nn.Module):
     """Every row carries what coarser scales say of its slot, projected; those of the first scale carry the condition.
 

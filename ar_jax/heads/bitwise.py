@@ -25,20 +25,26 @@ class Bitwise(nn.Module):
       dtype: of the matrix product's inputs.
       bias: the readout has one.
       std: of the readout at the start.
-    Source: Infinity (arXiv:2412.04431).
+      single: one logit of every bit, that of a 1, where a 0 has the logit 0.
+    Source: Infinity (arXiv:2412.04431); with single logits Instella-T2I (arXiv:2506.21022).
     """
 
     codes: tuple[int, ...] = ()
     dtype: Any = jnp.float32
     bias: bool = True
     std: float = 0.02
+    single: bool = False
 
     def complete(self, spec: TokenSpec) -> "Bitwise":
-        return self.clone(codes=alike(spec, "Bitwise"))
+        codes = alike(spec, "Bitwise")
+        if self.single and codes[0] != 2:
+            raise ValueError(f"head.single is True, but the tokenizer gives codes {codes[:8]}; only bits have single logits")
+        return self.clone(codes=codes)
 
     def setup(self):
         begin = nn.initializers.normal(self.std) if self.std else nn.initializers.zeros
-        self.readout = Linear(sum(self.codes), self.dtype, jnp.float32, begin, bias=self.bias)
+        logits = len(self.codes) if self.single else sum(self.codes)
+        self.readout = Linear(logits, self.dtype, jnp.float32, begin, bias=self.bias)
 
     @property
     def rules(self) -> Rules:
@@ -48,7 +54,8 @@ class Bitwise(nn.Module):
     @typed
     def __call__(self, h: Float[Array, "B m d"]) -> Float[Array, "B m k v"]:
         """Logits, float32."""
-        return self.readout(h).reshape(*h.shape[:2], len(self.codes), -1)
+        logits = self.readout(h).reshape(*h.shape[:2], len(self.codes), -1)
+        return jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1) if self.single else logits
 
     @typed
     def loss(

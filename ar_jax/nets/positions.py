@@ -99,3 +99,30 @@ def sine_quarters(rows: int, columns: int, width: int) -> np.ndarray:
     row, column = (np.concatenate([np.sin(x), np.cos(x)], -1) for x in (row, column))
     both = np.broadcast_arrays(row[:, None], column[None])
     return np.concatenate(both, -1).reshape(rows * columns, width).astype(np.float32)
+
+
+@typed
+def rotary_axes(
+    places: Float[np.ndarray, "q a"] | Int[np.ndarray, "q a"], sizes: tuple[int, ...], base: float = 10000.0
+) -> Float[np.ndarray, "2 1 q e"]:
+    """As `rotary`, of any number of axes, each of which turns so many channels of a head.
+
+    Args:
+      places: of every row along every axis.
+      sizes: even numbers of channels; they sum to e.
+    Source: FLUX, as in Instella-T2I (arXiv:2506.21022).
+    """
+    angles = [
+        place[:, None] * float(base) ** (-np.arange(0, size, 2) / size) for place, size in zip(places.T, sizes)
+    ]
+    angle = np.concatenate(angles, axis=-1)
+    return np.repeat(np.stack([np.cos(angle), np.sin(angle)]), 2, axis=-1)[:, None].astype(np.float32)
+
+
+@typed
+def rotate_halves(x: Float[Array, "B h q e"], table: Float[Array, "2 #B q e"]) -> Float[Array, "B h q e"]:
+    """As `rotate`, of pairs of channels half a head apart, in float32; with a table for neighbours it is no rotation."""
+    cos, sin = table[0][:, None], table[1][:, None]
+    y = x.astype(jnp.float32)
+    first, second = jnp.split(y, 2, axis=-1)
+    return (y * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)

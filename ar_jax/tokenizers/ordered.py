@@ -79,7 +79,10 @@ class Ordered(Quantised):
 @typed
 def starts(key: PRNGKey | Key[Array, "b"] | None, images: int, shape: tuple[int, ...]) -> Float[Array, "b *shape"]:
     """Unit normal noise of images, which depends on nothing but their key, or their number where there is one for all."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(image_keys(key, images))
+
+
+def image_keys(key: PRNGKey | Key[Array, "b"] | None, images: int) -> Key[Array, "b"]:
+    """A key of each image: those that are given, or of one for all, with its number folded in."""
     key = jax.random.key(0) if key is None else key
-    if not key.shape:
-        key = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(images))
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(key)
+    return key if key.shape else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(images))
