@@ -99,3 +99,10 @@ def sine_quarters(rows: int, columns: int, width: int) -> np.ndarray:
     row, column = (np.concatenate([np.sin(x), np.cos(x)], -1) for x in (row, column))
     both = np.broadcast_arrays(row[:, None], column[None])
     return np.concatenate(both, -1).reshape(rows * columns, width).astype(np.float32)
+
+
+def waves(t: Float[Array, "b"], features: int) -> Float[Array, "b f"]:
+    """Sines, then cosines, at frequencies 1..1/10000."""
+    half = features // 2
+    angle = t[:, None] * np.exp(-np.log(10000.0) * np.arange(half) / max(half - 1, 1)).astype(np.float32)
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
