@@ -47,6 +47,7 @@ from ar_jax.convert import (
     titok,
     tokenbridge,
     var,
+    vq_diffusion,
     vqgan_lc,
     xar,
 )
@@ -59,6 +60,7 @@ SOURCES: dict[str, ModuleType] = {
     "titok": titok,
     "infinity": infinity,
     "binary_latent": binary_latent,
+    "vq_diffusion": vq_diffusion,
     "dqvae": dqvae,
     "var": var,
     "flexvar": flexvar,
