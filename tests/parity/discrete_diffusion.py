@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cut_gumbel import cut
 from parity.common import Asked, constant_knobs, fixed, guided_rows, loaded
 
 
@@ -13,14 +14,18 @@ from ar_jax.convert import vq_diffusion as source
 from ar_jax.convert.names import CONV, CONV1, LINEAR, PLAIN, Layout, to_params
 from ar_jax.convert.sources import param_shapes
 from ar_jax.data import Info
-from ar_jax.decode.logits import Filter
+from ar_jax.decode.logits import Filter, Inside
 from ar_jax.generators.base import Knobs, Setting, Step
 from ar_jax.generators.binary_diffusion import Denoised
 from ar_jax.generators.code_diffusion import CodeDiffusion, Plan, importance, remembered
-from ar_jax.generators.corruption import MaskAndReplace, Uniform, one_hot, spread
+from ar_jax.generators.corruption import FLOOR, Hide, Jump, MaskAndReplace, Uniform, one_hot, rates, spread
+from ar_jax.generators.masked_diffusion import MaskedDiffusion, hitting_chances, hitting_times, picked
+from ar_jax.heads.categorical import Categorical
 from ar_jax.nets.code_transformer import CodeTransformer
 from ar_jax.nets.code_unet import CodeUNet
 from ar_jax.nets.conditioning import Classes, Cond, Features, Nothing
+from ar_jax.nets.vit import ViT
+from ar_jax.orders import Order, to_ranks, to_slots
 from ar_jax.tokens import TokenSpec, grid
 
 
@@ -317,4 +322,101 @@ def vq_ddm(folder):
     return outputs | {"sample": in_order(h, generator, params, {}, uniform, steps=start)}
 
 
-CASES = {"vq_diffusion_rules": rules, "vq_diffusion": text, "vq_diffusion_class": classes, "vq_ddm": vq_ddm}
+class Toy(MaskedDiffusion):
+    """Logits of a place are a sum over all places, by their codes or the mask."""
+
+    table: Any = None
+
+    def setup(self):
+        pass
+
+    def hidden(self, tokens, hidden, cond):
+        codes, slots = self.spec.codes[0], np.arange(self.spec.n)
+        shown = jnp.where(hidden, codes, tokens[..., 0])
+        rows = jnp.asarray(self.table)[:, slots, shown[0]]  # one image
+        return rows.sum(1)[None, :, :codes]
+
+
+class GivenHead(Categorical):
+    """Has logits, and draws with noise that is given for every step and place."""
+
+    noise: Any = None
+
+    def setup(self):
+        pass
+
+    def __call__(self, h):
+        return h
+
+    def draw(self, logits, keys, knobs, i):
+        return (logits + jnp.asarray(self.noise)[i]).argmax(-1)[..., None]
+
+
+def race(uniform):
+    """Noise whose sum with logarithms of p is largest where p / (1e-10 - log(u + 1e-10)) is."""
+    return -np.log(1e-10 - np.log(np.asarray(uniform, np.float64) + 1e-10))
+
+
+def hit(folder, shown):
+    """Tokens, times and places of first hitting around known tokens (-1 where there are none)."""
+    h, io = folder.h, folder.io
+    codes, known = h["num_codes"], np.flatnonzero(shown >= 0)
+    n, left = len(shown), len(shown) - len(known)
+    noise = race(io["u_code"])[..., :codes].astype(np.float32)
+    toy = Toy(ViT(1, 8, 1), Nothing(), GivenHead(codes, noise=noise), spec=TokenSpec(grid(1, n), (codes,)), table=io["table"])
+    places = picked(jnp.asarray(io["u_position"])[None, :left], jnp.asarray(shown < 0)[None])
+    order = Order(np.concatenate([known[None], places], axis=1).astype(np.int32), (1,) * n)
+    setting, keys = Setting(Cond(jnp.zeros((1, 0, 1))), order, constant_knobs(np.ones(n))), jax.random.split(jax.random.key(0), (1, 1))
+    state = toy.apply({}, setting, 1, method="begin")
+    state = state.replace(tokens=to_ranks(jnp.asarray(np.maximum(shown, 0), jnp.int32)[None, :, None], order))
+    step = jax.jit(lambda state, i: toy.apply({}, state, Step(i, len(known) + i, keys), setting, method="step"))
+    for i in range(left):
+        state = step(state, i)
+    times = hitting_times(hitting_chances(jnp.asarray(io["u_time"])[None, :left], left))
+    return to_slots(state.tokens, order)[0, :, 0], times[0], places[0]
+
+
+def fhs(folder):
+    h, io = folder.h, folder.io
+    codes, mask, n = h["num_codes"], h["mask_id"], h["seq_len"]
+    assert mask == codes
+    partial, names = np.asarray(io["x_partial"]), ("ids", "times", "positions")
+    outputs = dict(zip((f"fhs_{name}" for name in names), hit(folder, np.full(n, -1))))
+    outputs |= dict(zip((f"fhs_{name}_partial" for name in names), hit(folder, np.where(partial == mask, -1, partial))))
+    process = Hide()
+
+    def log_odds(shown):
+        rows = np.asarray(io["table"])[:, np.arange(n), shown].sum(1)[:, :codes]
+        logits = jnp.asarray(rows, jnp.float32)
+        return jnp.pad(jax.nn.log_softmax(logits), ((0, 0), (0, 1)), constant_values=FLOOR)
+
+    def back(shown, late, early, uniform):
+        """One step of ancestral sampling."""
+        parts = late, 1 - (1 - late) / (1 - early), early
+        jump = Jump(*(rates(1 - part, part, codes) for part in parts))
+        states = jnp.asarray(shown, jnp.int32)[None]
+        log_p = np.asarray(process.posterior(log_odds(shown)[None], states, jump)[0])
+        return np.where(shown == mask, (log_p + race(uniform)).argmax(-1), shown)
+
+    outputs["ancestral_step"] = back(partial, h["ancestral_t"], h["ancestral_t"] - h["ancestral_dt"], io["u_ancestral"])
+    shown, steps = np.full(n, mask), h["ancestral_steps"]
+    for i in range(steps):
+        shown = back(shown, 1 - i / steps, 1 - (i + 1) / steps, io["u_ancestral_full"][i])
+    outputs["ancestral_ids"] = shown
+    kept = jax.nn.softmax(Inside(h["nucleus_p"])(log_odds(partial)))
+    outputs["nucleus_probs"] = np.where(partial[:, None] == mask, kept, np.eye(codes + 1)[partial])
+    chances = hitting_chances(jnp.asarray(io["u_time"])[None], n)[0]
+    outputs |= {"mask_chance": chances, "times_cosine": hitting_times(chances, "cos"), "times_square": hitting_times(chances, "square")}
+    p = np.asarray(io["probs"], np.float64)
+    for name, bits in (("torch32", 24), ("jax32", 23), ("f64", 53)):
+        outputs[f"gumbel_max_{name}"] = largest = -np.log(-np.log1p(-(2.0**-bits)))
+        for steps in (int(key) for key in folder.outputs(f"cond_{name}_")):
+            found = cut(np.append(p / steps, 1 - 1 / steps), largest)[:-1]
+            outputs[f"cond_{name}_{steps}"] = found / found.sum()
+    outputs["trunc_small_max"] = cut(p, h["truncation_small"])
+    return outputs
+
+
+CASES = {
+    "vq_diffusion_rules": rules, "vq_diffusion": text, "vq_diffusion_class": classes, "vq_ddm": vq_ddm, "fhs_rules": fhs,
+}  # fmt: skip
