@@ -195,7 +195,7 @@ def one_hot(states: Int[Array, "b n"], count: int) -> Float[Array, "b n v"]:
 
 
 def spread(log_p: Float[Array, "b n v"], rates: Rates, hides: bool = True) -> Float[Array, "b n v"]:
-    """Log-probabilities after what happens at these rates."""
+    """Log-probabilities after what happens at these rates to tokens that are not hidden yet."""
     codes = jnp.logaddexp(log_p[..., : log_p.shape[-1] - hides] + rates.keep, rates.replace)
     if not hides:
         return codes
