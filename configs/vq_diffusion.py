@@ -16,7 +16,7 @@ Images of 256 pixels, trained for guidance as in the improved form:
     ithq             1359M        32x32 of 4,096; captions      weights
     imagenet         518M         16x16 of 974; classes         FID 4.83
 
-    python -m ar_jax.convert coco_learnable.pth --to checkpoints/vq_diffusion_coco
+    python -m ar_jax.convert coco_learnable.pth --entry ema --to checkpoints/vq_diffusion_coco
     python train.py configs/vq_diffusion.py:coco --tokenizer.path RUN --data.path IMAGES --data.text FEATURES.safetensors
 
 Steps that skip times go back over all of them at once; `--generator.stride published` does as the released code, which draws most

@@ -26,7 +26,6 @@ HEADS = 16  # of all released models; not in the file
 ROWS = 77  # of CLIP's captions
 PATCH = 16  # pixels a code of the models of classes, whose number of tokens is not in the file
 FIXED = set()  # all parameters are trained
-AVERAGED = ("generator",)  # keys of the average are those of the manifests
 BESIDE = ("content_codec.", "condition_emb.", "condition_codec.")  # the tokenizer, CLIP and its vocabulary
 EMPTY = "empty_text_embed"
 TABLE = "transformer.content_emb.emb.weight"

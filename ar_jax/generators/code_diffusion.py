@@ -11,7 +11,7 @@ from ar_jax.generators.base import Conditioning, Frozen, Generator, Setting, Sta
 from ar_jax.generators.corruption import FLOOR, MaskAndReplace, Process, one_hot, spread
 from ar_jax.heads.categorical import gumbel
 from ar_jax.machine import shares
-from ar_jax.nets.conditioning import Cond, fold, widen
+from ar_jax.nets.conditioning import fold, widen
 from ar_jax.orders import Order
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Batch, Bool, Float, Having, Index, Int, Metrics, Params, PRNGKey, Within, typed

@@ -202,7 +202,9 @@ def spread(log_p: Float[Array, "b n v"], rates: Rates, hides: bool = True) -> Fl
     return jnp.concatenate([codes, jnp.logaddexp(log_p[..., -1:] + rates.show, rates.hide)], axis=-1)
 
 
-def mixture(clean: Float[Array, "b n v"], noisy: Int[Array, "b n"], jump: Jump, hides: bool = True) -> Float[Array, "b n v"]:
+def mixture(
+    clean: Float[Array, "b n v"], noisy: Int[Array, "b n"], jump: Jump, hides: bool = True
+) -> Float[Array, "b n v"]:
     """Log-probabilities of an earlier time by Bayes' rule, mixed over the clean codes; `clean` need not sum to one."""
     states, known = clean.shape[-1], one_hot(noisy, clean.shape[-1])
     chance, step = spread(known, jump.late, hides), spread(known, jump.between, hides)  # symmetric between codes

@@ -10,7 +10,7 @@ from flax import struct
 
 from ar_jax.generators.base import Setting, Step
 from ar_jax.generators.maskgit import MaskGIT, State
-from ar_jax.orders import Order, to_ranks, to_slots
+from ar_jax.orders import Order, to_ranks
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Bool, Float, Index, Int, Key, Steps
 
@@ -68,7 +68,9 @@ def hitting_times(chance: Float[Array, "*b"], curve: str = "linear") -> Float[Ar
     """Times at which tokens are hidden with a chance: the inverse of `corruption.hidden_part`."""
     if curve == "cos":
         return jnp.arccos(1 - chance) / (np.pi / 2)
-    return {"linear": lambda c: c, "square": jnp.sqrt, "root": jnp.square, "log": lambda c: jnp.exp2(c) - 1}[curve](chance)
+    return {"linear": lambda c: c, "square": jnp.sqrt, "root": jnp.square, "log": lambda c: jnp.exp2(c) - 1}[curve](
+        chance
+    )
 
 
 @struct.dataclass

@@ -16,8 +16,8 @@ from ar_jax.generators.masked_diffusion import FirstHitting, hitting_chances, hi
 from ar_jax.nets.code_transformer import CodeTransformer
 from ar_jax.nets.code_unet import CodeUNet
 from ar_jax.nets.conditioning import Classes, Features, Nothing
-from ar_jax.train.recipes import generator_recipe
 from ar_jax.tokens import TokenSpec, grid, pyramid
+from ar_jax.train.recipes import generator_recipe
 
 CODES = 4
 PROCESSES = {
@@ -63,7 +63,9 @@ def test_posteriors_are_those_of_bayes_rule(process, jump):
             want = (np.append(clean, [])[:CODES] @ before) * between[:, noisy]
         else:
             want = sum(p * before[x] * between[:, noisy] / whole[x, noisy] for x, p in enumerate(clean))
-        found = process.posterior(jnp.asarray(log_p), jnp.full((1, 1), noisy), process.jump(CODES, late, early).take(()))
+        found = process.posterior(
+            jnp.asarray(log_p), jnp.full((1, 1), noisy), process.jump(CODES, late, early).take(())
+        )
         np.testing.assert_allclose(np.exp(found)[0, 0], want / want.sum(), atol=2e-6)
 
 
@@ -74,7 +76,10 @@ def test_steps_that_skip_times_end_with_the_same_distribution():
         p = np.eye(CODES + 1)[-1]
         for late, early in zip(plan.late, plan.early):
             log_p = jnp.log(jnp.append(clean, 1e-30))[None, None]
-            back = [process.posterior(log_p, jnp.full((1, 1), x), process.jump(CODES, late, early).take(())) for x in range(CODES + 1)]
+            back = [
+                process.posterior(log_p, jnp.full((1, 1), x), process.jump(CODES, late, early).take(()))
+                for x in range(CODES + 1)
+            ]
             p = p @ np.exp(np.concatenate(back)[:, 0])
         np.testing.assert_allclose(p, np.append(clean, 0), atol=1e-5)
 
@@ -165,7 +170,9 @@ def test_probabilities_go_on_as_they_have_changed():
 
 def test_what_does_not_fit_is_refused():
     complete = functools.partial(SMALL.complete, info=INFO)
-    with pytest.raises(ValueError, match=r"needs one grid of tokens of one code, but the tokenizer gives codes \(4, 4\) in"):
+    with pytest.raises(
+        ValueError, match=r"needs one grid of tokens of one code, but the tokenizer gives codes \(4, 4\) in"
+    ):
         complete(TokenSpec(grid(2, 2), codes=(4, 4)))
     with pytest.raises(ValueError, match=r"needs one grid .* in grids \(\(1, 1\), \(2, 2\)\)"):
         complete(TokenSpec(pyramid((1, 2)), codes=(4,)))
@@ -177,7 +184,9 @@ def test_what_does_not_fit_is_refused():
         CodeTransformer(1, 8, 2, places=(1, 2)).complete(SPEC)
     with pytest.raises(ValueError, match=r"backbone\.mult is \(2, 4\); it must begin with 1"):
         CodeUNet(8, (2, 4)).complete(SPEC)
-    with pytest.raises(ValueError, match=r"backbone\.mult has 2 levels, but the grid of 2x3 tokens cannot be halved 1 times"):
+    with pytest.raises(
+        ValueError, match=r"backbone\.mult has 2 levels, but the grid of 2x3 tokens cannot be halved 1 times"
+    ):
         CodeUNet(8, (1, 2)).complete(SPEC)
     with pytest.raises(ValueError, match=r"condition is Features but the data gives no caption features"):
         SMALL.clone(conditioning=Features()).complete(SPEC, INFO)

@@ -9,7 +9,6 @@ import numpy as np
 from cut_gumbel import cut
 from parity.common import Asked, constant_knobs, fixed, guided_rows, loaded
 
-
 from ar_jax.convert import vq_diffusion as source
 from ar_jax.convert.names import CONV, CONV1, LINEAR, PLAIN, Layout, to_params
 from ar_jax.convert.sources import param_shapes
@@ -105,7 +104,9 @@ def rules(folder):
     jump = process.jump(codes, every, every - 1).take(t)
     clean, noisy = one_hot(x0, codes + 1), one_hot(x_t, codes + 1)
     found = bound.predicted(logits)
-    jumps = process.jump(codes, *(np.clip(np.asarray(t), h["exact_stride"], times - 1) - back for back in (0, h["exact_stride"])))
+    jumps = process.jump(
+        codes, *(np.clip(np.asarray(t), h["exact_stride"], times - 1) - back for back in (0, h["exact_stride"]))
+    )
     exact = process.posterior(found, x_t, jumps.take(np.arange(len(t))))
 
     def knobs(weight, kept):
@@ -249,7 +250,11 @@ def unet_rules(net):
         conv, point, dense, back = (CONV, CONV1, LINEAR, lift) if leaf == "kernel" else (PLAIN,) * 4
         rules += [
             (rf"{where}(res\d)/part(\d)/conv/{leaf}", lambda m, key=key: f"{place(m)}.block{m[4]}.block.0.{key}", conv),
-            (rf"{where}(res\d)/part(\d)/norm/{leaf}", lambda m, key=key: f"{place(m)}.block{m[4]}.block.1.{key}", PLAIN),
+            (
+                rf"{where}(res\d)/part(\d)/norm/{leaf}",
+                lambda m, key=key: f"{place(m)}.block{m[4]}.block.1.{key}",
+                PLAIN,
+            ),
             (rf"{where}(res\d)/time/{leaf}", lambda m, key=key: f"{place(m)}.mlp.1.{key}", dense),
             (rf"{where}(res\d)/project/{leaf}", lambda m, key=key: f"{place(m)}.res_conv.{key}", point),
             (rf"{where}(attention)/(qkv|out)/{leaf}", lambda m, key=key: f"{place(m)}.fn.to_{m[4]}.{key}", point),
@@ -292,7 +297,11 @@ def vq_ddm(folder):
 
     x0, x_t, t = flat(io["x0"]), flat(io["x_t"]), jnp.asarray(io["t"], jnp.int32)
     assert len(t) == h["batch"]
-    cond, jump, clean = Cond(jnp.zeros((len(t), 0, 1))), process.jump(codes, every, every - 1).take(t), one_hot(x0, codes)
+    cond, jump, clean = (
+        Cond(jnp.zeros((len(t), 0, 1))),
+        process.jump(codes, every, every - 1).take(t),
+        one_hot(x0, codes),
+    )
     asked = Asked(params, rules, [name.removeprefix("loss_bits.grad.") for name in folder.want if ".grad." in name])
 
     @jax.jit
@@ -363,10 +372,15 @@ def hit(folder, shown):
     codes, known = h["num_codes"], np.flatnonzero(shown >= 0)
     n, left = len(shown), len(shown) - len(known)
     noise = race(io["u_code"])[..., :codes].astype(np.float32)
-    toy = Toy(ViT(1, 8, 1), Nothing(), GivenHead(codes, noise=noise), spec=TokenSpec(grid(1, n), (codes,)), table=io["table"])
+    toy = Toy(
+        ViT(1, 8, 1), Nothing(), GivenHead(codes, noise=noise), spec=TokenSpec(grid(1, n), (codes,)), table=io["table"]
+    )
     places = picked(jnp.asarray(io["u_position"])[None, :left], jnp.asarray(shown < 0)[None])
     order = Order(np.concatenate([known[None], places], axis=1).astype(np.int32), (1,) * n)
-    setting, keys = Setting(Cond(jnp.zeros((1, 0, 1))), order, constant_knobs(np.ones(n))), jax.random.split(jax.random.key(0), (1, 1))
+    setting, keys = (
+        Setting(Cond(jnp.zeros((1, 0, 1))), order, constant_knobs(np.ones(n))),
+        jax.random.split(jax.random.key(0), (1, 1)),
+    )
     state = toy.apply({}, setting, 1, method="begin")
     state = state.replace(tokens=to_ranks(jnp.asarray(np.maximum(shown, 0), jnp.int32)[None, :, None], order))
     step = jax.jit(lambda state, i: toy.apply({}, state, Step(i, len(known) + i, keys), setting, method="step"))
@@ -406,7 +420,11 @@ def fhs(folder):
     kept = jax.nn.softmax(Inside(h["nucleus_p"])(log_odds(partial)))
     outputs["nucleus_probs"] = np.where(partial[:, None] == mask, kept, np.eye(codes + 1)[partial])
     chances = hitting_chances(jnp.asarray(io["u_time"])[None], n)[0]
-    outputs |= {"mask_chance": chances, "times_cosine": hitting_times(chances, "cos"), "times_square": hitting_times(chances, "square")}
+    outputs |= {
+        "mask_chance": chances,
+        "times_cosine": hitting_times(chances, "cos"),
+        "times_square": hitting_times(chances, "square"),
+    }
     p = np.asarray(io["probs"], np.float64)
     for name, bits in (("torch32", 24), ("jax32", 23), ("f64", 53)):
         outputs[f"gumbel_max_{name}"] = largest = -np.log(-np.log1p(-(2.0**-bits)))
