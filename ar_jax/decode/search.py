@@ -17,6 +17,7 @@ from jax import lax
 from ar_jax.decode.judges import ByClass
 from ar_jax.decode.sequential import Account, Claim, Sequential, Task, check_cache, looked_at
 from ar_jax.generators.base import Setting
+from ar_jax.heads.categorical import gumbel
 from ar_jax.nets.attention import Kept
 from ar_jax.orders import Order, to_slots
 from ar_jax.tokens import MOST
