@@ -61,6 +61,10 @@ FAMILIES = {
     ),
     "dar": (("D-AR-tokenizer_v1",), ("D-AR-L", "D-AR-XL")),
     "dqvae": (("dqvae_dual_feature", "dqvae_dual_entropy"), ("dq_transformer_class_p6c18",)),
+    "halton": (
+        (),
+        tuple(f"halton_maskgit_{name}" for name in ("256_tiny", "256_small", "256_base", "384_small", "384_base", "384_large")),
+    ),
     "vq_diffusion": (
         (),
         tuple(f"vq_diffusion_{name}" for name in ("coco", "coco_learnable", "ithq", "imagenet", "imagenet_learnable")),

@@ -18,6 +18,7 @@ from ar_jax.decode.temperature import Constant, Fading
 from ar_jax.generators.binary_diffusion import Denoised
 from ar_jax.generators.code_diffusion import CodeDiffusion
 from ar_jax.generators.corruption import MaskAndReplace, Uniform
+from ar_jax.generators.halton_maskgit import HaltonMaskGIT, Registered
 from ar_jax.generators.masked import Masked
 from ar_jax.generators.masked_diffusion import FirstHitting, MaskedDiffusion
 from ar_jax.generators.maskgit import MaskGIT
@@ -53,6 +54,7 @@ METHODS |= {
     )
 }
 METHODS["mdm"] = MaskedDiffusion(GPT(1, 16, 2, rows=0), Label(16), Categorical(std=0.5), look_back=True), FirstHitting(4)
+METHODS["halton"] = HaltonMaskGIT(Registered(1, 16, 2, hidden=24), Label(16)), Halton(4, scans=2)
 BATCH = {"label": np.arange(IMAGES, dtype=np.int32) % 3}
 TOKENS = np.random.default_rng(0).integers(CODES, size=(IMAGES, SPEC.n, 1)).astype(np.int32)
 every = pytest.mark.parametrize("name", METHODS)
