@@ -19,7 +19,7 @@ from ar_jax.nets.linear import Linear
 from ar_jax.nets.mlp import xavier
 from ar_jax.nets.transformer import REMAT, RMSNorm, init
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Bool, Float, Int, Layers, Many, Share, typed
+from ar_jax.typing import Array, Bool, Float, Index, Int, Layers, Many, Share, typed
 
 
 class Block(nn.Module):
@@ -139,7 +139,14 @@ class Registered(nn.Module):
 
 
 class Ready(Categorical):
-    """Of rows that are logits already, also one of the hidden code, which training asks for of no one and sampling may draw."""
+    """Of rows that are logits already, also one of the hidden code, which training asks for of no one.
+
+    Attributes:
+      all: sampling may draw the hidden code, as published; then it is a known one, and the last code in the end.
+      others: see `Categorical`.
+    """
+
+    all: bool = False
 
     def complete(self, spec: TokenSpec) -> "Ready":
         return self.clone(codes=super().complete(spec).codes + 1)
@@ -150,6 +157,9 @@ class Ready(Categorical):
     def __call__(self, h: Float[Array, "B m v"]) -> Float[Array, "B m v"]:
         return h
 
+    def filtered(self, h: Float[Array, "B m v"], images: int, knobs, i: Index) -> Float[Array, "b m v"]:
+        return super().filtered(h if self.all else h.at[..., -1].set(-1e9), images, knobs, i)
+
     @property
     def rules(self) -> Rules:
         return ()
@@ -158,8 +168,7 @@ class Ready(Categorical):
 class HaltonMaskGIT(MaskGIT):
     """A `MaskGIT` that keeps to its order (`orders.Halton`), hides every slot by itself in training and counts all of them.
 
-    A hidden code may be drawn as such; what is still one in the end is taken for the last code, as published. Fields of `MaskGIT`
-    that speak of schedules and of noise have no effect.
+    Fields of `MaskGIT` that speak of schedules and of noise have no effect.
 
     Attributes:
       backbone: `Registered`.

@@ -46,7 +46,7 @@ class GivenMask(HaltonMaskGIT):
 def drawn(module, params, labels, uniform, weight, temperature, largest=0, shifts=None):
     """Tokens, and what is revealed in every step."""
     images, steps = len(labels), len(uniform)
-    head = GivenHead(module.head.codes, uniform=uniform, largest=largest)
+    head = GivenHead(module.head.codes, all=True, uniform=uniform, largest=largest)
     drawer, order = module.clone(head=head), Halton(steps, rolled=False)(module.spec)
     if shifts is not None:
         order = order.replace(slot=np.stack([np.roll(order.slot[0], shift) for shift in shifts]))
