@@ -253,9 +253,11 @@ class Halton:
     def __call__(
         self, spec: TokenSpec, keys: Key[Array, "b"] | None = None, images: int = 1, train_step: Index = 0
     ) -> Order:
-        if len(spec.scales) != 1 or spec.n != math.prod(spec.scales[0]):
-            raise ValueError(f"order Halton needs one full grid of tokens, but these lie in {spec.scales}")
-        slot, sizes = halton_slots(*spec.scales[0])[None], halton_sizes(spec.n, min(self.steps, spec.n))
+        if len(spec.scales) != 1:
+            raise ValueError(f"order Halton needs one grid of tokens, but these lie in {spec.scales}")
+        (height, width), (_, row, column) = spec.scales[0], spec.coords.T
+        rank = np.argsort(halton_slots(height, width))[row * width + column]  # of some slots too, as in-painting has them
+        slot, sizes = np.argsort(rank).astype(np.int32)[None], halton_sizes(spec.n, min(self.steps, spec.n))
         if self.rolled and keys is not None:
             shift = jax.vmap(lambda key: jax.random.randint(key, (), 0, spec.n))(keys)
             slot = jax.vmap(lambda shift: jnp.roll(jnp.asarray(slot[0]), shift))(shift)

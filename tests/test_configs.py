@@ -49,6 +49,7 @@ PUBLISHED = {  # variant -> manifest; the size of the image does not change the 
     "dqvae:features": "dqvae_dual_feature",
     "dqvae:entropy": "dqvae_dual_entropy",
     "dqvae:p6c18": "dq_transformer_class_p6c18",
+    "vq_diffusion:imagenet": "vq_diffusion_imagenet_learnable",
     "rar:vq": "maskgit-vqgan-imagenet-f16-256",
     **{f"rar:{size}": f"rar_{size}" for size in ("b", "l", "xl", "xxl")},
     **{f"ibq:vq_{codes}": f"ibq_{codes}" for codes in (16384, 262144)},

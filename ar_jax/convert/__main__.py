@@ -232,6 +232,7 @@ def to_file(folder: Path, path: Path, *, average: bool = True) -> None:
             )
         known = buffers if key in buffers else fills
         weights[key] = known[key] if key in known else np.zeros(found.buffers[key], np.float32)
+    weights |= {key: weights[same] for key, same in getattr(found.source, "TWICE", {}).items() if key in weights}
     print(f"writing {path}: {found.trained:,} parameters")
     write_safetensors(path, weights)
 

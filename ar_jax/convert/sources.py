@@ -11,6 +11,7 @@ A family is a module with these names, and a line in `SOURCES`:
     rules        network -> the rules that name its parameters (`names.Rule`)
     fills        (may be left out) network -> {key: array}, contents of its buffers that are not zero
     spelled      (may be left out) entries by key -> the same by the names that `rules` gives, if the family has other spellings
+    TWICE        (may be left out) {key: another key}, entries that files have under two names; the first is a buffer
     AVERAGED     (may be left out) kinds of which the authors evaluate the moving average
     BESIDE       (may be left out) what names of entries begin with that lie beside the network: losses, another network
     BEFORE       (may be left out) a word before all names of its generators, which files may leave out
@@ -36,6 +37,7 @@ from ar_jax.convert import (
     flowar,
     fqgan,
     gigatok,
+    halton,
     hita,
     ibq,
     infinity,
@@ -50,6 +52,7 @@ from ar_jax.convert import (
     titok,
     tokenbridge,
     var,
+    vq_diffusion,
     vqgan_lc,
     xar,
 )
@@ -64,6 +67,8 @@ SOURCES: dict[str, ModuleType] = {
     "infinity": infinity,
     "instella": instella,
     "binary_latent": binary_latent,
+    "vq_diffusion": vq_diffusion,
+    "halton": halton,
     "dqvae": dqvae,
     "var": var,
     "flexvar": flexvar,

@@ -93,3 +93,27 @@ class Filter:
                 raise ValueError(f"banned is all of the {logits.shape[-1]} codes; leave some to be drawn")
             logits = logits.at[..., np.array(self.banned)].set(-jnp.inf)
         return top_p(top_k(logits, self.top_k), self.top_p)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inside:
+    """Logits to logits: the most likely entries stay as long as they have at most `top_p` together, and always one. `Filter`
+    keeps one more, that which exceeds it.
+
+    Source: samplers of masked diffusion language models, as in block diffusion (arXiv:2503.09573).
+    """
+
+    top_p: Share = 1.0
+    """Draw from the most likely codes within this probability mass, in (0, 1]; 1 is off."""
+
+    def __post_init__(self):
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+
+    def __call__(self, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
+        if self.top_p == 1:
+            return logits
+        rank = jnp.argsort(jnp.argsort(-logits, axis=-1), axis=-1)
+        mass = jnp.cumsum(-jnp.sort(-jax.nn.softmax(logits), axis=-1), axis=-1)
+        inside = jnp.take_along_axis(mass <= self.top_p, rank, axis=-1)
+        return jnp.where(inside | (rank == 0), logits, -jnp.inf)

@@ -17,6 +17,7 @@ from jax import lax
 from ar_jax.decode.judges import ByClass
 from ar_jax.decode.sequential import Account, Claim, Sequential, Task, check_cache, looked_at
 from ar_jax.generators.base import Setting
+from ar_jax.heads.categorical import gumbel
 from ar_jax.nets.attention import Kept
 from ar_jax.orders import Order, to_slots
 from ar_jax.tokens import MOST
@@ -299,7 +300,7 @@ class _Run:
             return self.head.filtered(h, task.images, setting.knobs, i)
 
         logits = task.call(h, method=logits_of)[:, 0]
-        noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, i), logits.shape[1:]))(task.keys)
+        noise = jax.vmap(lambda key: gumbel(jax.random.fold_in(key, i), logits.shape[1:]))(task.keys)
         noisy = logits + jnp.where(jnp.asarray(setting.knobs.temperature)[i] > 0, noise, 0)
         most = min(q if search.spread else c, logits.shape[-1])
         score, token = lax.top_k(noisy.reshape(b, k, -1), most)

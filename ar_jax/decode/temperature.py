@@ -80,3 +80,25 @@ class KnownScales(Constant):
         if self.known:
             greedy |= ~np.isin(sides, self.known)
         return np.where(greedy, np.float32(0), value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharper(Constant):
+    """What logits are multiplied with, 1 / temperature, changes evenly from the first step to the last.
+
+    Source: Halton-MaskGIT (ICLR 2025), which calls that the temperature.
+    """
+
+    last: float = 1.0
+    """Divides the logits of the last step, as `value` those of the first."""
+    warm: int = 0
+    """So many first steps have twice their temperature."""
+
+    def __post_init__(self):
+        for name in ("value", "last"):
+            finite(f"temperature.{name}", getattr(self, name), least=1e-6)
+
+    def __call__(self, order: Order, spec: TokenSpec) -> np.ndarray:
+        factor = np.linspace(1 / self.value, 1 / self.last, len(order.sizes))
+        factor[: self.warm] /= 2
+        return (1 / factor).astype(np.float32)

@@ -190,6 +190,14 @@ class Generator(nn.Module):
         """What the condition's vector does to the network, once for all layers and steps."""
         return self.backbone.modulate(vector) if hasattr(self, "backbone") else None
 
+    @nn.nowrap
+    def memory(self) -> Params:
+        """What training remembers from one update to the next beside parameters, {} if nothing.
+
+        A generator that has some is given it as `loss(..., memory=...)`, and returns it anew as the metric "memory".
+        """
+        return {}
+
     def grow(self, state: State, ranks: int, setting: Setting) -> State:
         """Makes room for the first `ranks` ranks."""
         return state

@@ -16,6 +16,7 @@ from ar_jax.machine.sharding import BATCH, constrain
 from ar_jax.nets.attention import Rows, join_heads, split_heads
 from ar_jax.nets.conditioning import Cond, Label, widen
 from ar_jax.nets.linear import Linear, look_up
+from ar_jax.nets.positions import waves
 from ar_jax.nets.transformer import init
 from ar_jax.nets.vit import Plain
 from ar_jax.orders import Order, raster
@@ -25,10 +26,11 @@ from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Metrics, PRNGKe
 
 @dataclasses.dataclass(frozen=True)
 class Denoised:
-    """All tokens are drawn anew in every step (`BinaryDiffusion`); how many ranks a step counts as revealing means nothing.
+    """All tokens are drawn anew in every step (`BinaryDiffusion`, `CodeDiffusion`); how many ranks a step counts as revealing means
+    nothing, and may be none.
 
     Attributes:
-      steps: of decoding, at most one per slot.
+      steps: of decoding.
     """
 
     steps: Steps = 16
@@ -36,8 +38,6 @@ class Denoised:
     adjustable = ("steps",)
 
     def __call__(self, spec: TokenSpec, keys: Any = None, images: int = 1, train_step: Any = 0) -> Order:
-        if self.steps > spec.n:
-            raise ValueError(f"order.steps is {self.steps}, but there are {spec.n} slots; give as many, or fewer")
         sizes = tuple(len(part) for part in np.array_split(np.arange(spec.n), self.steps))
         return Order(raster(spec).slot, sizes, (spec.n,) * self.steps)
 
@@ -319,6 +319,8 @@ class BinaryDiffusion(TossedBits):
             raise ValueError(
                 f"order.steps is {steps}, but the generator knows {self.times} times; give as many, or fewer"
             )
+        if steps > self.spec.n:  # steps that count as revealing nothing would toss alike
+            raise ValueError(f"order.steps is {steps}, but there are {self.spec.n} slots; give as many, or fewer")
         if steps in (1, self.times):
             return np.arange(self.times, self.times - steps, -1)
         return 1 + (np.linspace(0, 1, steps) * (self.times - 1)).astype(int)[::-1]
@@ -338,13 +340,6 @@ def ratio(p, noisy, before, step, eps):
 
     a1, a0 = one(p, noisy), one(1 - p, 1 - noisy)
     return a1 / (a1 + a0 + eps)
-
-
-def waves(t: Float[Array, "b"], features: int) -> Float[Array, "b f"]:
-    """Sines, then cosines, at frequencies 1..1/10000."""
-    half = features // 2
-    angle = t[:, None] * np.exp(-np.log(10000.0) * np.arange(half) / max(half - 1, 1)).astype(np.float32)
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
 def place_table(spec: TokenSpec, width: int) -> Float[Array, "n d"]:

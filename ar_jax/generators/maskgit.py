@@ -119,8 +119,7 @@ class MaskGIT(Generator):
         hidden = self.drawn_mask(*uniforms)
         h = self.hidden(tokens, hidden, self.condition(batch, drop))
         loss = self.head.loss(h, tokens, key=head_key)
-        weight = jnp.where(hidden, 1.0, self.known_weight)
-        return loss, image_weight(batch, shape[0])[:, None] * weight, {"masked": hidden.mean()}
+        return loss, image_weight(batch, shape[0])[:, None] * self.weigh(hidden), {"masked": hidden.mean()}
 
     @nn.nowrap
     def drawn_mask(self, progress: Float[Array, "b 1"], scores: Float[Array, "b n"]) -> Bool[Array, "b n"]:
@@ -128,6 +127,10 @@ class MaskGIT(Generator):
         ratio, n = mask_ratio(self.most * progress, self.curve), scores.shape[1]
         count = jnp.ceil(ratio * n) if self.curve == "cos" else jnp.maximum(jnp.round(ratio * n), 1)
         return jnp.argsort(scores, axis=1) < count  # the inverse of a random permutation is as random
+
+    def weigh(self, hidden: Bool[Array, "b n"]) -> Float[Array, "b n"]:
+        """What slots weigh in the loss."""
+        return jnp.where(hidden, 1.0, self.known_weight)
 
     @typed
     def hidden(
@@ -166,19 +169,24 @@ class MaskGIT(Generator):
 
         Before the first step, ranks before `first` are those known beforehand.
         """
-        n, slots, order = self.spec.n, jnp.arange(self.spec.n), setting.order
-        rank = to_slots(jnp.broadcast_to(slots, order.slot.shape)[..., None], order)[..., 0]
-        before = rank < now.first
-        known, tokens = jnp.where(state.known.any(), state.known, before), to_slots(state.tokens, order)
-        keys = now.keys[:, 0]
-        each = jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(slots))(keys)
+        n, order = self.spec.n, setting.order
+        rank, known, tokens, each = self.sight(state, now, setting)
         drawn, sure = self.head.decide(self.hidden(tokens, ~known, setting.cond), each, setting.knobs, now.i)
         if self.kept == "ordered":
             sure = jnp.broadcast_to(-rank, sure.shape).astype(sure.dtype)
         else:
-            sure = sure + self.noise_of(now.i, setting) * self.gumbel(keys)
+            sure = sure + self.noise_of(now.i, setting) * self.gumbel(now.keys[:, 0])
         hidden = lowest(jnp.where(known, jnp.inf, sure), n - now.first - jnp.asarray(order.sizes)[now.i])
         return State(to_ranks(jnp.where(known[..., None], tokens, drawn), order), ~hidden)
+
+    @nn.nowrap
+    def sight(self, state: State, now: Step, setting: Setting) -> tuple[Array, Array, Array, Key[Array, "b n"]]:
+        """Before a step, in slot order: ranks [#b n], which slots are known, tokens, and a key for each."""
+        slots, order = jnp.arange(self.spec.n), setting.order
+        rank = to_slots(jnp.broadcast_to(slots, order.slot.shape)[..., None], order)[..., 0]
+        known = jnp.where(state.known.any(), state.known, rank < now.first)
+        each = jax.vmap(lambda key: jax.vmap(functools.partial(jax.random.fold_in, key))(slots))(now.keys[:, 0])
+        return rank, known, to_slots(state.tokens, order), each
 
     @nn.nowrap
     def noise_of(self, i: Index, setting: Setting) -> Float[Array, ""]:

@@ -141,8 +141,18 @@ class Categorical(nn.Module):
 @typed
 def draw(logits: Float[Array, "b m v"], keys: Key[Array, "b m"], temperature: Float[Array, ""]) -> Int[Array, "b m"]:
     """Draws one entry per row with its own key; temperature 0 takes the largest."""
-    drawn = jax.vmap(jax.vmap(jax.random.categorical))(keys, logits)
+    drawn = (logits + jax.vmap(jax.vmap(lambda key: gumbel(key, logits.shape[-1:])))(keys)).argmax(-1)
     return jnp.where(temperature > 0, drawn, logits.argmax(-1)).astype(jnp.int32)
+
+
+def gumbel(key: PRNGKey, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Noise whose sum with logits is largest at an entry with that entry's probability, float32.
+
+    JAX's usual noise is made of 23 random bits, and so ends at 15.9: an entry of a probability of 1e-6 beside a likely one is
+    drawn 6% too rarely, one of 1e-8 never. This ends at about 32.
+    Source: of such noise in masked diffusion, arXiv:2409.02908.
+    """
+    return jax.random.gumbel(key, shape, jnp.float32, mode="high")
 
 
 @typed

@@ -41,7 +41,7 @@ class Cond:
 
 def paired(cond: Cond, uncond: Cond) -> Cond:
     """Interleaves two conditions of b images into one of 2b rows."""
-    return jax.tree.map(lambda c, u: jnp.stack([c, u], axis=1).reshape(-1, *c.shape[1:]), cond, uncond)
+    return jax.tree.map(lambda c, u: jnp.stack([c, u], axis=1).reshape(2 * len(c), *c.shape[1:]), cond, uncond)
 
 
 def widen(x, ways: int):
@@ -91,6 +91,91 @@ class Label(nn.Module):
             table = jnp.concatenate([table, self.param("none", std, (1, self.width))])
         row = look_up(table, jnp.where(drop, self.classes, batch["label"]))
         return Cond(row[:, None], mod=row)
+
+
+class Classes(nn.Module):
+    """What every class weighs, for networks that keep tables of classes themselves (`CodeTransformer`): of an image of a class
+    that class alone.
+
+    Attributes:
+      none: there is one class more for "no class"; else an image without a class is of all classes alike.
+      classes: number of classes; 0 until the data is known (`complete`).
+    """
+
+    none: bool = True
+    classes: int = 0
+
+    def complete(self, info: Info) -> "Classes":
+        if not info.classes:
+            raise ValueError("generator.condition is Classes but the data has no labels; give labelled data")
+        return self.clone(classes=info.classes)
+
+    def example(self) -> Batch:
+        return {"label": jnp.zeros(1, jnp.int32)}
+
+    @typed
+    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
+        """`batch["label"]` as for `Label`."""
+        label = jnp.where(drop, self.classes, batch["label"])
+        weight = jax.nn.one_hot(label, self.classes + self.none)
+        if not self.none:
+            weight = jnp.where((label < self.classes)[:, None], weight, 1 / self.classes)
+        return Cond(jnp.zeros((len(drop), 0, 1)), mod=weight)
+
+
+class Nothing(nn.Module):
+    """No condition, and no row in its place."""
+
+    def complete(self, info: Info) -> "Nothing":
+        return self
+
+    def example(self) -> Batch:
+        return {}
+
+    @typed
+    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
+        return Cond(jnp.zeros((len(drop), 0, 1)))
+
+
+class Features(nn.Module):
+    """Caption features as they are, for networks that look at them (`CodeTransformer`).
+
+    Attributes:
+      learned: there are learned features for images without a caption, whose rows are all real; else these have zeros.
+      unit: rows of captions are divided by their lengths.
+      rows, features: of the captions; 0 until the data is known (`complete`).
+    Source: VQ-Diffusion (arXiv:2111.14822), "learned" of its improved form (arXiv:2205.16007).
+    """
+
+    learned: bool = True
+    unit: bool = True
+    rows: int = 0
+    features: int = 0
+
+    def complete(self, info: Info) -> "Features":
+        if not info.text_width:
+            raise ValueError(
+                "generator.condition is Features but the data gives no caption features; set data.text to 'minilm' or to "
+                "a file of precomputed features"
+            )
+        return self.clone(rows=info.text_rows, features=info.text_width)
+
+    def example(self) -> Batch:
+        shape = (1, self.rows)
+        return {"text": jnp.zeros((*shape, self.features), jnp.float32), "text_mask": jnp.ones(shape, bool)}
+
+    @nn.compact
+    @typed
+    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
+        """`batch["text"]` and `batch["text_mask"]` as for `Caption`."""
+        text = jnp.asarray(batch["text"], jnp.float32)
+        if self.unit:
+            text = text / jnp.maximum(jnp.linalg.norm(text, axis=-1, keepdims=True), 1e-12)
+        empty = jnp.zeros(text.shape[1:])
+        if self.learned:
+            empty = self.param("empty", nn.initializers.normal(self.features**-0.5), (self.rows, self.features))
+        valid = jnp.asarray(batch["text_mask"], bool) | drop[:, None]
+        return Cond(jnp.where(drop[:, None, None], empty, text), valid)
 
 
 class Start(nn.Module):

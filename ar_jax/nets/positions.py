@@ -126,3 +126,10 @@ def rotate_halves(x: Float[Array, "B h q e"], table: Float[Array, "2 #B q e"]) -
     y = x.astype(jnp.float32)
     first, second = jnp.split(y, 2, axis=-1)
     return (y * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
+
+
+def waves(t: Float[Array, "b"], features: int) -> Float[Array, "b f"]:
+    """Sines, then cosines, at frequencies 1..1/10000."""
+    half = features // 2
+    angle = t[:, None] * np.exp(-np.log(10000.0) * np.arange(half) / max(half - 1, 1)).astype(np.float32)
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)

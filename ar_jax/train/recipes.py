@@ -58,10 +58,11 @@ def generator_loss(
     """Mean loss of a generator over the tokens of a batch; with dropout if `train`.
 
     `frozen` are the tokenizer's parameters. A batch holds "image" (uint8), "moments" that tokens are drawn from, or ready
-    "tokens"; and the condition. A part of the images is `mistaken` (see `GeneratorStage`).
+    "tokens"; and the condition. A part of the images is `mistaken` (see `GeneratorStage`). The generator's memory, if it has one,
+    comes last (see `Generator.memory`).
     """
 
-    def loss_fn(params, frozen, batch, key, step):
+    def loss_fn(params, frozen, batch, key, step, memory=None):
         order_key, drop_key, loss_key, encode_key, dropout_key = jax.random.split(key, 5)
         call = functools.partial(tokenizer.apply, {"params": frozen})
         if "tokens" in batch:
@@ -80,7 +81,7 @@ def generator_loss(
             {"params": params}, tokens, batch,
             order_fn(generator.spec, shares.draw(jax.random.split, order_key, (images,)), images, step), method="loss", tokenizer=call,
             drop=shares.draw(jax.random.uniform, drop_key, (images,)) < drop_rate, key=loss_key,
-            rngs={"dropout": dropout_key} if train else {}, **more,
+            rngs={"dropout": dropout_key} if train else {}, **more, **({} if memory is None else {"memory": memory}),
         )  # fmt: skip
         mean = (loss * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
         return mean, {"loss": mean, "weight": weight.sum(), **metrics}
@@ -104,14 +105,15 @@ def with_mistakes(
 
 
 def gradients(loss_fn: LossFn, optim: Optim = Optim()) -> GradFn:
-    """The gradient of a plain loss of `params["model"]`, zero for what `optim` does not train."""
+    """The gradient of a plain loss of `params["model"]`, zero for what `optim` does not train; `extra` may have a memory."""
 
     def trained(params, *rest):
         return loss_fn(only_trained(optim, params), *rest)
 
     def grad_fn(params, extra, frozen, batch, key, step):
-        grads, metrics = jax.grad(trained, has_aux=True)(params["model"], frozen, batch, key, step)
-        return {"model": grads}, extra, metrics
+        memory = [extra["memory"]] if "memory" in extra else []
+        grads, metrics = jax.grad(trained, has_aux=True)(params["model"], frozen, batch, key, step, *memory)
+        return {"model": grads}, {name: metrics.pop(name) for name in extra}, metrics
 
     return grad_fn
 
@@ -130,6 +132,7 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
 
     # Methods from elsewhere may draw for rows without `shares.draw`: these sum gradients once a part, which is right for all
     parts = generator, generator.conditioning, train_order, tokenizer, *generator.parts().values()
+    memory = generator.memory()  # which shares of a batch would have to exchange
     by_rows = all(getattr(part, "func", part).__module__.startswith("ar_jax.") for part in parts)
 
     def rounded(params):
@@ -139,12 +142,18 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
         return {"model": jax.tree.map_with_path(one, params["model"], generator.multiplied(params["model"]))}
 
     def update_of(generator):
+<<<<<<< HEAD
         loss = generator_loss(generator, tokenizer, train_order, stage.drop, mistaken=stage.mistaken)
         grad_fn = gradients(loss, stage.optim)
         return make_update(grad_fn, tx, rounded=rounded if by_rows else None, **update_settings(stage.optim))
+=======
+        grad_fn = gradients(generator_loss(generator, tokenizer, train_order, stage.drop), stage.optim)
+        return make_update(grad_fn, tx, rounded=rounded if by_rows and not memory else None, **update_settings(stage.optim))
+>>>>>>> h-vqd
 
     def init(key):
-        return create({"model": generator.init_params(key)}, {}, tx, stage.optim.ema)
+        extra = {"memory": memory} if memory else {}
+        return create({"model": generator.init_params(key)}, extra, tx, stage.optim.ema)
 
     def preview(params, frozen, batch, key):
         count = len(next(iter(batch.values())))

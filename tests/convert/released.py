@@ -69,6 +69,14 @@ FAMILIES = {
     "dar": (("D-AR-tokenizer_v1",), ("D-AR-L", "D-AR-XL")),
     "dqvae": (("dqvae_dual_feature", "dqvae_dual_entropy"), ("dq_transformer_class_p6c18",)),
     "instella": (("instella_bae",), ("instella_ar", "instella_diffusion")),
+    "halton": (
+        (),
+        tuple(f"halton_maskgit_{name}" for name in ("256_tiny", "256_small", "256_base", "384_small", "384_base", "384_large")),
+    ),
+    "vq_diffusion": (
+        (),
+        tuple(f"vq_diffusion_{name}" for name in ("coco", "coco_learnable", "ithq", "imagenet", "imagenet_learnable")),
+    ),
     "rar": (("maskgit-vqgan-imagenet-f16-256",), ("rar_b", "rar_l", "rar_xl", "rar_xxl")),
     "maskgit": ((), ("generator_titok_l32", "generator_titok_b64", "generator_titok_s128")),
     "ibq": (("ibq_16384", "ibq_262144"), ("ibq_AR_B", "ibq_AR_L", "ibq_AR_XL", "ibq_AR_XXL")),

@@ -132,7 +132,7 @@ def test_images_are_drawn_and_learned_without_a_condition():
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"order\.steps is 7, but there are 6 slots"):
-        Denoised(7)(GENERATOR.spec)
+        GENERATOR.clone(times=9).visited(7)
     with pytest.raises(ValueError, match=r"order\.steps is 6, but the generator knows 5 times"):
         GENERATOR.visited(6)
     with pytest.raises(ValueError, match=r"BinaryDiffusion needs tokens of bits, but the tokenizer gives codes \(4,\)"):
