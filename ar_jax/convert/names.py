@@ -21,6 +21,7 @@ class Layout(NamedTuple):
       axis: of their entry, along which the parts lie.
       pieces: ours holds so many of their entries, numbered by the {} of the key, side by side along its last axis; 0, with
         a {}: each by itself along its first.
+      start: the number of the first of them.
     """
 
     to_torch: Callable
@@ -28,6 +29,7 @@ class Layout(NamedTuple):
     part: tuple[int, int | tuple[int, ...]] = (0, 1)
     axis: int = 0
     pieces: int = 0
+    start: int = 0
 
 
 PLAIN = Layout(lambda x: x, lambda x: x)
@@ -106,11 +108,12 @@ def to_params(
     for path, key, layout in _renamed(shapes, rules):
         want = flat[path].shape
         entries, one = _spread(want, key, layout)
-        asked |= {key.format(i) for i in range(entries)} if entries else {key}
+        keys = [key.format(layout.start + i) for i in range(entries)]
+        asked |= set(keys or [key])
         if entries:
-            parts = [layout.from_torch(_part(_get(weights, key.format(i), path), layout)) for i in range(entries)]
+            parts = [layout.from_torch(_part(_get(weights, each, path), layout)) for each in keys]
             finite = [_finite(part) for part in parts]
-            key = key.format(finite.index(False) if False in finite else 0)
+            key = keys[finite.index(False) if False in finite else 0]
             if all(part.shape == one for part in parts):
                 params[path] = np.concatenate(parts, axis=-1) if layout.pieces else np.stack(parts)
         else:
@@ -135,7 +138,7 @@ def to_weights(params: Params, rules: list[Rule]) -> dict[str, np.ndarray]:
         each = {key: value}
         if "{}" in key:
             split = np.split(value, layout.pieces, axis=-1) if layout.pieces else value
-            each = {key.format(i): one for i, one in enumerate(split)}
+            each = {key.format(i): one for i, one in enumerate(split, layout.start)}
         for name, one in each.items():
             if layout.part[1] != 1:
                 parts.setdefault(name, (layout.axis, {}))[1][layout.part[0]] = layout.to_torch(one)
@@ -157,7 +160,7 @@ def key_shapes(shapes: Params, rules: list[Rule]) -> dict[str, tuple[int, ...]]:
         shape, (n, axis) = jax.eval_shape(layout.to_torch, one).shape, (layout.part[1], layout.axis)
         if n != 1:
             shape = (*shape[:axis], sum(n) if isinstance(n, tuple) else shape[axis] * n, *shape[axis + 1 :])
-        keys |= {key.format(i): shape for i in range(entries)} if entries else {key: shape}
+        keys |= {key.format(layout.start + i): shape for i in range(entries)} if entries else {key: shape}
     return keys
 
 
