@@ -35,6 +35,7 @@ from ar_jax.convert import (
     flowar,
     fqgan,
     gigatok,
+    himar,
     hita,
     ibq,
     infinity,
@@ -79,6 +80,7 @@ SOURCES: dict[str, ModuleType] = {
     "xar": xar,
     "tokenbridge": tokenbridge,
     "mar": mar,
+    "himar": himar,
     "rar": rar,
     "maskgit": maskgit,
 }  # the special before the general

@@ -68,12 +68,12 @@ def generator_loss(generator: Any, tokenizer: Any, order_fn: Callable, drop_rate
             tokens = call(batch["moments"], key=encode_key, method="drawn")
         else:
             tokens = call(to_float(batch["image"]), key=encode_key, method="encode")
-        images = len(tokens)
+        images, number = len(tokens), {"step": step} if getattr(generator, "stepped", False) else {}
         loss, weight, metrics = generator.apply(
             {"params": params}, tokens, batch,
             order_fn(generator.spec, shares.draw(jax.random.split, order_key, (images,)), images, step), method="loss", tokenizer=call,
             drop=shares.draw(jax.random.uniform, drop_key, (images,)) < drop_rate, key=loss_key,
-            rngs={"dropout": dropout_key} if train else {},
+            rngs={"dropout": dropout_key} if train else {}, **number,
         )  # fmt: skip
         mean = (loss * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
         return mean, {"loss": mean, "weight": weight.sum(), **metrics}

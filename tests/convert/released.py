@@ -33,6 +33,7 @@ FAMILIES = {
         ),
     ),
     "mar": (("kl16",), ("MAR-B", "MAR-L", "MAR-H")),
+    "himar": ((), ("Hi-MAR-B", "Hi-MAR-L", "Hi-MAR-H")),
     "flowar": ((), ("FlowAR-S", "FlowAR-L", "FlowAR-H")),
     "xar": ((), ("xAR-B", "xAR-L", "xAR-H")),
     "binary_latent": (("bld_ae_c64", "ELM-bae-16", "ELM-bae-20", "ELM-bae-24"), ()),
