@@ -81,7 +81,7 @@ def network(model: str) -> HiMar:
 def class_conditional(model: str) -> Experiment:
     """ImageNet classes, on the latents of KL-16 at 128 and 256 pixels."""
     base, (*_, steps, weight, pivots) = mar.class_conditional(model), SIZES[model]
-    optim = dataclasses.replace(base.generator.optim, no_decay=("/(head|joint)/",))
+    optim = dataclasses.replace(base.generator.optim, no_decay=("head/",))
     tokenizer = ImagePyramid(KLVAE(shift=(0.0,), scale=(0.2325,)), scales=(8, 16))
     return dataclasses.replace(
         base,

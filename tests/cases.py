@@ -10,10 +10,11 @@ from trees import random_params
 
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
+from ar_jax.generators.flashar import Fused
 from ar_jax.generators.hita import ByLevel, Holistic, TwoTables
 from ar_jax.generators.hmar import Hmar
 from ar_jax.generators.inputs import Joined, NextScale, Previous, Upsampled
-from ar_jax.generators.nar import Branched, Neighbouring
+from ar_jax.generators.nar import Branched, ByAxis, Neighbouring
 from ar_jax.generators.rar import Aimed, Placed, StartLabel
 from ar_jax.heads.bitwise import Bitwise
 from ar_jax.heads.by_dimension import Dimensions
@@ -101,8 +102,8 @@ def _rar(order):
     return Case(Causal(net, StartLabel(16), Categorical(bias=True, std=0.02), Aimed()).complete(SPEC, INFO), order)
 
 
-def _nar(coords, conditioning, **net):
-    generator = Neighbouring(Branched(2, 16, 2, hidden=24, **net), conditioning)
+def _nar(coords, conditioning, head=ByAxis(), **net):
+    generator = Neighbouring(Branched(2, 16, 2, hidden=24, **net), conditioning, head)
     return Case(generator.complete(TokenSpec(coords, codes=(12,)), INFO), Diagonals(2))
 
 
@@ -159,6 +160,7 @@ CASES = {
     "causal_order_per_image": _causal(Caption(16), shuffled),
     "rar": _rar(shuffled),
     "nar": _nar(grid(3, 4), Caption(16)),
+    "flashar": _nar(grid(3, 3), Label(16), Fused(apart=0.4, column=0.5, collapse=0.1), ahead=1),
     "nar_frames": _nar(pyramid(((2, 3), (2, 3))), Label(16), ahead=1),
     "open_magvit2": _open_magvit2(),
     "fqgan_far": _far((12, 12, 12)),

@@ -82,7 +82,7 @@ BUILT = {
     *("llamagen_vq", "llamagen_gpt_c2i", "llamagen_gpt_t2i", "lpips", "patchgan", "training_schedules"),
     *("var_vqvae", "var", "var_shared_adaln", "flexvar_vq", "flexvar", "hmar"),
     *("kl16_vae", "mar", "disa_mar", "himar", "givt_ar", "givt_masked", "givt_vae", "flowar", "flowar_cross", "xar"),
-    *("rar", "maskgit_vqgan", "nar_c2i"),
+    *("rar", "maskgit_vqgan", "nar_c2i", "flashar"),
     *("maskgit_vit", "maskgit_uvit", "token_search", "halton_order"),
     *("openmagvit2_vq", "openmagvit2_ar", "ibq_vq", "ibq_ar"),
     *("infinity_bsq_vae", "tokenbridge", "binary_latent", "elm_bae", "elm_gpt"),

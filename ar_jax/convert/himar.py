@@ -46,14 +46,14 @@ def generator_rules(generator: HiMar) -> list[Rule]:
         ]
     for ours, theirs in (("input", "x"), ("condition", "c")):
         found += [
-            (f"joint/net/{ours}/kernel", f"{NET}{theirs}_embedder.proj.weight", CONV1),
-            (f"joint/net/{ours}/bias", f"{NET}{theirs}_embedder.proj.bias", PLAIN),
+            (f"joint_head/net/{ours}/kernel", f"{NET}{theirs}_embedder.proj.weight", CONV1),
+            (f"joint_head/net/{ours}/bias", f"{NET}{theirs}_embedder.proj.bias", PLAIN),
         ]
-    heads, ours, theirs = generator.joint.heads, "joint/net/blocks/", f"{NET}blocks.{{}}."
+    heads, ours, theirs = generator.joint_head.heads, "joint_head/net/blocks/", f"{NET}blocks.{{}}."
     return [
         *found,
         *mar.generator_rules(generator),
-        *mar.layers("joint/net/", NET, (
+        *mar.layers("joint_head/net/", NET, (
             ("time/fc1", "t_embedder.mlp.0"), ("time/fc2", "t_embedder.mlp.2"), ("output", "final_layer.linear"),
             ("modulation", "final_layer.adaLN_modulation.1"),
         )),
@@ -132,7 +132,7 @@ def fills(module: nn.Module) -> dict[str, np.ndarray]:
     if isinstance(module, ImagePyramid):
         return {}
     count = module.spec.n - module.pivots
-    places = np.asarray(module.joint.places(np.arange(count, dtype=np.int32)[None]))
+    places = np.asarray(module.joint_head.places(np.arange(count, dtype=np.int32)[None]))
     return {f"{NET}pos_embed": places, f"{NET}c_pos_embed": np.zeros_like(places)}
 
 

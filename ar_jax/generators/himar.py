@@ -171,13 +171,13 @@ class State:
 
 class HiMar(Generator):
     """Two tasks of one encoder and one decoder, as `Masked` has them: the pivots, each by the head; then the other tokens, all
-    together by `joint`, told by the hidden rows of the pivots in place of the pivots themselves.
+    together by `joint_head`, told by the hidden rows of the pivots in place of the pivots themselves.
 
     Attributes:
       encoder, decoder: the networks.
       conditioning: makes one row from a batch (`Label`), as wide as the encoder.
       head: of the pivots.
-      joint: of the other tokens; in every step it draws all of them, and those that the step reveals are kept.
+      joint_head: of the other tokens; in every step it draws all of them, and those that the step reveals are kept.
       buffer: rows before the tokens; each carries the condition.
       mask: part of the pivots that is hidden in training; of the other tokens cos(pi/2 r) are, r even in 0..1.
       told: part of the images that are told of the pivots in training; others get learned rows in their place.
@@ -189,7 +189,7 @@ class HiMar(Generator):
     decoder: TaskViT
     conditioning: Conditioning
     head: Diffusion
-    joint: JointDiffusion
+    joint_head: JointDiffusion
     buffer: Annotated[int, Within(0, 2**24)] = 64
     mask: MaskRatio = MaskRatio()
     told: Share = 0.5
@@ -269,7 +269,7 @@ class HiMar(Generator):
         rows = self.pivot_rows(jax.lax.stop_gradient(h), told[:, None] & of_pivots, order)
         other = self.condition(batch, jnp.roll(drop, 1))
         h = self.hidden_others(rows, target[:, p:], n - p - hidden, other, order)
-        second = self.joint.loss(h, target[:, p:], slot, jnp.arange(n - p) >= n - p - hidden, key=keys[4])
+        second = self.joint_head.loss(h, target[:, p:], slot, jnp.arange(n - p) >= n - p - hidden, key=keys[4])
 
         parts = SHARES[0] * of_pivots / of_pivots.sum(), jnp.full(n - p, SHARES[1] / (n - p))
         weight = image_weight(batch, images)[:, None] * jnp.concatenate(parts)
@@ -351,7 +351,7 @@ class HiMar(Generator):
         h = self.hidden_others(rows, tokens, known, cond, order)
         tokens = jnp.pad(tokens, ((0, 0), (0, h.shape[1] - tokens.shape[1]), (0, 0)))
         slot, ranks = jnp.asarray(order.slot)[:, p:] - p, jnp.arange(h.shape[1])
-        drawn = self.joint.sample(h, tokens, ranks < known, slot, self.keys(now, h.shape[1]), setting.knobs, now.i)
+        drawn = self.joint_head.sample(h, tokens, ranks < known, slot, self.keys(now, h.shape[1]), setting.knobs, now.i)
         return jnp.take(drawn, known + jnp.arange(now.size), axis=1, mode="clip"), state
 
     @nn.nowrap
@@ -362,7 +362,7 @@ class HiMar(Generator):
     @nn.nowrap
     def calls(self, order: Order) -> dict[str, np.ndarray]:
         early = np.cumsum(order.sizes) <= self.pivots
-        joint = ~early * len(self.joint.chain()[1])
+        joint = ~early * len(self.joint_head.chain()[1])
         return {
             "generator": np.ones(len(early), int),
             "head": early * self.head.calls(len(early)),

@@ -193,7 +193,11 @@ class ByAxis(Categorical):
     def __call__(self, h: Float[Array, "B m f"]) -> Float[Array, "B m v"]:
         """Logits, float32."""
         logits, there = self.by_axis(h)
-        return (logits * (there / there.sum(-1, keepdims=True))[..., None]).sum(-2)
+        return (logits * self.shares(logits, there)[..., None]).sum(-2)
+
+    def shares(self, logits: Float[Array, "B m a v"], there: Float[Array, "B m a"]) -> Float[Array, "B m a"]:
+        """What part each neighbour has in a token's logits."""
+        return there / there.sum(-1, keepdims=True)
 
     def by_axis(self, h: Float[Array, "B m f"]) -> tuple[Float[Array, "B m a v"], Float[Array, "B m a"]]:
         """Logits that each neighbour gives, and whether there is such a one, 1 or 0."""

@@ -28,10 +28,10 @@ def test_released_checkpoints_have_exactly_these_keys_and_are_the_networks_of_th
     for part in ("encoder", "decoder"):
         want, got = getattr(module, part), getattr(ours, part)
         assert got.clone(hidden=0) == want.clone(dtype=got.dtype, remat="none")
-    assert (ours.joint.width, ours.joint.depth, ours.joint.heads) == (
-        module.joint.width,
-        module.joint.depth,
-        module.joint.heads,
+    assert (ours.joint_head.width, ours.joint_head.depth, ours.joint_head.heads) == (
+        module.joint_head.width,
+        module.joint_head.depth,
+        module.joint_head.heads,
     )
     assert ours.buffer == module.buffer
     assert "8x8 pivots and 16x16 tokens of 16 numbers, 1000 classes" in words

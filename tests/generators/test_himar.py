@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases_continuous import CASES, INFO
+from flax.traverse_util import flatten_dict
 from trees import initial_params
 
 from ar_jax.generators.himar import ByResolution, Resolutions
 from ar_jax.heads.joint_diffusion import JointDiffusion
+from ar_jax.machine.sharding import MeshShape, make_mesh, shard
 from ar_jax.nets.resize import resize
 from ar_jax.tokenizers.image_pyramid import ImagePyramid
 from ar_jax.tokenizers.kl_vae import KLVAE
@@ -72,6 +74,18 @@ def test_what_is_not_known_is_not_seen_and_images_that_are_not_told_see_no_pivot
 def test_what_does_not_fit_is_refused(ask, message):
     with pytest.raises(ValueError, match=message):
         ask()
+
+
+def test_tensor_parallelism_divides_networks_and_heads():
+    case = CASES["himar"]
+    shardings = shard(case.params, make_mesh(MeshShape(1, 1, 2), jax.devices()[:2]), case.generator.rules)
+    divided = {
+        "/".join(path) for path, where in flatten_dict(shardings).items() if not where.is_fully_replicated
+    }  # fmt: skip
+    assert {
+        *(f"{net}/blocks/{part}/kernel" for net in ("encoder", "decoder", "joint_head/net") for part in ("qkv", "out", "fc1", "fc2")),
+        *(f"head/net/blocks/{part}/kernel" for part in ("fc1", "fc2")),
+    } <= divided
 
 
 def test_an_image_pyramid_encodes_smaller_images_and_draws_the_same_from_moments():

@@ -108,7 +108,7 @@ def trained(folder):
         z1, z2 = to_slots(h1, each[0]), to_slots(h2, each[1])
         square, bound = self.head.errors(z1, pivots, t1, noise1)
         raster = np.arange(masks[1].shape[1], dtype=np.int32)[None]
-        return z1, z2, square + bound, self.joint.errors(z2, others, raster, masks[1], t2, noise2)
+        return z1, z2, square + bound, self.joint_head.errors(z2, others, raster, masks[1], t2, noise2)
 
     asked = Asked(params, himar.rules(plain(generator)), folder.outputs("train.grad."))
 
@@ -138,7 +138,7 @@ def trained(folder):
 def plain(generator):
     """The same without the numbers of the noise."""
     fields = [field for field in HiMar.__dataclass_fields__ if field not in ("parent", "name")]
-    heads = {name: getattr(generator, name).clone(table=None) for name in ("head", "joint")}
+    heads = {name: getattr(generator, name).clone(table=None) for name in ("head", "joint_head")}
     return HiMar(**{field: getattr(generator, field) for field in fields} | heads)
 
 
@@ -215,12 +215,12 @@ def head(folder):
     """The global head's network, and its schedule."""
     io, (case,) = folder.io, folder.of("himar.global_schedule")
     generator, params = build(folder)
-    joint, shape = generator.joint.clone(steps=case.arguments["respacing"]), folder.shape("global_head.x")
+    joint, shape = generator.joint_head.clone(steps=case.arguments["respacing"]), folder.shape("global_head.x")
     slot = np.arange(math.prod(shape[2:]), dtype=np.int32)[None]
     x, h, t = flat(io["global_head.x"]), flat(io["global_head.z"]), jnp.asarray(io["global_head.t"], jnp.float32)
     net = lambda self: self.net(x, t, h, self.places(slot))  # noqa: E731
     return {
-        "global_head.eps": maps(joint.apply({"params": params["joint"]}, method=net), shape),
+        "global_head.eps": maps(joint.apply({"params": params["joint_head"]}, method=net), shape),
         "global_head.log_variance": joint.chain()[1][::-1],
         "global_head.timesteps": kept_steps(joint.steps),
     }
