@@ -160,7 +160,7 @@ CASES = {
     "causal_order_per_image": _causal(Caption(16), shuffled),
     "rar": _rar(shuffled),
     "nar": _nar(grid(3, 4), Caption(16)),
-    "flashar": _nar(grid(3, 3), Label(16), Fused(apart=0.4, column=0.5, collapse=0.1), ahead=1),
+    "flashar": _nar(grid(3, 3), Label(16), Fused(collapse=0.1), ahead=1),
     "nar_frames": _nar(pyramid(((2, 3), (2, 3))), Label(16), ahead=1),
     "open_magvit2": _open_magvit2(),
     "fqgan_far": _far((12, 12, 12)),

@@ -203,7 +203,7 @@ def partners(model: Params, part: str, other: str) -> dict[str, Any]:
       ValueError: there are no such parts, or they are not equal.
     """
     flat = flatten_dict(model, sep="/")
-    found = {name: flat.get(other + name.removeprefix(part)) for name in flat if name.startswith(f"{part}/")}
+    found = {name: flat.get(other + name.removeprefix(part)) for name in flat if f"{name}/".startswith(f"{part}/")}
 
     def fits(own, its):
         return own == its or (own[1:] == its[1:] and len(own) == len(its) > 0 and own[0] < its[0])
