@@ -195,7 +195,7 @@ def test_parts_begin_as_others_and_of_more_layers_as_the_last_ones():
     layers = {"net": {"blocks": jnp.arange(12.0).reshape(3, 4), "norm": jnp.ones(4)}, "a": {"blocks": jnp.zeros((2, 4))}}
     model = layers | {"b": {"scale": jnp.zeros(())}, "c": {"scale": jnp.ones(())}}
     tx = optax.sgd(1.0)
-    recipe = Recipe(lambda key: create(model, {}, tx, 0.0), None, None, None, {}, None)
+    recipe = Recipe(lambda key: create({"model": model}, {}, tx, 0.0), None, None, None, {}, None)
     shapes = jax.eval_shape(recipe.init, jax.random.key(0))
     layout = shard(shapes, make_mesh(MeshShape(1), jax.devices()[:1]))
 
