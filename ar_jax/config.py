@@ -46,7 +46,7 @@ class Stage:
     fresh: tuple[str, ...] = ()
     """With `start`: patterns searched in the paths of the parameters; those they match begin anew."""
     alike: tuple[tuple[str, str], ...] = ()
-    """With `start`: pairs of parts of the network, of which the first begins as the second."""
+    """With `start`: pairs of parts of the network, of which the first begins as the second, of more layers as the last ones."""
     parts: tuple[tuple[str, str], ...] = ()
     """Pairs of a part of the network and a run or converted folder of the same kind, as which it begins, whatever `start` has
     of it."""

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax import lax
 from ar_jax.machine import shares
 from ar_jax.machine.sharding import platform
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Bool, Float, Index, Int, Key, PRNGKey, Share, Tokens, typed
+from ar_jax.typing import Array, Bool, Float, Index, Int, Key, PRNGKey, Share, Tokens, Within, typed
 
 NEVER = np.int32(2**30)  # the step of padding: later than all others
 
@@ -34,7 +34,7 @@ class Order:
       sizes: ranks revealed by each step; they sum to n.
       rooms: ranks computed by each step, at least its size; those beyond it are thrown away and computed again in a later
         step. Neighbours of equal room share one loop, so that many different sizes need not make many programs. () is
-        `sizes`; only generators that feed no row to a cache can do it.
+        `sizes`; a generator that feeds the rows it draws to a cache cannot do it.
       drawn: int32 [n], steps that are drawn anew for every update of a training, in place of `sizes`, or None. Ranks of
         step `NEVER` are padding. Such an order may leave slots out.
     """
@@ -106,6 +106,26 @@ class Interleaved:
     ) -> Order:
         level, row, column = spec.coords.T
         return grouped(spec, level, row % self.stride, column % self.stride)
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagonals:
+    """Slots as near to the first one, counted along rows and columns (and levels, where these are frames), in one step.
+
+    Attributes:
+      scans: programs that the steps may be compiled to (see `Order.rooms`); more throw away less.
+    Source: NAR (arXiv:2503.10696).
+    """
+
+    scans: Annotated[int, Within(1, 1024)] = 4
+
+    adjustable = ("scans",)
+
+    def __call__(
+        self, spec: TokenSpec, keys: Key[Array, "b"] | None = None, images: int = 1, train_step: Index = 0
+    ) -> Order:
+        order = grouped(spec, spec.coords.sum(1))
+        return order.replace(rooms=rooms(order.sizes, self.scans))
 
 
 def grouped(spec: TokenSpec, *numbers: Int[np.ndarray, "n"]) -> Order:

@@ -11,9 +11,11 @@ from trees import random_params
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.detailflow import Grouped, Groups
+from ar_jax.generators.flashar import Fused
 from ar_jax.generators.hita import ByLevel, Holistic, TwoTables
 from ar_jax.generators.hmar import Hmar
 from ar_jax.generators.inputs import Bits, Joined, NextScale, Previous, Upsampled
+from ar_jax.generators.nar import Branched, ByAxis, Neighbouring
 from ar_jax.generators.rar import Aimed, Placed, StartLabel
 from ar_jax.heads.bitwise import Bitwise
 from ar_jax.heads.by_dimension import Dimensions
@@ -25,7 +27,7 @@ from ar_jax.nets.modulated import Modulated
 from ar_jax.nets.post_norm import PostNorm
 from ar_jax.nets.reader import LayeredCaption, Reader
 from ar_jax.nets.transformer import Positioned, Transformer
-from ar_jax.orders import Order, raster, scales
+from ar_jax.orders import Diagonals, Order, raster, scales
 from ar_jax.tokenizers.bit_pyramid import BitPyramid
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
@@ -102,6 +104,11 @@ def _rar(order):
     return Case(Causal(net, StartLabel(16), Categorical(bias=True, std=0.02), Aimed()).complete(SPEC, INFO), order)
 
 
+def _nar(coords, conditioning, head=ByAxis(), **net):
+    generator = Neighbouring(Branched(2, 16, 2, hidden=24, **net), conditioning, head)
+    return Case(generator.complete(TokenSpec(coords, codes=(12,)), INFO), Diagonals(2))
+
+
 def _open_magvit2():
     net = {"width": 16, "heads": 2, "hidden": 24}
     head = Factorised(Transformer(1, **net), summed=True)
@@ -165,6 +172,9 @@ CASES = {
     "causal_backwards": _causal(Label(16), backwards),
     "causal_order_per_image": _causal(Caption(16), shuffled),
     "rar": _rar(shuffled),
+    "nar": _nar(grid(3, 4), Caption(16)),
+    "flashar": _nar(grid(3, 3), Label(16), Fused(collapse=0.1), ahead=1),
+    "nar_frames": _nar(pyramid(((2, 3), (2, 3))), Label(16), ahead=1),
     "open_magvit2": _open_magvit2(),
     "fqgan_far": _far((12, 12, 12)),
     "elm": _elm(),

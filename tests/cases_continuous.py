@@ -11,17 +11,19 @@ from trees import random_params
 
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
+from ar_jax.generators.himar import HiMar, Resolutions, TaskViT
 from ar_jax.generators.lightgen import Aligned, Crossed, LightGen
 from ar_jax.generators.masked import Masked
 from ar_jax.generators.maskgit import MaskGIT
 from ar_jax.heads.diffusion import Diffusion
 from ar_jax.heads.flow import Flow
 from ar_jax.heads.gaussian_mixture import GaussianMixture
+from ar_jax.heads.joint_diffusion import JointDiffusion
 from ar_jax.nets.conditioning import Caption, Label
 from ar_jax.nets.transformer import Transformer
 from ar_jax.nets.vit import GPT, ViT
 from ar_jax.orders import Confident, Shuffled, raster
-from ar_jax.tokens import TokenSpec, grid
+from ar_jax.tokens import TokenSpec, grid, pyramid
 
 SPEC = TokenSpec(grid(3, 4), channels=3)
 INFO = Info(classes=3, captions=True, text_rows=4, text_width=6)
@@ -40,7 +42,8 @@ class Case:
 
     @functools.cached_property
     def tokens(self):
-        return np.random.default_rng(2).normal(size=(self.images, SPEC.n, SPEC.channels)).astype(np.float32)
+        spec = self.generator.spec
+        return np.random.default_rng(2).normal(size=(self.images, spec.n, spec.channels)).astype(np.float32)
 
     @functools.cached_property
     def batch(self):
@@ -52,7 +55,7 @@ class Case:
     def ordered(self, **fields):
         """Its order, an order per image where it is drawn."""
         order = dataclasses.replace(self.order, **fields) if fields else self.order
-        return order(SPEC, jax.random.split(jax.random.key(6), self.images), self.images, 0)
+        return order(self.generator.spec, jax.random.split(jax.random.key(6), self.images), self.images, 0)
 
 
 def masked(head, **net):
@@ -60,11 +63,18 @@ def masked(head, **net):
     return Case(Masked(encoder, decoder, Label(16, apart=True), head, buffer=2).complete(SPEC, INFO), Shuffled(5, 2))
 
 
+def himar():
+    head, joint = Diffusion(16, 1, multiplier=2, steps="3", latest=800), JointDiffusion(16, 1, 2, 2, "3", 800)
+    generator = HiMar(TaskViT(1, 16, 2, hidden=24), TaskViT(1, 24, 3), Label(16, apart=True), head, joint, buffer=2)
+    return Case(generator.complete(TokenSpec(pyramid((2, (3, 4))), channels=3), INFO), Resolutions(3, 3, scans=1))
+
+
 def causal(conditioning, head):
     return Case(Causal(Transformer(layers=2, width=16, heads=2, hidden=24), conditioning, head).complete(SPEC, INFO))
 
 
 CASES = {
+    "himar": himar(),
     "mar": masked(Diffusion(16, 2, multiplier=2, steps="6", anneal="linear", last_steps=3, latest=800), remat="dots"),
     "masked_flow": masked(Flow(16, 1, steps=5, solver="heun", remat="full"), remat="full"),
     "causal_flow": causal(Caption(16), Flow(16, 2, steps=4, anneal="linear", last_steps=2, solver="stochastic")),

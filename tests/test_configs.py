@@ -78,6 +78,8 @@ PUBLISHED = {  # variant -> manifest; the size of the image does not change the 
     **{f"titok:{name}_vae": f"titok_{name.replace('_', '')}_vae_c16" for name in ("ll_32", "bl_64", "bl_128")},
     **{"hita:v": "hita_tok", "hita:u": "hita_ultra"},
     **{f"hita:{size}": f"hita_gpt_{size.upper()}" for size in ("b", "l", "xl", "xxl", "2b")},
+    **{f"nar:{size}_256": f"nar_c2i_{size.upper()}_256" for size in ("b", "m", "l", "xl")},
+    **{f"nar:xl_t2i_{size}": f"nar_t2i_XL_{size}" for size in (256, 512)},
     **{f"mar:{size}_256": f"MAR-{size.upper()}" for size in "blh"},
     **{f"var:d{depth}": f"var_d{depth}" for depth in (16, 20, 24, 30, 36)},
     "flexvar:d16": "FlexVARd16-epo179",

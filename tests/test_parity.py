@@ -81,8 +81,8 @@ def test_an_entry_that_nobody_read_is_named():
 BUILT = {
     *("llamagen_vq", "llamagen_gpt_c2i", "llamagen_gpt_t2i", "lpips", "patchgan", "training_schedules"),
     *("var_vqvae", "var", "var_shared_adaln", "flexvar_vq", "flexvar", "hmar"),
-    *("kl16_vae", "mar", "disa_mar", "givt_ar", "givt_masked", "givt_vae", "flowar", "flowar_cross", "xar"),
-    *("rar", "maskgit_vqgan"),
+    *("kl16_vae", "mar", "disa_mar", "himar", "givt_ar", "givt_masked", "givt_vae", "flowar", "flowar_cross", "xar"),
+    *("rar", "maskgit_vqgan", "nar_c2i", "flashar", "lightgen"),
     *("vq_diffusion_rules", "vq_diffusion", "vq_diffusion_class", "vq_ddm", "fhs_rules", "halton_maskgit"),
     *("maskgit_vit", "maskgit_uvit", "token_search", "halton_order"),
     *("openmagvit2_vq", "openmagvit2_ar", "ibq_vq", "ibq_ar"),

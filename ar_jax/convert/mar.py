@@ -174,7 +174,8 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """ "tokenizer", "generator" or "" for files that are not MAR's, judged by a few keys; `build` may yet fail."""
     if any(key.startswith("encoder.down.") for key in shapes) and not any(k.startswith("quantize") for k in shapes):
         return "tokenizer"
-    return "generator" if {"diffusion_pos_embed_learned", "encoder_pos_embed_learned"} <= shapes.keys() else ""
+    known = {"diffusion_pos_embed_learned", "encoder_pos_embed_learned"} <= shapes.keys()
+    return "generator" if known and "cond_tokens" not in shapes else ""  # which are Hi-MAR's
 
 
 def build(

@@ -130,7 +130,7 @@ class Causal(Generator):
         x = constrain(jnp.concatenate([cond.rows[:, :-1].astype(x.dtype), x], axis=1), BATCH)
         coords = jnp.pad(coords, ((0, 0), (p - 1, 0), (0, 0)), constant_values=NOWHERE)
         x = self.drop(x, deterministic=not self.has_rng("dropout"))
-        h, _ = self.network(x, Rows(_steps(p, order), coords, valid=_valid(cond, p - 1 + order.n)), cond)
+        h, _ = self.network(x, Rows(self.row_steps(p, order), coords, valid=_valid(cond, p - 1 + order.n)), cond)
         return h[:, p - 1 :]
 
     def tables(self, tokenizer: Frozen | None) -> Frozen | None:
@@ -142,6 +142,11 @@ class Causal(Generator):
                 f"inputs.shared is True, but {type(self.head).__name__} has no tables to look codes up in; use Factorised"
             )
         return lambda *arguments, method: getattr(self.head, method)(*arguments)
+
+    def row_steps(self, p: int, order: Order) -> Array:
+        """Steps of p-1 condition rows and of the rows of all ranks."""
+        before, step = np.arange(1 - p, 0, dtype=np.int32), order.step
+        return (np if isinstance(step, np.ndarray) else jnp).concatenate([before, step])
 
     def network(self, x: Array, rows: Rows, cond: Cond, cache: Cache | None = None) -> tuple[Array, Cache | None]:
         """Rows through the network, see `Transformer`."""
@@ -192,7 +197,7 @@ class Causal(Generator):
         cond, order = setting.cond, setting.order
         p = cond.rows.shape[1]
         x, coords = self.inputs(state.tokens, cond, order, self.tables(setting.tokenizer), first, size)
-        steps = _steps(p, order)
+        steps = self.row_steps(p, order)
         step = some(steps, p - 1 + first, size, 0)
         if state.cache is None:
             return self.network(x, Rows(step, coords), cond)
@@ -219,12 +224,6 @@ def _written(tokens: Tokens, new: Tokens, first: Index) -> Tokens:
         return lax.dynamic_update_slice_in_dim(tokens, new, first, axis=1)
     # of one image XLA makes that a copy by the host's hand, a second launch for every token on a GPU
     return jnp.where(jnp.arange(tokens.shape[1])[:, None] == first, new, tokens)
-
-
-def _steps(p: int, order: Order) -> Array:
-    """Steps of p-1 condition rows and of the rows of all ranks."""
-    before, step = np.arange(1 - p, 0, dtype=np.int32), order.step
-    return (np if isinstance(step, np.ndarray) else jnp).concatenate([before, step])
 
 
 def _valid(cond: Cond, rows: int) -> Bool[Array, "B r"] | None:

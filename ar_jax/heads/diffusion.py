@@ -94,7 +94,7 @@ class Diffusion(nn.Module):
     def loss(self, h: Float[Array, "b m d"], target: Float[Array, "b m c"], *, key: PRNGKey) -> Float[Array, "b m"]:
         """Squared error of the noise plus the variational bound in bits, mean over `multiplier` noise levels."""
         t_key, noise_key = jax.random.split(key)
-        t = shares.draw(_times, t_key, (len(h), self.multiplier, h.shape[1]))
+        t = shares.draw(times, t_key, (len(h), self.multiplier, h.shape[1]))
         noise = shares.draw(jax.random.normal, noise_key, (*t.shape, target.shape[-1]))
         square, bound = self.errors(h, target, t, noise)
         return (square + bound).mean(1)
@@ -172,7 +172,7 @@ class Diffusion(nn.Module):
         return Chain(*(stacked(tables) for tables in zip(*(chain.tables() for chain in chains)))), which, lengths
 
 
-def _times(key, shape):
+def times(key, shape):
     return jax.random.randint(key, shape, 0, TRAINED)
 
 

@@ -139,15 +139,15 @@ class Backbone(nn.Module):
             done.append(pair)
         return x, cache and Cache(*(list(side) for side in zip(*done)))
 
-    def empty_cache(self, batch: int, kept: Kept = "own") -> Cache | None:
-        """A cache without rows; `Cache.grow` makes room."""
-        shape = (batch, self.heads, 0, self.width // self.heads)
+    def empty_cache(self, batch: int, kept: Kept = "own", layers: int = 0) -> Cache | None:
+        """A cache without rows, of so many layers, 0 is all; `Cache.grow` makes room."""
+        shape, layers = (batch, self.heads, 0, self.width // self.heads), layers or self.layers
 
         def rows(*layers):
             x = jnp.zeros((*layers, *shape), self.dtype)
             return Int8(x.astype(jnp.int8), x[..., :1]) if kept == "int8" else x
 
-        k, v = ([rows() for _ in range(self.layers)] if self.unroll else rows(self.layers) for _ in "kv")
+        k, v = ([rows() for _ in range(layers)] if self.unroll else rows(layers) for _ in "kv")
         return Cache(k, v)
 
     def by_layer(self) -> "Backbone":

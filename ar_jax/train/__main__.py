@@ -44,7 +44,7 @@ from ar_jax.train.checkpoint import is_there, load_matching, newest, save_params
 from ar_jax.train.guards import Stopped
 from ar_jax.train.history import note
 from ar_jax.train.log import Board
-from ar_jax.train.loop import fit
+from ar_jax.train.loop import fit, partners
 from ar_jax.train.measure import measured, remembered
 from ar_jax.train.recipes import Recipe, generator_recipe
 from ar_jax.train.tokenizer import tokenizer_recipe
@@ -266,8 +266,7 @@ def load_start(stage: Stage, kind: str, params: Params) -> Params:
             raise ValueError(f"{kind}.parts has {part!r}, which is no part of the network; it has {tuple(params)}")
         loaded = {**loaded, part: begun_as(other, kind, params[part], (), f"{kind}, {part}")}
     for part, other in stage.alike:
-        if not {part, other} <= loaded.keys() or shapes(loaded[part]) != shapes(loaded[other]):
-            raise ValueError(f"{kind}.alike has {(part, other)}, which are no two equal parts; it has {tuple(loaded)}")
+        partners(loaded, part, other)
     return loaded
 
 
@@ -282,10 +281,6 @@ def begun_as(start: str, kind: str, params: Params, fresh: tuple[str, ...], name
         if unused:
             print(f"{name}: of no use here: {', '.join(unused)}")
     return loaded
-
-
-def shapes(tree: Params) -> Params:
-    return jax.tree.map(lambda x: x.shape, tree)
 
 
 def shown_images(opened: Opened, data: Data, count: int, kind: str) -> tuple[Batch, str]:

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +170,7 @@ def initial(
       shapes, layout: of its state.
       key: for what is drawn.
       start: shapes of the model's parameters, with shardings -> the same tree with arrays where it has them.
-      alike: pairs of parts of the model, of which the first begins as the second.
+      alike: pairs of parts of the model, of which the first begins as the second (see `partners`), of more layers the last ones.
     """
     if start is None:
         return jax.jit(recipe.init, out_shardings=layout)(key)
@@ -182,11 +183,34 @@ def initial(
         state = recipe.init(key)
         model = unflatten_dict(flatten_dict(state.params["model"]) | given)
         for part, other in alike:
-            model = {**model, part: model[other]}
+            flat = flatten_dict(model, sep="/")
+            last = {name: x[x.shape[0] - flat[name].shape[0] :] if x.ndim else x
+                    for name, x in partners(model, part, other).items()}  # fmt: skip
+            model = unflatten_dict(flat | last, sep="/")
         average = None if state.ema is None else jax.tree.map(jnp.copy, model)
         return state.replace(params=state.params | {"model": model}, ema=average)
 
     return jax.jit(begin, out_shardings=layout, donate_argnums=1)(key, given)
+
+
+def partners(model: Params, part: str, other: str) -> dict[str, Any]:
+    """What the leaves of a part of the model, by path, begin as: those of another part, which may have more layers.
+
+    Args:
+      model: of arrays, or of their shapes.
+      part, other: paths, "head" or "head/readout".
+    Raises:
+      ValueError: there are no such parts, or they are not equal.
+    """
+    flat = flatten_dict(model, sep="/")
+    found = {name: flat.get(other + name.removeprefix(part)) for name in flat if f"{name}/".startswith(f"{part}/")}
+
+    def fits(own, its):
+        return own == its or (own[1:] == its[1:] and len(own) == len(its) > 0 and own[0] < its[0])
+
+    if not found or not all(x is not None and fits(flat[name].shape, x.shape) for name, x in found.items()):
+        raise ValueError(f"alike has {(part, other)}, which are no two equal parts; it has {tuple(model)}")
+    return found
 
 
 def _check_best(stage, name, figures):

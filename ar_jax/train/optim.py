@@ -145,9 +145,9 @@ class Optim:
     """Updates of linear warm-up."""
     warmup_start: float = 0.0
     """Where the warm-up begins, as a part of `lr`."""
-    schedule: Literal["constant", "cosine", "linear", "root", "inverse_sqrt"] = "constant"
+    schedule: Literal["constant", "cosine", "linear", "root", "inverse_sqrt", "fifths"] = "constant"
     """After the warm-up; root falls as 1 - the root of the part gone, inverse_sqrt with the root of the updates done, from the
-    end of the warm-up on."""
+    end of the warm-up on, fifths to a fifth of what it was after 1/2, 2/3 and 5/6 of the run."""
     hold: Share = 0.0
     """Part of the run after the warm-up in which the linear and the root schedule stay at `lr`."""
     end_lr: float = 0.0
@@ -178,9 +178,9 @@ class Optim:
 
 def schedule(optim: Optim, steps: int) -> optax.Schedule:
     """Learning rate of every update."""
-    if optim.schedule not in ("constant", "cosine", "linear", "root", "inverse_sqrt"):
+    if optim.schedule not in ("constant", "cosine", "linear", "root", "inverse_sqrt", "fifths"):
         raise ValueError(
-            f"optim.schedule is {optim.schedule!r}; it must be constant, cosine, linear, root or inverse_sqrt"
+            f"optim.schedule is {optim.schedule!r}; it must be constant, cosine, linear, root, inverse_sqrt or fifths"
         )
     rest = steps - optim.warmup - optim.last
     if optim.schedule != "constant" and rest < 1:
@@ -190,6 +190,8 @@ def schedule(optim: Optim, steps: int) -> optax.Schedule:
         after = lambda step: optim.lr * jnp.sqrt(begin / (begin + step))  # noqa: E731
     elif optim.schedule == "constant":
         after = optax.constant_schedule(optim.lr)
+    elif optim.schedule == "fifths":
+        after = lambda step: optim.lr * 0.2 ** sum(step >= rest * part for part in (1 / 2, 2 / 3, 5 / 6))  # noqa: E731
     elif optim.schedule == "cosine":
         after = optax.cosine_decay_schedule(optim.lr, rest, optim.end_lr / optim.lr if optim.lr else 0.0)
     else:

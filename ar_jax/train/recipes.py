@@ -71,7 +71,7 @@ def generator_loss(
             tokens = call(batch["moments"], key=encode_key, method="drawn")
         else:
             tokens = call(to_float(batch["image"]), key=encode_key, method="encode")
-        images, more = len(tokens), {}
+        images, more = len(tokens), {"step": step} if getattr(generator, "stepped", False) else {}
         if mistaken:
             choice, which = jax.random.split(jax.random.fold_in(encode_key, 1))
             pair = call(to_float(batch["image"]), key=which, method="corrected")
@@ -142,14 +142,9 @@ def generator_recipe(stage: GeneratorStage, generator: Any, tokenizer: Any, froz
         return {"model": jax.tree.map_with_path(one, params["model"], generator.multiplied(params["model"]))}
 
     def update_of(generator):
-<<<<<<< HEAD
         loss = generator_loss(generator, tokenizer, train_order, stage.drop, mistaken=stage.mistaken)
         grad_fn = gradients(loss, stage.optim)
-        return make_update(grad_fn, tx, rounded=rounded if by_rows else None, **update_settings(stage.optim))
-=======
-        grad_fn = gradients(generator_loss(generator, tokenizer, train_order, stage.drop), stage.optim)
         return make_update(grad_fn, tx, rounded=rounded if by_rows and not memory else None, **update_settings(stage.optim))
->>>>>>> h-vqd
 
     def init(key):
         extra = {"memory": memory} if memory else {}

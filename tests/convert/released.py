@@ -25,6 +25,7 @@ FAMILIES = {
     ),
     "var": (("vae_ch160v4096z32",), ()),
     "flexvar": (("FlexVAE",), ()),
+    "nar": ((), (*(f"nar_c2i_{size}_256" for size in ("B", "M", "L", "XL")), "nar_t2i_XL_256", "nar_t2i_XL_512")),
     "next_scale": (
         (),
         (
@@ -35,6 +36,7 @@ FAMILIES = {
     ),
     "lightgen": ((), ("lightgen_large",)),
     "mar": (("kl16",), ("MAR-B", "MAR-L", "MAR-H")),
+    "himar": ((), ("Hi-MAR-B", "Hi-MAR-L", "Hi-MAR-H")),
     "flowar": ((), ("FlowAR-S", "FlowAR-L", "FlowAR-H")),
     "xar": ((), ("xAR-B", "xAR-L", "xAR-H")),
     "binary_latent": (("bld_ae_c64", "ELM-bae-16", "ELM-bae-20", "ELM-bae-24"), ("bld_churches_c64",)),

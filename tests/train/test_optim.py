@@ -191,6 +191,25 @@ def test_fine_tuning_begins_in_the_memory_of_what_it_begins_with():
     np.testing.assert_array_equal(fresh.params["model"]["a"], draw(jax.random.key(0))["model"]["a"])
 
 
+def test_parts_begin_as_others_and_of_more_layers_as_the_last_ones():
+    layers = {"net": {"blocks": jnp.arange(12.0).reshape(3, 4), "norm": jnp.ones(4)}, "a": {"blocks": jnp.zeros((2, 4))}}
+    model = layers | {"b": {"scale": jnp.zeros(())}, "c": {"scale": jnp.ones(())}}
+    tx = optax.sgd(1.0)
+    recipe = Recipe(lambda key: create({"model": model}, {}, tx, 0.0), None, None, None, {}, None)
+    shapes = jax.eval_shape(recipe.init, jax.random.key(0))
+    layout = shard(shapes, make_mesh(MeshShape(1), jax.devices()[:1]))
+
+    def began(*alike):
+        return initial(recipe, shapes, layout, jax.random.key(0), lambda like: like, alike).params["model"]
+
+    found = began(("b", "c"), ("a", "net"))
+    assert found["b"]["scale"] == 1
+    np.testing.assert_array_equal(found["a"]["blocks"], np.arange(4, 12).reshape(2, 4))
+    for wrong in (("a", "c"), ("net", "a"), ("d", "a")):
+        with pytest.raises(ValueError, match=r"no two equal parts; it has \('net', 'a', 'b', 'c'\)"):
+            began(wrong)
+
+
 def test_betas_may_be_given_beside_the_rule():
     """As configs of before there were rules have them."""
     assert Optim(betas=(0.9, 0.96)) == Optim(rule=AdamW((0.9, 0.96)))
