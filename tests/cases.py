@@ -10,6 +10,7 @@ from trees import random_params
 
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
+from ar_jax.generators.fractal import Colours, Enclosed, Entered, FromAbove, Inside, PreviousPatch, Repeated
 from ar_jax.generators.hita import ByLevel, Holistic, TwoTables
 from ar_jax.generators.hmar import Hmar
 from ar_jax.generators.inputs import Joined, NextScale, Previous, Upsampled
@@ -119,6 +120,13 @@ def _elm():
     return Case(generator.complete(TokenSpec(grid(3, 4), codes=(12, 12)), INFO))
 
 
+def _fractal():
+    """Grey patches of 2x2 pixels, and a generator of the pixels inside."""
+    inner = Causal(Entered(1, 8, 2, hidden=16), FromAbove(8), Colours(Enclosed(1, 8, 2)), PreviousPatch())
+    generator = Causal(Entered(2, 16, 2, hidden=24), Repeated(Label(16, apart=True)), Inside(inner), PreviousPatch())
+    return Case(generator.complete(TokenSpec(grid(3, 4), codes=(256,) * 4), INFO))
+
+
 def _line():
     spec, net = TokenSpec(grid(1, 12), codes=(12,)), Transformer(2, 16, 2, hidden=24, line=True)
     return Case(Causal(net, Label(16)).complete(spec, INFO))
@@ -155,6 +163,7 @@ CASES = {
     "open_magvit2": _open_magvit2(),
     "fqgan_far": _far((12, 12, 12)),
     "elm": _elm(),
+    "fractal_ar": _fractal(),
     "ibq": Case(Causal(Modulated(2, 16, 2, hidden=24, gate_size=0.5), Label(16)).complete(SPEC, INFO)),
     "flextok": _line(),
     "jpeg_lm": _jpeg_lm(),

@@ -94,6 +94,7 @@ BUILT = {
     *("dqvae", "dq_transformer"),
     *("titok_vq", "titok_vq_nonlegacy", "titok_vae", "titok_discriminator"),
     *("tatitok_vq", "tatitok_vae"),
+    *("fractalar", "fractalmar"),
 }
 
 

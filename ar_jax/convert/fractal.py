@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 
 from ar_jax.convert import mar
-from ar_jax.convert.names import LINEAR, PLAIN, Layout, Rule, count, qkv_layout
+from ar_jax.convert.names import PLAIN, Layout, Rule, count, qkv_layout
 from ar_jax.data import Info
 from ar_jax.decode.guidance import Linear, Rising
 from ar_jax.decode.sampling import Sampling

@@ -34,6 +34,7 @@ from ar_jax.convert import (
     flexvar,
     flowar,
     fqgan,
+    fractal,
     gigatok,
     hita,
     ibq,
@@ -57,6 +58,7 @@ from ar_jax.tokenizers.dimensionwise import Dimensionwise
 from ar_jax.typing import Params
 
 SOURCES: dict[str, ModuleType] = {
+    "fractal": fractal,
     "titok": titok,
     "infinity": infinity,
     "binary_latent": binary_latent,

@@ -29,7 +29,7 @@ from ar_jax.nets.mlp import xavier
 from ar_jax.nets.queries import norm
 from ar_jax.nets.transformer import Cache, Transformer, init
 from ar_jax.nets.vit import ClipViT, Plain
-from ar_jax.orders import Order, raster, scan_steps, to_ranks, to_slots, whole
+from ar_jax.orders import Order, raster, scan_steps, to_slots, whole
 from ar_jax.tokenizers.pixels import VALUES, patch_of
 from ar_jax.tokens import TokenSpec, grid
 from ar_jax.typing import (
@@ -43,7 +43,6 @@ from ar_jax.typing import (
     Key,
     Many,
     Metrics,
-    Params,
     PRNGKey,
     Share,
     Tokens,
@@ -131,6 +130,12 @@ class FromAbove(nn.Module):
     @property
     def rows(self) -> int:
         return self.vectors + self.colour
+
+    def complete(self, info: Info) -> "FromAbove":
+        raise ValueError("FromAbove is the conditioning of a generator inside another (Inside); that of the first is Repeated")
+
+    def example(self) -> Batch:
+        return {"handed": jnp.zeros((1, self.vectors, self.width)), "colour": jnp.zeros((1, 3))}
 
     @nn.compact
     @typed
@@ -257,7 +262,7 @@ class Colours(Factorised):
       others: see `Factorised`.
     """
 
-    net: Enclosed = Enclosed(3, 128, 4)
+    net: Enclosed
     projected: bool = True
     red: float = 5.0
     threshold: Share = 1e-4
@@ -272,6 +277,11 @@ class Colours(Factorised):
     @property
     def dtype(self) -> Any:
         return self.net.dtype
+
+    @property
+    def rules(self) -> Rules:
+        """What tensor parallelism divides (see `sharding.shard`)."""
+        return self.net.rules
 
     def setup(self):
         self.readouts = [Tied(size, self.net.dtype, width=self.net.width) for size in self.codes]

@@ -34,6 +34,13 @@ FAMILIES = {
         ),
     ),
     "lightgen": ((), ("lightgen_large",)),
+    "fractal": (
+        (),
+        (
+            *("fractalar_in64", "fractalmar_in64"),
+            *("fractalmar_base_in256", "fractalmar_large_in256", "fractalmar_huge_in256"),
+        ),
+    ),
     "mar": (("kl16",), ("MAR-B", "MAR-L", "MAR-H")),
     "flowar": ((), ("FlowAR-S", "FlowAR-L", "FlowAR-H")),
     "xar": ((), ("xAR-B", "xAR-L", "xAR-H")),

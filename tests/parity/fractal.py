@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from parity.common import constant_knobs, fixed, guided_rows, loaded, numbered, begin, step_of
+from parity.common import begin, constant_knobs, fixed, guided_rows, loaded, numbered, step_of
 
 from ar_jax.convert import fractal
 from ar_jax.convert.names import to_weights
@@ -29,7 +29,7 @@ from ar_jax.generators.fractal import (
 )
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.vit import ClipViT
-from ar_jax.orders import Order, cosine_sizes, raster, to_slots
+from ar_jax.orders import Order, cosine_sizes, raster, rooms, scan_steps, to_slots
 from ar_jax.tokenizers.pixels import Pixels
 
 # Draws by address: a row's number in what its level draws, times WIDE, plus its rank, and so on down to the value of a pixel.
@@ -89,7 +89,7 @@ class GivenOrder:
     sizes: tuple[int, ...]
 
     def __call__(self, spec, keys, images, step):
-        return Order(jnp.asarray(self.slots)[jax.random.key_data(keys)[:, 0]], self.sizes)
+        return Order(jnp.asarray(self.slots)[jax.random.key_data(keys)[:, 0]], self.sizes, rooms(self.sizes, 1))
 
 
 def lengths(h):
@@ -244,7 +244,7 @@ def sampled(folder, generator, params):
     fill = [GivenOrder(slots, steps) for slots, steps in zip(orders, sizes)]
     generator, tokenizer = build(folder, wide, table, orders=fill)
     masked = kinds[0] == "mar"
-    order = Order(orders[0], sizes[0]) if masked else raster(generator.spec)
+    order = Order(orders[0][:images], sizes[0], rooms(sizes[0], 1)) if masked else raster(generator.spec)
     weight = (Linear if masked else Rising)(given["cfg"])(order, generator.spec)
     knobs = constant_knobs(weight, 1 / given["temperature"])
 
@@ -253,16 +253,12 @@ def sampled(folder, generator, params):
         cond = guided_rows(generator, params, {"label": jnp.asarray(io["labels"], jnp.int32)})
         setting = Setting(cond, order, knobs)
 
-        def one(state, i, first, size):
-            keys = numbered(images, first + np.arange(size))
+        def step(state, i, first, size):
+            keys = numbered(images, first + jnp.arange(size))
             return generator.apply({"params": params}, state, i, first, keys, setting, method=step_of)
 
-        state, first = generator.apply({"params": params}, setting, images, method=begin), 0
-        if set(sizes[0]) == {1}:
-            state = jax.lax.fori_loop(0, order.n, lambda i, state: one(state, i, i, 1), state)
-        else:
-            for i, size in enumerate(sizes[0]):
-                state, first = one(state, i, first, size), first + size
+        state = generator.apply({"params": params}, setting, images, method=begin)
+        state = scan_steps(order.sizes, step, state, rooms=order.rooms)
         return to_slots(state.tokens, order)
 
     image = tokenizer.apply({}, run(params), method="decode")
