@@ -94,9 +94,9 @@ def mnist5k(kind: str = "mar") -> Experiment:
         generator=GeneratorStage(
             module=causal(levels, sides) if kind == "ar" else masked(levels, sides, guided=False),
             order=raster if kind == "ar" else Shuffled(steps=16),
-            steps=400, batch=32, optim=Optim(lr=2e-3, weight_decay=0.02, clip=3.0, warmup=40, schedule="cosine", ema=0.98),
+            steps=250, batch=32, optim=Optim(lr=2e-3, weight_decay=0.02, clip=3.0, warmup=30, schedule="cosine", ema=0.97),
             sampling=Sampling((Rising if kind == "ar" else Linear)(2.0)),
-            log_every=50, preview_every=400, save_every=400,
+            log_every=25, preview_every=250, save_every=250,
         ),
     )  # fmt: skip
 

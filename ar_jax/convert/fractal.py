@@ -134,19 +134,22 @@ def build(kind: str, shapes: Shapes, *, size: int, heads: int, groups: int, scal
         layers = count(shapes, rf"{name.replace('.', '[.]')}blocks\.(\d+)\.")
         return Colours(Enclosed(layers, width, number, hidden=shapes[f"{name}blocks.0.mlp.fc1.weight"][0], dropout=0.1, attention_dropout=0.1))
 
-    guided = f"{NEXT}generator.pix_proj.weight" in shapes
-    # rows before the patches inside say how many vectors are handed on; a single level has those of its kind
-    if len(levels) > 1:
-        vectors = shapes[f"{levels[1]}pos_embed_learned"][1] - (sides[0] // sides[1]) ** 2 - guided
-    else:
-        vectors = 5 if "generator.mask_token" in shapes else 1
+    masked, guided = ([f"{level}{name}" in shapes for level in levels] for name in ("mask_token", "pix_proj.weight"))
+
+    def vectors(i):
+        """How many are read of those handed on: rows before the patches inside; above all, as many as inside."""
+        if not masked[i]:
+            return 1
+        if i:
+            return shapes[f"{levels[i]}pos_embed_learned"][1] - (sides[i - 1] // sides[i]) ** 2 - guided[i]
+        return next((vectors(j) for j in range(1, len(levels)) if masked[j]), 5)
+
     head = colours(prefix)
     for i, level in reversed(list(enumerate(levels))):
         width, number = sizes(f"{level}patch_emb.weight")
         layers = count(shapes, rf"{level.replace('.', '[.]')}blocks\.(\d+)\.")
-        given = FromAbove(width, vectors, guided) if i else Repeated(Label(width, apart=True), vectors)
-        masked = f"{level}mask_token" in shapes
-        if masked:
+        given = FromAbove(width, vectors(i), guided[i]) if i else Repeated(Label(width, apart=True), vectors(i))
+        if masked[i]:
             hidden = shapes[f"{level}blocks.0.mlp.fc1.weight"][0]
             net = ClipViT(layers, width, number, hidden=hidden, dropout=0.1, attention_dropout=0.1, eps=1e-6)
             module = Infilling(net, given, head)
@@ -154,9 +157,9 @@ def build(kind: str, shapes: Shapes, *, size: int, heads: int, groups: int, scal
             net = Entered(layers, width, number, hidden=shapes[f"{level}blocks.0.feed_forward.w1.weight"][0], dropout=0.1)
             module = Causal(net, given, head, PreviousPatch())
         if i:
-            guide = colours(f"{level}guiding_pixel_loss.") if guided else None
-            head = Inside(module, sides[i], Shuffled(STEPS[1]) if masked else raster, guide)
-    n = shapes["generator.pos_embed_learned"][1] - vectors
+            guide = colours(f"{level}guiding_pixel_loss.") if guided[i] else None
+            head = Inside(module, sides[i], Shuffled(STEPS[1]) if masked[i] else raster, guide)
+    n = shapes["generator.pos_embed_learned"][1] - vectors(0)
     across = round(n**0.5)
     if across**2 != n:
         raise ValueError(f"the file has places for {n} patches, which make no square")

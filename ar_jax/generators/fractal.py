@@ -367,12 +367,6 @@ class Inside(nn.Module):
         return patch_of(self.generator.spec.codes)[0]
 
     @property
-    def dtype(self) -> Any:
-        """Of all matrix products, None where they differ."""
-        parts = self.generator.backbone, self.generator.head, self.guide or self.generator.head
-        return parts[0].dtype if len({jnp.dtype(part.dtype) if part.dtype else None for part in parts}) == 1 else None
-
-    @property
     def rules(self) -> Rules:
         """What tensor parallelism divides (see `sharding.shard`)."""
         return self.generator.rules + (self.guide.rules if self.guide else ())

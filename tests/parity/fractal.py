@@ -1,6 +1,7 @@
 """FractalGen, of causal and of masked generators."""
 
 import dataclasses
+import types
 from typing import Any
 
 import jax
@@ -97,7 +98,7 @@ def lengths(h):
     return [(a // b) ** 2 for a, b in zip(h["img_size_list"], h["img_size_list"][1:])]
 
 
-def build(folder, wide=0, table=None, masks=(), noise=(), orders=()):
+def build(folder, wide=0, table=None, masks=(), noise=types.MappingProxyType({}), orders=()):
     """The generator with what is given in the places of draws, in levels from above; and its tokenizer."""
     h = folder.h
     sides, widths, layers, heads = (
@@ -113,19 +114,20 @@ def build(folder, wide=0, table=None, masks=(), noise=(), orders=()):
     conds, guides, colours = h["num_conds"], h["guiding_pixel"], [h[f"guide_{name}"] for name in ("depth", "width", "heads")]
     for level in reversed(range(len(kinds))):
         width, net = widths[level], (layers[level], widths[level], heads[level])
-        given = FromAbove(width, conds, guides) if level else Repeated(Label(width, apart=True), conds)
-        if kinds[level] == "ar":
+        masked = kinds[level] == "mar"
+        read = conds if masked else 1
+        given = FromAbove(width, read) if level else Repeated(Label(width, apart=True), read)
+        if not masked:
+            assert kinds[level] == "ar"
             rounded = -(-(8 * width // 3) // h["multiple_of"]) * h["multiple_of"]
             generator = Causal(Entered(*net, hidden=rounded), given, head, PreviousPatch())
         else:
-            assert kinds[level] == "mar"
             mask = masks[level] if masks else None
             generator = GivenInfilling(ClipViT(*net, eps=1e-6), given, head, mask_table=mask)
         if level:
-            guide = head_of(Enclosed(*colours)) if guides else None
-            order = orders[level] if orders and kinds[level] == "mar" else raster
-            given = noise[level - 1] if noise else None
-            head = GivenInside(generator, sides[level + 1], order, guide, noise=given, wide=wide)
+            guide = head_of(Enclosed(*colours)) if guides and masked else None
+            order = orders[level] if orders and masked else raster
+            head = GivenInside(generator, sides[level + 1], order, guide, noise=noise.get(level), wide=wide)
     tokenizer = Pixels((sides[0],) * 2, sides[1])
     return generator.complete(tokenizer.spec, Info(classes=h["class_num"])), tokenizer
 
@@ -150,12 +152,12 @@ def trained(folder, params, tokens):
     assert case.arguments["mode"] == "train, dropout 0"
     assert "stored for the mean colours only" in case.arguments["note"]
     # masks hold the rows of patches that are masked above; here all rows are
-    n, kinds, masks, noise, rows = lengths(h), h["generator_type_list"], [], [], np.ones(images, bool)
+    n, kinds, masks, noise, rows = lengths(h), h["generator_type_list"], [], {}, np.ones(images, bool)
     for level, count in enumerate(n):
-        if h["guiding_pixel"] and level:
+        if h["guiding_pixel"] and level and kinds[level] == "mar":
             full = np.zeros((len(rows), 3), np.float32)
             full[rows] = io[f"train.guiding_noise{level - 1}"]
-            noise.append(full)
+            noise[level] = full
         mask = np.zeros((len(rows), count), bool)
         mask[rows] = io[f"train.mask_level{level}"] > 0 if kinds[level] == "mar" else True
         masks.append(mask)
@@ -227,7 +229,7 @@ def sampled(folder, generator, params):
         """As the reference draws for these rows of a level, depth first."""
         if level == len(n):
             return colour(rows)
-        if level and h["guiding_pixel"]:
+        if level and h["guiding_pixel"] and kinds[level] == "mar":
             colour(rows * wide + n[level] + 1)
         slot = np.arange(n[level])[None].repeat(len(rows), 0)
         if kinds[level] == "mar":
