@@ -12,6 +12,7 @@ from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
 from ar_jax.generators.detailflow import Grouped, Groups
 from ar_jax.generators.flashar import Fused
+from ar_jax.generators.fractal import Colours, Enclosed, Entered, FromAbove, Inside, PreviousPatch, Repeated
 from ar_jax.generators.hita import ByLevel, Holistic, TwoTables
 from ar_jax.generators.hmar import Hmar
 from ar_jax.generators.inputs import Bits, Joined, NextScale, Previous, Upsampled
@@ -134,6 +135,13 @@ def _instella():
     return Case(Causal(net, LayeredCaption(16, parts=2), head, Bits()).complete(spec, INFO))
 
 
+def _fractal():
+    """Grey patches of 2x2 pixels, and a generator of the pixels inside."""
+    inner = Causal(Entered(1, 8, 2, hidden=16), FromAbove(8), Colours(Enclosed(1, 8, 2)), PreviousPatch())
+    generator = Causal(Entered(2, 16, 2, hidden=24), Repeated(Label(16, apart=True)), Inside(inner), PreviousPatch())
+    return Case(generator.complete(TokenSpec(grid(3, 4), codes=(256,) * 4), INFO))
+
+
 def _line():
     spec, net = TokenSpec(grid(1, 12), codes=(12,)), Transformer(2, 16, 2, hidden=24, line=True)
     return Case(Causal(net, Label(16)).complete(spec, INFO))
@@ -179,6 +187,7 @@ CASES = {
     "fqgan_far": _far((12, 12, 12)),
     "elm": _elm(),
     "instella": _instella(),
+    "fractal_ar": _fractal(),
     "ibq": Case(Causal(Modulated(2, 16, 2, hidden=24, gate_size=0.5), Label(16)).complete(SPEC, INFO)),
     "flextok": _line(),
     "jpeg_lm": _jpeg_lm(),

@@ -96,6 +96,7 @@ BUILT = {
     *("instella_bae", "instella_ar", "instella_diff"),
     *("titok_vq", "titok_vq_nonlegacy", "titok_vae", "titok_discriminator"),
     *("tatitok_vq", "tatitok_vae"),
+    *("fractalar", "fractalmar"),
 }
 
 

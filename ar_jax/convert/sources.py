@@ -37,6 +37,7 @@ from ar_jax.convert import (
     flexvar,
     flowar,
     fqgan,
+    fractal,
     gigatok,
     halton,
     himar,
@@ -66,6 +67,7 @@ from ar_jax.typing import Params
 
 SOURCES: dict[str, ModuleType] = {
     "detailflow": detailflow,
+    "fractal": fractal,
     "titok": titok,
     "infinity": infinity,
     "instella": instella,

@@ -111,6 +111,15 @@ class Causal(Generator):
             return loss, weight, {}
         return loss, weight, {"perplexity": jnp.exp((loss * weight).sum() / jnp.maximum(weight.sum(), 1e-9))}
 
+    def nats(
+        self, tokens: Tokens, batch: Batch, order: Order, *, drop: Bool[Array, "b"], key: PRNGKey | None = None,
+        tokenizer: Frozen | None = None,
+    ) -> Float[Array, "b"]:  # fmt: skip
+        """Minus the log-probability of every image's tokens, for heads that give that of a token; arguments as of `loss`."""
+        target = to_ranks(tokens, order)
+        h = self.hidden(target, self.condition(batch, drop), order, tokenizer)
+        return self.head.nats(h, target, key=key).sum(1)
+
     @nn.nowrap
     def weight(self, batch: Batch, order: Order, images: int) -> Float[Array, "b n"]:
         """Weight of every rank in training."""

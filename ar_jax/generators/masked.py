@@ -33,9 +33,9 @@ class MaskRatio:
     std: float = 0.25
     least: Share = 0.7
 
-    def draw(self, key: PRNGKey) -> Float[Array, ""]:
+    def draw(self, key: PRNGKey, shape: tuple[int, ...] = ()) -> Float[Array, "*s"]:
         low, high = (self.least - self.mean) / self.std, (1 - self.mean) / self.std
-        return self.mean + self.std * jax.random.truncated_normal(key, low, high)
+        return self.mean + self.std * jax.random.truncated_normal(key, low, high, shape)
 
 
 class Masked(Generator):

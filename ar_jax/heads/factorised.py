@@ -149,14 +149,18 @@ class Factorised(nn.Module):
         for j in range(k):
             rows = Rows(np.array([j]), _places(j, 1), j, np.arange(k))
             y, cache = self.net(x.reshape(len(x) * m, 1, -1), rows, mod=mod, cache=cache)
-            own = jax.vmap(jax.vmap(lambda key, j=j: jax.random.fold_in(key, j)))(keys)
             of_j = knobs.replace(guidance=_of(knobs.guidance, j), temperature=_of(knobs.temperature, j))
-            token, log = self.draw(j, y.reshape(x.shape), own, of_j, i)
+            token, log = self.draw(j, y.reshape(x.shape), self.own(keys, j), of_j, i)
             drawn.append(token)
             sure += log
             if j + 1 < k:
                 x = widen(self._vector(j, token[..., 0]), ways).astype(x.dtype)
         return jnp.concatenate(drawn, axis=-1)[..., np.argsort(self.ordered)], sure
+
+    @nn.nowrap
+    def own(self, keys: Key[Array, "b m"], j: int) -> Key[Array, "b m"]:
+        """Keys of the sub-code that comes j-th."""
+        return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, j)))(keys)
 
     def draw(
         self, j: int, y: Float[Array, "B m w"], keys: Key[Array, "b m"], knobs, i: Index

@@ -123,20 +123,6 @@ class Classes(nn.Module):
         return Cond(jnp.zeros((len(drop), 0, 1)), mod=weight)
 
 
-class Nothing(nn.Module):
-    """No condition, and no row in its place."""
-
-    def complete(self, info: Info) -> "Nothing":
-        return self
-
-    def example(self) -> Batch:
-        return {}
-
-    @typed
-    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
-        return Cond(jnp.zeros((len(drop), 0, 1)))
-
-
 class Features(nn.Module):
     """Caption features as they are, for networks that look at them (`CodeTransformer`).
 
@@ -204,10 +190,10 @@ class Nothing(nn.Module):
     """No condition, and no row for it either.
 
     Attributes:
-      width: of the network.
+      width: of the network, where rows of it stand beside others.
     """
 
-    width: int
+    width: int = 1
 
     def complete(self, info: Info) -> "Nothing":
         return self

@@ -35,6 +35,13 @@ FAMILIES = {
         ),
     ),
     "lightgen": ((), ("lightgen_large",)),
+    "fractal": (
+        (),
+        (
+            *("fractalar_in64", "fractalmar_in64"),
+            *("fractalmar_base_in256", "fractalmar_large_in256", "fractalmar_huge_in256"),
+        ),
+    ),
     "mar": (("kl16",), ("MAR-B", "MAR-L", "MAR-H")),
     "himar": ((), ("Hi-MAR-B", "Hi-MAR-L", "Hi-MAR-H")),
     "flowar": ((), ("FlowAR-S", "FlowAR-L", "FlowAR-H")),
