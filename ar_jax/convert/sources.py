@@ -42,6 +42,7 @@ from ar_jax.convert import (
     llamagen,
     mar,
     maskgit,
+    meissonic,
     next_scale,
     open_magvit2,
     rar,
@@ -81,6 +82,7 @@ SOURCES: dict[str, ModuleType] = {
     "mar": mar,
     "rar": rar,
     "maskgit": maskgit,
+    "meissonic": meissonic,
 }  # the special before the general
 
 Shapes = Mapping[str, tuple[int, ...]]

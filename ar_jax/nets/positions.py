@@ -41,6 +41,19 @@ def rotary_line(places: Int[Array, "#B q"], features: int, base: float = 10000.0
     return jnp.repeat(jnp.stack([jnp.cos(angle), jnp.sin(angle)]), 2, axis=-1)
 
 
+@typed
+def rotary_axes(
+    coords: Int[np.ndarray, "q a"], sizes: tuple[int, ...], base: float = 10000.0
+) -> Float[np.ndarray, "2 1 q e"]:
+    """As `rotary`, for fixed places of any number of axes: so many channels of a head, `sizes`, turn with each.
+
+    Source: FLUX's transformer, as in Meissonic (arXiv:2410.08261).
+    """
+    angles = [place[:, None] * base ** (-np.arange(0, size, 2) / size) for place, size in zip(coords.T, sizes)]
+    angle = np.repeat(np.concatenate(angles, axis=-1), 2, axis=-1)[None]
+    return np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
+
+
 def stretched(coords: Int[Array, "*b 3"], scales: tuple[tuple[int, int], ...], span: int) -> Array:
     """Coordinates whose rows and columns run from 0 to `span` on every level, whatever its size; span 0 keeps them."""
     if not span:

@@ -65,6 +65,7 @@ FAMILIES = {
     "dar": (("D-AR-tokenizer_v1",), ("D-AR-L", "D-AR-XL")),
     "dqvae": (("dqvae_dual_feature", "dqvae_dual_entropy"), ("dq_transformer_class_p6c18",)),
     "rar": (("maskgit-vqgan-imagenet-f16-256",), ("rar_b", "rar_l", "rar_xl", "rar_xxl")),
+    "meissonic": ((), ("meissonic_1024",)),
     "maskgit": ((), ("generator_titok_l32", "generator_titok_b64", "generator_titok_s128")),
     "ibq": (("ibq_16384", "ibq_262144"), ("ibq_AR_B", "ibq_AR_L", "ibq_AR_XL", "ibq_AR_XXL")),
     "open_magvit2": (
