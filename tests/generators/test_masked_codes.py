@@ -17,16 +17,20 @@ from ar_jax.decode.sequential import Sequential
 from ar_jax.decode.temperature import Constant, Fading
 from ar_jax.generators.masked import Masked
 from ar_jax.generators.maskgit import MaskGIT
+from ar_jax.generators.meissonic import Meissonic, Prompt
 from ar_jax.heads.categorical import Categorical
 from ar_jax.heads.factorised import Factorised
+from ar_jax.heads.gaussian_mixture import GaussianMixture
 from ar_jax.nets.bert import Bert, UViT
 from ar_jax.nets.conditioning import Label
+from ar_jax.nets.multimodal import MultiModal
 from ar_jax.nets.transformer import Transformer
 from ar_jax.nets.vit import GPT, ViT
 from ar_jax.orders import Confident, Halton, Shuffled, known_first
-from ar_jax.tokens import TokenSpec, grid
+from ar_jax.tokens import TokenSpec, grid, pyramid
 
-SPEC, IMAGES, CODES = TokenSpec(grid(3, 4), codes=(7,)), 4, 7
+SPEC, IMAGES, CODES = TokenSpec(grid(2, 6), codes=(7,)), 4, 7
+INFO = Info(classes=3, captions=True, text_rows=4, text_width=6)
 TITOK = {"most": 1.0, "curve": "arccos", "noise": "temperature", "known_weight": 0.1}
 METHODS = {
     "masked": (
@@ -38,15 +42,22 @@ METHODS = {
         name: (MaskGIT(net, Label(16), Categorical(std=0.5, sure="logit"), **TITOK), Confident(4, "arccos"))
         for name, net in (("bert", Bert(1, 16, 2)), ("uvit", UViT(2, 16, 2)))
     },
+    "meissonic": (
+        Meissonic(MultiModal(1, 16, 2, singles=1, axes=(0, 4, 4)), Prompt(16), Categorical(std=0.5), joined=True), Confident(4),
+    ),
 }
-BATCH = {"label": np.arange(IMAGES, dtype=np.int32) % 3}
+BATCH = {
+    "label": np.arange(IMAGES, dtype=np.int32) % 3,
+    "text": np.random.default_rng(4).normal(size=(IMAGES, 4, 6)).astype(np.float32),
+    "text_mask": np.array([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]], bool),
+}
 TOKENS = np.random.default_rng(0).integers(CODES, size=(IMAGES, SPEC.n, 1)).astype(np.int32)
 every = pytest.mark.parametrize("name", METHODS)
 
 
 @functools.cache
 def ready(name):
-    generator = METHODS[name][0].complete(SPEC, Info(classes=3))
+    generator = METHODS[name][0].complete(SPEC, INFO)
     params = jax.jit(generator.init_params)(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -96,8 +107,9 @@ def test_known_codes_stay(name):
     np.testing.assert_array_equal(account.accepted.sum(1), SPEC.n - 3)
 
 
-def test_a_maskgit_does_not_see_hidden_codes():
-    generator, params = ready("maskgit")
+@pytest.mark.parametrize("name", ["maskgit", "meissonic"])
+def test_a_maskgit_does_not_see_hidden_codes(name):
+    generator, params = ready(name)
     hidden = np.random.default_rng(1).random((IMAGES, SPEC.n)) < 0.5
 
     @jax.jit
@@ -142,6 +154,41 @@ def test_maskgit_refuses_tokens_of_several_codes():
     net = MaskGIT(GPT(1, 16, 2, rows=0), Label(16), Factorised(Transformer(1, 16, 2, hidden=24)))
     with pytest.raises(ValueError, match=r"MaskGIT embeds tokens of one code, but the tokenizer gives codes \(3, 4\)"):
         net.complete(TokenSpec(grid(3, 4), codes=(3, 4)), Info(classes=3))
+
+
+def test_meissonics_time_is_the_part_that_is_hidden_and_micro_conditions_are_those_of_the_prompt_unless_an_image_says_others():
+    generator, params = ready("meissonic")
+    hidden, no = np.arange(SPEC.n) < np.array([[1], [3], [7], [12]]), jnp.zeros(IMAGES, bool)
+    micro = jnp.array(generator.conditioning.micro)
+
+    @jax.jit
+    def rows(params):
+        def of(self, batch, time):
+            cond = self.condition(BATCH | batch, no)
+            return self.hidden(TOKENS, hidden, cond.replace(mod=cond.mod.replace(time=time)))
+
+        said = (({}, None), ({"micro": micro}, 1000 * hidden.mean(1)), ({"micro": micro * 2}, None), ({}, jnp.float32(500)))
+        return [generator.apply({"params": params}, *one, method=of) for one in said]
+
+    plain, same, *others = rows(params)
+    np.testing.assert_allclose(same, plain, atol=1e-6)
+    for other in others:
+        assert (np.abs(other - plain).max((1, 2)) > 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    ("spec", "fields", "message"),
+    [
+        (TokenSpec(grid(3, 4), codes=(7,)), {}, r"joined makes one row of four places, but the grid is \(3, 4\); give even sides"),
+        (TokenSpec(pyramid((2, 4)), codes=(7,)), {}, r"Meissonic needs one full grid of codes, but .* in \(\(2, 2\), \(4, 4\)\)"),
+        (TokenSpec(grid(2, 6), channels=3), {"head": GaussianMixture(2)}, r"needs one full grid of codes, but .* codes \(\)"),
+        (SPEC, {"vocabulary": 7}, r"vocabulary is 7; it must be 0 or more than the 7 codes"),
+        (SPEC, {"backbone": MultiModal(1, 16, 2, axes=(2, 3, 3))}, r"axes is \(2, 3, 3\); they must be even .*, 16 / 2"),
+    ],
+)
+def test_meissonic_refuses_what_it_cannot_serve(spec, fields, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(METHODS["meissonic"][0].clone(**fields).complete(spec, INFO).init_params, jax.random.key(0))
 
 
 def test_titoks_steps_temperatures_and_masks_by_hand():
