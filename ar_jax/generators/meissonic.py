@@ -86,6 +86,8 @@ class Prompt(nn.Module):
         text, valid = jnp.asarray(batch["text"], jnp.float32), jnp.asarray(batch["text_mask"], bool)
         micro = jnp.broadcast_to(jnp.asarray(batch.get("micro", self.micro), jnp.float32), (len(text), 5))
         if self.pooled:
+            if "pooled" not in batch:
+                raise ValueError(f"conditioning.pooled is {self.pooled}, but the batch has no `pooled`; give float [b {self.pooled}]")
             return text, jnp.asarray(batch["pooled"], jnp.float32), micro, valid
         return text[:, :-1], text[:, -1], micro, valid[:, :-1]
 

@@ -191,6 +191,11 @@ def test_meissonic_refuses_what_it_cannot_serve(spec, fields, message):
         jax.eval_shape(METHODS["meissonic"][0].clone(**fields).complete(spec, INFO).init_params, jax.random.key(0))
 
 
+def test_a_prompt_asks_for_the_vector_that_it_is_to_have():
+    with pytest.raises(ValueError, match=r"conditioning\.pooled is 3, but the batch has no `pooled`; give float \[b 3\]"):
+        Prompt(16, pooled=3).init(jax.random.key(0), BATCH, jnp.zeros(IMAGES, bool))
+
+
 def test_titoks_steps_temperatures_and_masks_by_hand():
     order = Confident(4, "arccos")(SPEC)
     assert order.sizes == (2, 2, 3, 5)  # of 24/pi arccos(i/4), rounded down, stay 10, 8, 5
