@@ -24,8 +24,8 @@ Images of captions, 1024 pixels, on 77 rows of CLIP ViT-H features and the vecto
 
 FEATURES holds `features` [N 78 1024] and `mask` [N 78], all true, N in the order of the captions: the hidden rows of the layer before
 the last, of the padding too, and after them the projected vector. A source of one's own may give "micro", float [5], with every
-record: width and height before the cut, where it began from above and from the left, and a score; without, all images were
-1024 pixels large, whole, and scored 6.
+record: width and height before the cut, where it began from above and from the left, and a score; without, as the sources here and
+caches of tokens are, all images were 1024 pixels large, whole, and scored 6.
 
 Not as published: the tokenizer, which is aMUSEd's and not read here, is MaskGIT's with as many codes; of four stages (256 pixels, 512,
 1024, the scores) this is the third, whose length is ours, and others are `--data.size` and `--generator.start`; a tenth of the captions

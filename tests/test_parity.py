@@ -83,7 +83,7 @@ BUILT = {
     *("var_vqvae", "var", "var_shared_adaln", "flexvar_vq", "flexvar", "hmar"),
     *("kl16_vae", "mar", "disa_mar", "givt_ar", "givt_masked", "givt_vae", "flowar", "flowar_cross", "xar"),
     *("rar", "maskgit_vqgan"),
-    *("maskgit_vit", "maskgit_uvit", "token_search", "halton_order", "meissonic", "meissonic_plain"),
+    *("maskgit_vit", "maskgit_uvit", "token_search", "halton_order", "meissonic", "meissonic_plain", "semaim"),
     *("openmagvit2_vq", "openmagvit2_ar", "ibq_vq", "ibq_ar"),
     *("infinity_bsq_vae", "tokenbridge", "binary_latent", "elm_bae", "elm_gpt"),
     *("fqgan_dual_vq", "fqgan_triple_vq", "fqgan_dual_far", "fqgan_triple_far"),
