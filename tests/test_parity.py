@@ -84,7 +84,7 @@ BUILT = {
     *("kl16_vae", "mar", "disa_mar", "himar", "givt_ar", "givt_masked", "givt_vae", "flowar", "flowar_cross", "xar"),
     *("rar", "maskgit_vqgan", "nar_c2i", "flashar", "lightgen"),
     *("vq_diffusion_rules", "vq_diffusion", "vq_diffusion_class", "vq_ddm", "fhs_rules", "halton_maskgit"),
-    *("maskgit_vit", "maskgit_uvit", "token_search", "halton_order"),
+    *("maskgit_vit", "maskgit_uvit", "token_search", "halton_order", "meissonic", "meissonic_plain", "semaim"),
     *("openmagvit2_vq", "openmagvit2_ar", "ibq_vq", "ibq_ar"),
     *("infinity_bsq_vae", "tokenbridge", "binary_latent", "elm_bae", "elm_gpt"),
     *("fqgan_dual_vq", "fqgan_triple_vq", "fqgan_dual_far", "fqgan_triple_far"),

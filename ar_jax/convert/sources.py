@@ -49,6 +49,7 @@ from ar_jax.convert import (
     llamagen,
     mar,
     maskgit,
+    meissonic,
     nar,
     next_scale,
     open_magvit2,
@@ -98,6 +99,7 @@ SOURCES: dict[str, ModuleType] = {
     "himar": himar,
     "rar": rar,
     "maskgit": maskgit,
+    "meissonic": meissonic,
 }  # the special before the general
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -92,9 +92,10 @@ class Source(Protocol):
     """Random access to the records of a data set, from many threads at once.
 
     A record has "image" (PIL image or uint8 [h w 3]) or "tokens" ([a n k] or [a n c], a versions of one
-    image), "label" (int) if `info.classes` and "caption" if `info.captions`. A source with captions also has
-    `captions() -> Sequence[str]`, which returns all of them without decoding images. One that cannot read a record alone has
-    `runs`, int [r], the lengths of the runs of records that it reads at once.
+    image), "label" (int) if `info.classes` and "caption" if `info.captions`; all of them may have "micro", float32 [5] (see
+    `generators.meissonic.Prompt`). A source with captions also has `captions() -> Sequence[str]`, which returns all of them
+    without decoding images. One that cannot read a record alone has `runs`, int [r], the lengths of the runs of records that it
+    reads at once.
     """
 
     info: Info

@@ -271,8 +271,8 @@ def _as_trained(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _numbers(record: dict[str, Any], info: Info) -> dict[str, np.ndarray]:
-    """Label and caption features: what a batch keeps beside the image; a caption itself is no array."""
-    kept = {key: record[key] for key in ("text", "text_mask") if key in record}
+    """Label, caption features and micro-conditions: what a batch keeps beside the image; a caption itself is no array."""
+    kept = {key: record[key] for key in ("text", "text_mask", "micro") if key in record}
     if info.classes:
         _check_label(record["label"], info)
         kept["label"] = np.int32(record["label"])

@@ -41,6 +41,24 @@ def rotary_line(places: Int[Array, "#B q"], features: int, base: float = 10000.0
     return jnp.repeat(jnp.stack([jnp.cos(angle), jnp.sin(angle)]), 2, axis=-1)
 
 
+@typed
+def rotary_axes(
+    places: Float[np.ndarray, "q a"] | Int[np.ndarray, "q a"], sizes: tuple[int, ...], base: float = 10000.0
+) -> Float[np.ndarray, "2 1 q e"]:
+    """As `rotary`, of any number of axes, each of which turns so many channels of a head.
+
+    Args:
+      places: of every row along every axis.
+      sizes: even numbers of channels; they sum to e.
+    Source: FLUX's transformer, as in Meissonic (arXiv:2410.08261) and Instella-T2I (arXiv:2506.21022).
+    """
+    angles = [
+        place[:, None] * float(base) ** (-np.arange(0, size, 2) / size) for place, size in zip(places.T, sizes)
+    ]
+    angle = np.concatenate(angles, axis=-1)
+    return np.repeat(np.stack([np.cos(angle), np.sin(angle)]), 2, axis=-1)[:, None].astype(np.float32)
+
+
 def stretched(coords: Int[Array, "*b 3"], scales: tuple[tuple[int, int], ...], span: int) -> Array:
     """Coordinates whose rows and columns run from 0 to `span` on every level, whatever its size; span 0 keeps them."""
     if not span:
@@ -99,24 +117,6 @@ def sine_quarters(rows: int, columns: int, width: int) -> np.ndarray:
     row, column = (np.concatenate([np.sin(x), np.cos(x)], -1) for x in (row, column))
     both = np.broadcast_arrays(row[:, None], column[None])
     return np.concatenate(both, -1).reshape(rows * columns, width).astype(np.float32)
-
-
-@typed
-def rotary_axes(
-    places: Float[np.ndarray, "q a"] | Int[np.ndarray, "q a"], sizes: tuple[int, ...], base: float = 10000.0
-) -> Float[np.ndarray, "2 1 q e"]:
-    """As `rotary`, of any number of axes, each of which turns so many channels of a head.
-
-    Args:
-      places: of every row along every axis.
-      sizes: even numbers of channels; they sum to e.
-    Source: FLUX, as in Instella-T2I (arXiv:2506.21022).
-    """
-    angles = [
-        place[:, None] * float(base) ** (-np.arange(0, size, 2) / size) for place, size in zip(places.T, sizes)
-    ]
-    angle = np.concatenate(angles, axis=-1)
-    return np.repeat(np.stack([np.cos(angle), np.sin(angle)]), 2, axis=-1)[:, None].astype(np.float32)
 
 
 @typed

@@ -87,6 +87,7 @@ FAMILIES = {
         tuple(f"vq_diffusion_{name}" for name in ("coco", "coco_learnable", "ithq", "imagenet", "imagenet_learnable")),
     ),
     "rar": (("maskgit-vqgan-imagenet-f16-256",), ("rar_b", "rar_l", "rar_xl", "rar_xxl")),
+    "meissonic": ((), ("meissonic_1024",)),
     "maskgit": ((), ("generator_titok_l32", "generator_titok_b64", "generator_titok_s128")),
     "ibq": (("ibq_16384", "ibq_262144"), ("ibq_AR_B", "ibq_AR_L", "ibq_AR_XL", "ibq_AR_XXL")),
     "open_magvit2": (

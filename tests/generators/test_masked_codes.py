@@ -23,18 +23,22 @@ from ar_jax.generators.halton_maskgit import HaltonMaskGIT, Registered
 from ar_jax.generators.masked import Masked
 from ar_jax.generators.masked_diffusion import FirstHitting, MaskedDiffusion
 from ar_jax.generators.maskgit import MaskGIT
+from ar_jax.generators.meissonic import Meissonic, Prompt
 from ar_jax.heads.categorical import Categorical
 from ar_jax.heads.factorised import Factorised
+from ar_jax.heads.gaussian_mixture import GaussianMixture
 from ar_jax.nets.bert import Bert, UViT
 from ar_jax.nets.code_transformer import CodeTransformer
 from ar_jax.nets.code_unet import CodeUNet
 from ar_jax.nets.conditioning import Classes, Label
+from ar_jax.nets.multimodal import MultiModal
 from ar_jax.nets.transformer import Transformer
 from ar_jax.nets.vit import GPT, ClipViT, ViT
 from ar_jax.orders import Confident, Halton, Shuffled, known_first
-from ar_jax.tokens import TokenSpec, grid
+from ar_jax.tokens import TokenSpec, grid, pyramid
 
 SPEC, IMAGES, CODES = TokenSpec(grid(3, 4), codes=(7,)), 4, 7
+INFO = Info(classes=3, captions=True, text_rows=4, text_width=6)
 TITOK = {"most": 1.0, "curve": "arccos", "noise": "temperature", "known_weight": 0.1}
 METHODS = {
     "masked": (
@@ -56,6 +60,9 @@ METHODS = {
         name: (MaskGIT(net, Label(16), Categorical(std=0.5, sure="logit"), **TITOK), Confident(4, "arccos"))
         for name, net in (("bert", Bert(1, 16, 2)), ("uvit", UViT(2, 16, 2)))
     },
+    "meissonic": (
+        Meissonic(MultiModal(1, 16, 2, singles=1, axes=(0, 4, 4)), Prompt(16), Categorical(std=0.5), joined=True), Confident(4),
+    ),
 }
 METHODS |= {
     name: (CodeDiffusion(net, conditioning, process, aux=0.1), Denoised(4))
@@ -66,9 +73,16 @@ METHODS |= {
 }
 METHODS["mdm"] = MaskedDiffusion(GPT(1, 16, 2, rows=0), Label(16), Categorical(std=0.5), look_back=True), FirstHitting(4)
 METHODS["halton"] = HaltonMaskGIT(Registered(1, 16, 2, hidden=24), Label(16)), Halton(4, scans=2)
-BATCH = {"label": np.arange(IMAGES, dtype=np.int32) % 3}
+BATCH = {
+    "label": np.arange(IMAGES, dtype=np.int32) % 3,
+    "text": np.random.default_rng(4).normal(size=(IMAGES, 4, 6)).astype(np.float32),
+    "text_mask": np.array([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]], bool),
+}
 TOKENS = np.random.default_rng(0).integers(CODES, size=(IMAGES, SPEC.n, 1)).astype(np.int32)
-SPECS = {"fractal": TokenSpec(grid(3, 4), codes=(256,) * 4)}  # grey patches of 2x2 pixels
+SPECS = {
+    "fractal": TokenSpec(grid(3, 4), codes=(256,) * 4),  # grey patches of 2x2 pixels
+    "meissonic": TokenSpec(grid(2, 6), codes=(7,)),
+}
 every = pytest.mark.parametrize("name", METHODS)
 
 
@@ -83,7 +97,7 @@ def tokens_of(name):
 
 @functools.cache
 def ready(name):
-    generator = METHODS[name][0].complete(spec_of(name), Info(classes=3))
+    generator = METHODS[name][0].complete(spec_of(name), INFO)
     params = jax.jit(generator.init_params)(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -94,10 +108,10 @@ def drawn(name, images=slice(None), known=None, **parts):
     generator, params = ready(name)
     keys = jax.random.split(jax.random.key(3), IMAGES)[images]
     sampling, order_fn, source = Sampling(**({"guidance": Interval(1.5)} | parts)), METHODS[name][1], None
-    order = order_fn(SPEC, keys, len(keys), 0)
+    order = order_fn(spec_of(name), keys, len(keys), 0)
     if known is not None:
         ranks = int(known.sum()) if generator.any_order else 0
-        order = known_first(order_fn, SPEC, known, keys) if generator.any_order else order
+        order = known_first(order_fn, spec_of(name), known, keys) if generator.any_order else order
         source = Source(jnp.asarray(tokens_of(name)[images]), jnp.broadcast_to(known, (len(keys), SPEC.n)), ranks)
     batch = jax.tree.map(lambda x: x[images], BATCH)
     run = jax.jit(lambda params: sampling.tokens(generator, params, batch, order, keys=keys, source=source))
@@ -136,8 +150,9 @@ def test_known_codes_stay(name):
     np.testing.assert_array_equal(account.accepted.sum(1), drawn_ranks)
 
 
-def test_a_maskgit_does_not_see_hidden_codes():
-    generator, params = ready("maskgit")
+@pytest.mark.parametrize("name", ["maskgit", "meissonic"])
+def test_a_maskgit_does_not_see_hidden_codes(name):
+    generator, params = ready(name)
     hidden = np.random.default_rng(1).random((IMAGES, SPEC.n)) < 0.5
 
     @jax.jit
@@ -153,7 +168,7 @@ def test_a_maskgit_does_not_see_hidden_codes():
 @every
 def test_loss_falls_and_every_parameter_moves(name):
     generator, (_, order_fn), tx = ready(name)[0], METHODS[name], optax.adam(1e-2)
-    order = order_fn(SPEC, jax.random.split(jax.random.key(4), IMAGES), IMAGES, 0)
+    order = order_fn(spec_of(name), jax.random.split(jax.random.key(4), IMAGES), IMAGES, 0)
     drop = jnp.array([False, True] * (IMAGES // 2))
 
     def loss_fn(params, key):
@@ -182,6 +197,46 @@ def test_maskgit_refuses_tokens_of_several_codes():
     net = MaskGIT(GPT(1, 16, 2, rows=0), Label(16), Factorised(Transformer(1, 16, 2, hidden=24)))
     with pytest.raises(ValueError, match=r"MaskGIT embeds tokens of one code, but the tokenizer gives codes \(3, 4\)"):
         net.complete(TokenSpec(grid(3, 4), codes=(3, 4)), Info(classes=3))
+
+
+def test_meissonics_time_is_the_part_that_is_hidden_and_micro_conditions_are_those_of_the_prompt_unless_an_image_says_others():
+    generator, params = ready("meissonic")
+    hidden, no = np.arange(SPEC.n) < np.array([[1], [3], [7], [12]]), jnp.zeros(IMAGES, bool)
+    micro = jnp.array(generator.conditioning.micro)
+
+    @jax.jit
+    def rows(params):
+        def of(self, batch, time):
+            cond = self.condition(BATCH | batch, no)
+            return self.hidden(TOKENS, hidden, cond.replace(mod=cond.mod.replace(time=time)))
+
+        said = (({}, None), ({"micro": micro}, 1000 * hidden.mean(1)), ({"micro": micro * 2}, None), ({}, jnp.float32(500)))
+        return [generator.apply({"params": params}, *one, method=of) for one in said]
+
+    plain, same, *others = rows(params)
+    np.testing.assert_allclose(same, plain, atol=1e-6)
+    for other in others:
+        assert (np.abs(other - plain).max((1, 2)) > 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    ("spec", "fields", "message"),
+    [
+        (TokenSpec(grid(3, 4), codes=(7,)), {}, r"joined makes one row of four places, but the grid is \(3, 4\); give even sides"),
+        (TokenSpec(pyramid((2, 4)), codes=(7,)), {}, r"Meissonic needs one full grid of codes, but .* in \(\(2, 2\), \(4, 4\)\)"),
+        (TokenSpec(grid(2, 6), channels=3), {"head": GaussianMixture(2)}, r"needs one full grid of codes, but .* codes \(\)"),
+        (SPECS["meissonic"], {"vocabulary": 7}, r"vocabulary is 7; it must be 0 or more than the 7 codes"),
+        (SPECS["meissonic"], {"backbone": MultiModal(1, 16, 2, axes=(2, 3, 3))}, r"axes is \(2, 3, 3\); they must be even .*, 16 / 2"),
+    ],
+)
+def test_meissonic_refuses_what_it_cannot_serve(spec, fields, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(METHODS["meissonic"][0].clone(**fields).complete(spec, INFO).init_params, jax.random.key(0))
+
+
+def test_a_prompt_asks_for_the_vector_that_it_is_to_have():
+    with pytest.raises(ValueError, match=r"conditioning\.pooled is 3, but the batch has no `pooled`; give float \[b 3\]"):
+        Prompt(16, pooled=3).init(jax.random.key(0), BATCH, jnp.zeros(IMAGES, bool))
 
 
 def test_titoks_steps_temperatures_and_masks_by_hand():

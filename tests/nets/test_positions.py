@@ -22,3 +22,10 @@ def test_rotation_is_the_same_on_every_device_and_needs_no_product(dtype, monkey
     assert " dot(" in product
     assert " dot(" not in text
     np.testing.assert_allclose(np.square(got).sum(-1), np.square(np.asarray(x, np.float32)).sum(-1), rtol=2e-2)
+
+
+def test_axes_of_a_grid_turn_as_rows_and_columns_do_and_channels_of_the_level_stay():
+    coords = np.stack(np.meshgrid([0], np.arange(3), np.arange(5), indexing="ij"), -1).reshape(-1, 3)
+    found, rest = positions.rotary_axes(coords, (4, 8, 8)), np.array([1, 0])[:, None, None, None]
+    np.testing.assert_array_equal(found[..., :4], np.broadcast_to(rest, (2, 1, 15, 4)))
+    np.testing.assert_allclose(found[..., 4:], positions.rotary(coords[None], 16), atol=1e-6)
