@@ -59,7 +59,7 @@ def mnist5k() -> Experiment:
     net = {"width": 64, "heads": 4, "hidden": 192, "halves": False}
     module = BinaryLine(
         (32, 32), cell=4, slots=16, bits=16, encoder=Halving(2, before=1, **net), decoder=Doubling(3, before=2, **net),
-        scale=0, temperature=0.1,
+        scale=0, temperature=0.1, code_weight=0.0,
     )  # fmt: skip
     return dataclasses.replace(
         base,

@@ -37,7 +37,6 @@ PUBLISHED = {  # variant -> manifest; the size of the image does not change the 
     "infinity:vae_d56": "infinity_vae_d56_f8_14_patchify",
     "vqgan_lc:f16": "vqgan_lc_100K_f16",
     "instella:bae": "instella_bae",
-    "instella:diffusion": "instella_diffusion",
     "dar:tokenizer": "D-AR-tokenizer_v1",
     "dar:l": "D-AR-L",
     "dar:xl": "D-AR-XL",
