@@ -7,7 +7,7 @@ What ran here, pictures, and addresses of released weights: configs/README.md.
 
 Small, for two CPU cores:
 
-    mnist5k          5,000 real digits, masked generators; 5 minutes
+    mnist5k          5,000 real digits, masked generators; 500 updates
     mnist5k_ar       the same by causal generators
 
 ImageNet classes, 800 epochs, pixels without a tokenizer; parameters by count:
@@ -94,9 +94,9 @@ def mnist5k(kind: str = "mar") -> Experiment:
         generator=GeneratorStage(
             module=causal(levels, sides) if kind == "ar" else masked(levels, sides, guided=False),
             order=raster if kind == "ar" else Shuffled(steps=16),
-            steps=250, batch=32, optim=Optim(lr=2e-3, weight_decay=0.02, clip=3.0, warmup=30, schedule="cosine", ema=0.97),
+            steps=500, batch=32, optim=Optim(lr=2e-3, weight_decay=0.02, clip=3.0, warmup=30, schedule="cosine", ema=0.98),
             sampling=Sampling((Rising if kind == "ar" else Linear)(2.0)),
-            log_every=25, preview_every=250, save_every=250,
+            log_every=50, preview_every=500, save_every=500,
         ),
     )  # fmt: skip
 
