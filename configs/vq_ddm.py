@@ -59,7 +59,7 @@ def church() -> Experiment:
         data=Data(name="image_folder", path="data/church", size=256),
         tokenizer=TokenizerStage(module=VQGAN(codes=1024, code_features=256), path="checkpoints/vqgan_1024"),
         generator=GeneratorStage(
-            module=CodeDiffusion(CodeUNet(dtype=jnp.bfloat16), Nothing(), Uniform(), weigh_times=True),
+            module=CodeDiffusion(CodeUNet(dtype=jnp.bfloat16), Nothing(128), Uniform(), weigh_times=True),
             order=Denoised(4000), steps=500_000, batch=1080,
             optim=Optim(lr=1e-4, rule=AdamW((0.9, 0.999)), weight_decay=0.0, schedule="cosine"),
             preview_every=5000, save_every=5000,

@@ -25,7 +25,7 @@ ROWS = 78  # of the text, and the vector after them; not in the file
 PIXELS = 16  # a code's side
 MICRO = 5 * 256  # sines of the micro-conditions
 STEPS, GUIDANCE = 64, 9.0
-TWICE = "down_block.downsample.Conv2d_0.", "down_block.downsample.conv."  # one tensor under two names
+NAMES = "down_block.downsample.Conv2d_0.", "down_block.downsample.conv."  # one tensor under two names
 JOIN = Layout(lambda x: x.T.reshape(x.shape[1], -1, 2, 2), lambda x: x.reshape(len(x), -1).T)  # their convolution of 2x2
 PART = Layout(lambda x: x.reshape(len(x), -1, 2, 2), lambda x: x.reshape(len(x), -1))  # and the transposed one
 ASKS = (
@@ -48,7 +48,7 @@ def rules(module: nn.Module) -> list[Rule]:
     double, single = "transformer_blocks.{}.", "single_transformer_blocks.{}."
     found = [
         ("embedding", "embed.embeddings.weight", PLAIN),
-        ("join/kernel", f"{TWICE[1]}weight", JOIN),
+        ("join/kernel", f"{NAMES[1]}weight", JOIN),
         ("part/kernel", "up_block.upsample.conv.weight", PART),
     ]
     for ours, theirs in (("token", "embed.conv"), ("head_input", "mlm_layer.conv1"), ("head/readout", "mlm_layer.conv2")):
@@ -85,8 +85,8 @@ def recognise(shapes: Shapes) -> str:
 
 def spelled(weights: Mapping[str, Any]) -> dict[str, Any]:
     """A tensor that lies in a file under two names, or under the one that others leave out, by one name."""
-    first = {key.replace(*TWICE): value for key, value in weights.items() if key.startswith(TWICE[0])}
-    return first | {key: value for key, value in weights.items() if not key.startswith(TWICE[0])}
+    first = {key.replace(*NAMES): value for key, value in weights.items() if key.startswith(NAMES[0])}
+    return first | {key: value for key, value in weights.items() if not key.startswith(NAMES[0])}
 
 
 def build(kind: str, shapes: Shapes, *, size: int, heads: int, groups: int, scales: tuple[int, ...]) -> nn.Module:

@@ -121,7 +121,7 @@ def to_params(
             if all(part.shape == one for part in parts):
                 params[path] = np.concatenate(parts, axis=-1) if layout.pieces else np.stack(parts)
         else:
-            params[path] = np.ascontiguousarray(layout.from_torch(_part(_get(weights, key, path), layout)))
+            params[path] = np.asarray(layout.from_torch(_part(_get(weights, key, path), layout)), order="C")
             finite = [_finite(params[path])]
         if path not in params or params[path].shape != want:
             raise ValueError(f"{key} (our {path}) has another shape than the model's {tuple(want)}")
@@ -147,7 +147,7 @@ def to_weights(params: Params, rules: list[Rule]) -> dict[str, np.ndarray]:
             if layout.part[1] != 1:
                 parts.setdefault(name, (layout.axis, {}))[1][layout.part[0]] = layout.to_torch(one)
             else:
-                weights[name] = np.ascontiguousarray(layout.to_torch(one))
+                weights[name] = np.asarray(layout.to_torch(one), order="C")
     return weights | {
         key: np.concatenate([found[i] for i in sorted(found)], axis) for key, (axis, found) in parts.items()
     }

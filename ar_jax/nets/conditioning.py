@@ -190,10 +190,10 @@ class Nothing(nn.Module):
     """No condition, and no row for it either.
 
     Attributes:
-      width: of the network, where rows of it stand beside others.
+      width: of the network.
     """
 
-    width: int = 1
+    width: int
 
     def complete(self, info: Info) -> "Nothing":
         return self

@@ -86,6 +86,7 @@ FAMILIES = {
         (),
         tuple(f"vq_diffusion_{name}" for name in ("coco", "coco_learnable", "ithq", "imagenet", "imagenet_learnable")),
     ),
+    "flashar": ((), ()),  # its names stand in its parity folder
     "rar": (("maskgit-vqgan-imagenet-f16-256",), ("rar_b", "rar_l", "rar_xl", "rar_xxl")),
     "meissonic": ((), ("meissonic_1024",)),
     "maskgit": ((), ("generator_titok_l32", "generator_titok_b64", "generator_titok_s128")),

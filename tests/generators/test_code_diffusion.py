@@ -72,7 +72,7 @@ def test_posteriors_are_those_of_bayes_rule(process, jump):
 def test_steps_that_skip_times_end_with_the_same_distribution():
     process, clean = PROCESSES["hide"], np.array([0.5, 0.3, 0.15, 0.05])
     for steps in (1, 2, 5):
-        plan = CodeDiffusion(CodeTransformer(1, 8, 2), Nothing(), process).complete(SPEC, Info()).plan(steps)
+        plan = CodeDiffusion(CodeTransformer(1, 8, 2), Nothing(8), process).complete(SPEC, Info()).plan(steps)
         p = np.eye(CODES + 1)[-1]
         for late, early in zip(plan.late, plan.early):
             log_p = jnp.log(jnp.append(clean, 1e-30))[None, None]
@@ -85,7 +85,7 @@ def test_steps_that_skip_times_end_with_the_same_distribution():
 
 
 def test_plans_by_hand():
-    generator = CodeDiffusion(CodeTransformer(1, 8, 2), Nothing(), MaskAndReplace(10)).complete(SPEC, Info())
+    generator = CodeDiffusion(CodeTransformer(1, 8, 2), Nothing(8), MaskAndReplace(10)).complete(SPEC, Info())
     time, late, early, _ = generator.plan(3)
     assert [list(x) for x in (time, late, early)] == [[9, 6, 2], [9, 6, 2], [6, 2, -1]]
     assert list(generator.clone(stride="published").plan(3).late) == [7, 3, 0]

@@ -88,7 +88,7 @@ def rules(folder):
     weights = h["mask_weight"]
     fixed(h, adaptive_auxiliary_loss=True)
     generator = CodeDiffusion(
-        CodeTransformer(1, 8, 1), Nothing(), process, aux=h["auxiliary_loss_weight"], hidden_weight=weights[0],
+        CodeTransformer(1, 8, 1), Nothing(8), process, aux=h["auxiliary_loss_weight"], hidden_weight=weights[0],
         shown_weight=weights[1],
     ).complete(TokenSpec(grid(1, n), codes=(codes,)), Info())  # fmt: skip
     bound = generator.bind({})
@@ -277,7 +277,7 @@ def vq_ddm(folder):
     net = CodeUNet(
         h["dim"], tuple(h["dim_mults"]), groups=h["groups"], heads=h["linear_heads"], features=h["linear_dim_head"]
     )
-    generator = CodeDiffusion(net, Nothing(), process).complete(TokenSpec(grid(rows, columns), codes=(codes,)), Info())
+    generator = CodeDiffusion(net, Nothing(net.width), process).complete(TokenSpec(grid(rows, columns), codes=(codes,)), Info())
     rules = unet_rules(net)
     weights = {key: np.asarray(folder.weights[key]) for key in folder.weights}
     params = jax.tree.map(jnp.asarray, to_params(weights, param_shapes(generator), rules))
@@ -373,7 +373,7 @@ def hit(folder, shown):
     n, left = len(shown), len(shown) - len(known)
     noise = race(io["u_code"])[..., :codes].astype(np.float32)
     toy = Toy(
-        ViT(1, 8, 1), Nothing(), GivenHead(codes, noise=noise), spec=TokenSpec(grid(1, n), (codes,)), table=io["table"]
+        ViT(1, 8, 1), Nothing(8), GivenHead(codes, noise=noise), spec=TokenSpec(grid(1, n), (codes,)), table=io["table"]
     )
     places = picked(jnp.asarray(io["u_position"])[None, :left], jnp.asarray(shown < 0)[None])
     order = Order(np.concatenate([known[None], places], axis=1).astype(np.int32), (1,) * n)
