@@ -81,12 +81,15 @@ EMBEDDINGS = ("/(codebook$|patches/|from_code/)",)  # other tables say so themse
 def mnist5k() -> Experiment:
     """With LlamaGen's transformer."""
     base = llamagen.mnist5k()
-    net = {"width": 64, "heads": 4, "hidden": 192}
+    net = {"width": 64, "heads": 4, "hidden": 192, "std": 0.1}
     module = TiTok(
         (32, 32), cell=4, slots=16, encoder=ClipViT(2, **net), decoder=ClipViT(3, **net), codes=256, code_features=8,
         l2_norm=True, vq=VectorLoss(entropy=0.02),
     )  # fmt: skip
-    stage = dataclasses.replace(base.tokenizer, module=module)
+    stage = dataclasses.replace(  # the mean image is left behind after some 400 updates only
+        base.tokenizer, module=module, steps=1000, optim=dataclasses.replace(base.tokenizer.optim, warmup=100),
+        preview_every=500, save_every=500,
+    )  # fmt: skip
     return dataclasses.replace(base, name="mnist5k_titok", tokenizer=stage)
 
 

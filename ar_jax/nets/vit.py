@@ -156,16 +156,20 @@ class ViT(Plain):
 
 
 class ClipViT(ViT):
-    """A ViT with a norm before the layers too. Attributes: see `Plain`.
+    """A ViT with a norm before the layers too.
 
+    Attributes:
+      std: of the kernels at the start; networks that are much narrower than the published ones learn with larger ones only.
+      others: see `Plain`.
     Source: CLIP (arXiv:2103.00020), as in TiTok (arXiv:2406.07550).
     """
 
     eps: float = 1e-5
+    std: float = 0.02
 
     def setup(self):
         self.before, self.norm = (_norm(self.dtype, eps=self.eps) for _ in range(2))
-        self.blocks = self.blocks_with(bias=True, begin=nn.initializers.normal(0.02))
+        self.blocks = self.blocks_with(bias=True, begin=nn.initializers.normal(self.std))
 
     @typed
     def __call__(self, x: Float[Array, "B q d"], *, valid: Bool[Array, "#B q"] | None = None) -> Float[Array, "B q d"]:

@@ -16,7 +16,6 @@ from ar_jax.tokenizers.quantize import Codebook, VectorLoss, codebook_init, look
 from ar_jax.tokens import MOST, Scale, TokenSpec, grid, sides
 from ar_jax.typing import Array, Batch, Float, Int, Many, Metrics, Params, PRNGKey, Size, Tokens, Within, typed
 
-small = nn.initializers.normal(0.02)
 
 
 class OnLine(nn.Module):
@@ -27,7 +26,7 @@ class OnLine(nn.Module):
       size: height and width of the images in pixels, multiples of those of `cell`.
       cell: pixels of a patch: the side of a square, or (rows, columns).
       slots: tokens of an image.
-      encoder, decoder: of any widths.
+      encoder, decoder: of any widths; kernels around them begin as the encoder's.
       drawn_cell: pixels of a patch that the decoder makes; 0 takes `cell`.
       text_rows, text_width: of the features of a caption that the decoder sees beside the tokens, as TA-TiTok's does; 0 sees none.
         Rows that the mask leaves out are not seen.
@@ -96,7 +95,7 @@ class OnLine(nn.Module):
             self.text, self.text_positions = self.dense(outside), table("text_positions", self.text_rows, outside)
 
     def dense(self, features: int, out_dtype: Any = None) -> Linear:
-        return Linear(features, self.dtype, out_dtype, small, bias=True)
+        return Linear(features, self.dtype, out_dtype, nn.initializers.normal(self.encoder.std), bias=True)
 
     def told(self, image: Float[Array, "b H W c"]) -> Float[Array, "b n d"]:
         """The rows of the queries after the encoder."""
@@ -136,7 +135,7 @@ class OnLine(nn.Module):
         """Makes the parts of `shown`; for `setup`."""
         rows, columns = sides(self.drawn_cell or self.cell)
         self.to_pixels = self.dense(self.channels * rows * columns, jnp.float32)
-        self.smooth = nn.Conv(self.channels, (3, 3), kernel_init=small)
+        self.smooth = nn.Conv(self.channels, (3, 3), kernel_init=nn.initializers.normal(self.encoder.std))
 
 
 class TiTok(OnLine, Quantised):
