@@ -17,7 +17,6 @@ from ar_jax.tokens import MOST, Scale, TokenSpec, grid, sides
 from ar_jax.typing import Array, Batch, Float, Int, Many, Metrics, Params, PRNGKey, Size, Tokens, Within, typed
 
 
-
 class OnLine(nn.Module):
     """What both forms of TiTok share: learned queries beside the patches of an image become its tokens; learned masks beside the
     tokens become its patches. It works at one size only.
