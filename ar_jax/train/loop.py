@@ -194,7 +194,7 @@ def initial(
 
 
 def partners(model: Params, part: str, other: str) -> dict[str, Any]:
-    """What the leaves of a part of the model, by path, begin as: those of another part, which may have more layers.
+    """What the leaves of a part of the model, by path, begin as: those of an equal part, or of a stack of more such layers.
 
     Args:
       model: of arrays, or of their shapes.
@@ -204,11 +204,10 @@ def partners(model: Params, part: str, other: str) -> dict[str, Any]:
     """
     flat = flatten_dict(model, sep="/")
     found = {name: flat.get(other + name.removeprefix(part)) for name in flat if f"{name}/".startswith(f"{part}/")}
-
-    def fits(own, its):
-        return own == its or (own[1:] == its[1:] and len(own) == len(its) > 0 and own[0] < its[0])
-
-    if not found or not all(x is not None and fits(flat[name].shape, x.shape) for name, x in found.items()):
+    pairs = [(flat[name].shape, x.shape if x is not None else None) for name, x in found.items()]
+    layers = {(own[:1], its[:1]) if own and its and own[1:] == its[1:] else None for own, its in pairs}
+    deeper = part not in found and len(layers) == 1 and None not in layers and all(own[0] < its[0] for own, its in pairs)
+    if not found or not (deeper or all(own == its for own, its in pairs)):
         raise ValueError(f"alike has {(part, other)}, which are no two equal parts; it has {tuple(model)}")
     return found
 

@@ -194,6 +194,7 @@ def test_fine_tuning_begins_in_the_memory_of_what_it_begins_with():
 def test_parts_begin_as_others_and_of_more_layers_as_the_last_ones():
     layers = {"net": {"blocks": jnp.arange(12.0).reshape(3, 4), "norm": jnp.ones(4)}, "a": {"blocks": jnp.zeros((2, 4))}}
     model = layers | {"b": {"scale": jnp.zeros(())}, "c": {"scale": jnp.ones(())}}
+    model |= {name: {"table": jnp.zeros((rows, 4)), "bias": jnp.zeros(4)} for name, rows in (("few", 5), ("many", 7))}
     tx = optax.sgd(1.0)
     recipe = Recipe(lambda key: create({"model": model}, {}, tx, 0.0), None, None, None, {}, None)
     shapes = jax.eval_shape(recipe.init, jax.random.key(0))
@@ -205,8 +206,8 @@ def test_parts_begin_as_others_and_of_more_layers_as_the_last_ones():
     found = began(("b", "c"), ("a", "net"))
     assert found["b"]["scale"] == 1
     np.testing.assert_array_equal(found["a"]["blocks"], np.arange(4, 12).reshape(2, 4))
-    for wrong in (("a", "c"), ("net", "a"), ("d", "a")):
-        with pytest.raises(ValueError, match=r"no two equal parts; it has \('net', 'a', 'b', 'c'\)"):
+    for wrong in (("a", "c"), ("net", "a"), ("d", "a"), ("few", "many"), ("few/table", "many/table")):
+        with pytest.raises(ValueError, match=r"no two equal parts; it has \('net', 'a', 'b', 'c', 'few', 'many'\)"):
             began(wrong)
 
 
