@@ -19,6 +19,7 @@ class Measured:
     """
 
     MEASURED = ("shift", "scale")
+    patch = 1  # of latent places in a token, of which channels are measured; else a field
 
     def standardise(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
         shift, scale = self._shift_and_scale()
@@ -87,10 +88,8 @@ def kl_divergence(mean: Float[Array, "b *n"], logvar: Float[Array, "b *n"]) -> F
     return each.sum(tuple(range(1, each.ndim)))
 
 
-class Around(Measured):
+class Around:
     """A tokenizer made of another, `base`, with its images and parameters, and nothing to train of its own."""
-
-    patch = 1  # what `train.measure` looks at are whole tokens
 
     @property
     def size(self) -> tuple[int, int]:

@@ -5,13 +5,13 @@ from typing import Annotated
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ar_jax.tokenizers.continuous import Around
+from ar_jax.tokenizers.continuous import Around, Measured
 from ar_jax.tokenizers.quantize_normal import normal_codes, normal_quantise
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Float, Having, Int, Metrics, PRNGKey, Tokens, Within, typed
 
 
-class Dimensionwise(Around, nn.Module):
+class Dimensionwise(Around, Measured, nn.Module):
     """A continuous tokenizer whose numbers are rounded to one of a few values each; nothing is trained for that.
 
     Its parameters are those of the tokenizer it is made of, which may be trained through it.

@@ -7,12 +7,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ar_jax.nets.resize import resize
-from ar_jax.tokenizers.continuous import Around
+from ar_jax.tokenizers.continuous import Around, Measured
 from ar_jax.tokens import Scale, TokenSpec, maps, pyramid, rows, sides
 from ar_jax.typing import Array, Float, Having, Index, Metrics, PRNGKey, Within, typed
 
 
-class LatentPyramid(Around, nn.Module):
+class LatentPyramid(Around, Measured, nn.Module):
     """A continuous tokenizer whose grid of tokens is averaged to grids of several sizes; `decode` takes the last one.
 
     Its parameters are those of the tokenizer it is made of.
