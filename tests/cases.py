@@ -18,6 +18,7 @@ from ar_jax.generators.hmar import Hmar
 from ar_jax.generators.inputs import Bits, Joined, NextScale, Previous, Upsampled
 from ar_jax.generators.nar import Branched, ByAxis, Neighbouring
 from ar_jax.generators.rar import Aimed, Placed, StartLabel
+from ar_jax.generators.vf_prompt import PromptCodes, Prompted
 from ar_jax.heads.bitwise import Bitwise
 from ar_jax.heads.by_dimension import Dimensions
 from ar_jax.heads.categorical import Categorical
@@ -157,6 +158,11 @@ def _hita():
     return Case(Causal(net, Label(16), ByLevel(), TwoTables(), emphasis="levels").complete(spec, INFO))
 
 
+def _vf_prompt(prompt, head=PromptCodes()):
+    spec, net = TokenSpec(pyramid((2, (2, 4))), codes=(12,)), Transformer(2, 16, 2, hidden=24)
+    return Case(Prompted(net, Label(16), head, prompt=prompt).complete(spec, INFO))
+
+
 def _jpeg_lm():
     # words of 1 to 9, each ended by 10; after the third comes 11, then padding
     kind = np.array([0, *[1] * 9, 2, 3])
@@ -194,6 +200,8 @@ CASES = {
     "gigatok": Case(Causal(Positioned(2, 16, 2, hidden=24), Label(16)).complete(SPEC, INFO)),
     "detailflow": _detailflow(),
     "hita": _hita(),
+    "vf_prompt": _vf_prompt("codes", PromptCodes(prompt_top_k=3)),
+    "vf_prompt_random": _vf_prompt("random"),
     "digit": Case(Causal(PostNorm(2, 16, 2, hidden=24), Label(16), Categorical(smoothing=0.1)).complete(SPEC, INFO)),
     "var": _scales(RESIDUAL),
     "var_shared": _scales(RESIDUAL, shared=True, l2_norm=False, remat="dots"),
