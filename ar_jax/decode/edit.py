@@ -55,9 +55,9 @@ def hold(tokenizer: Any, frozen: Callable, edit: Edit, tokens: Tokens | None = N
     A tokenizer whose tokens have no fixed place in the image says itself which are known (`known`).
     """
     tokens = frozen(edit.image, method="encode") if tokens is None else tokens
-    if hasattr(tokenizer, "known"):
-        return Source(tokens, tokenizer.known(tokens, edit.free), edit.ranks), frozen
-    known = ~free_slots(tokenizer.spec, edit.free) | (jnp.asarray(tokenizer.spec.coords)[:, 0] < edit.scales)
+    itself = hasattr(tokenizer, "known")
+    known = tokenizer.known(tokens, edit.free) if itself else ~free_slots(tokenizer.spec, edit.free)
+    known = known | (jnp.asarray(tokenizer.spec.coords)[:, 0] < edit.scales)
     if hasattr(tokenizer, "held"):
         frozen = tokenizer.held(frozen, tokens, edit.free)
     return Source(tokens, known, edit.ranks), frozen

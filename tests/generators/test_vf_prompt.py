@@ -136,7 +136,7 @@ def test_codes_of_two_sizes_and_their_training():
     assert SMALL.codebooks == BASE.codebooks
 
 
-def test_an_edit_draws_the_prompt_anew():
+def test_an_edit_draws_the_prompt_anew_unless_it_is_to_be_kept():
     generator, value = prompted("codes"), Sampling(Interval(1.0))
     free = np.zeros((3, 4, 8), bool)
     free[:2, 0, 0] = True
@@ -148,12 +148,15 @@ def test_an_edit_draws_the_prompt_anew():
             value.images, generator, SMALL, params, small, BATCH, raster(generator.spec), **given
         )  # fmt: skip
         image = SMALL.apply({"params": small}, IMAGES, method="encode")
-        return image, draw()[0], draw(edit=Edit(jnp.asarray(IMAGES), jnp.asarray(free)))[0]
+        edit = Edit(jnp.asarray(IMAGES), jnp.asarray(free))
+        return image, draw()[0], draw(edit=edit)[0], draw(edit=edit.replace(free=edit.free | True, scales=1))[0]
 
-    image, anew, edited = map(np.asarray, run(params_of(generator), params_of(SMALL)))
+    image, anew, edited, kept = map(np.asarray, run(params_of(generator), params_of(SMALL)))
     np.testing.assert_array_equal(edited[2], image[2])  # where nothing is free
     np.testing.assert_array_equal(edited[:2, :2], anew[:2, :2])
     np.testing.assert_array_equal(edited[:2, 3:], image[:2, 3:])  # slot 2 is the free cell
+    np.testing.assert_array_equal(kept[:, :2], image[:, :2])
+    assert (kept[:, 2:] != image[:, 2:]).any(axis=(1, 2)).all()
 
 
 def test_a_prompt_lies_in_the_middle_of_its_part_of_the_image():
