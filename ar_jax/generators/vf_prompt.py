@@ -34,6 +34,12 @@ def prompts(spec: TokenSpec) -> int:
     return int((spec.coords[:, 0] < spec.coords[:, 0].max()).sum())
 
 
+def check_in_slots(order: Order) -> None:
+    """Raises a ValueError if ranks are no slots, as far as that is known while tracing."""
+    if len(order.slot) > 1 or (isinstance(order.slot, np.ndarray) and (order.slot != np.arange(order.n)).any()):
+        raise ValueError("a prompt is drawn first, and all tokens in the order of their slots; use orders.raster")
+
+
 class PromptRows(Previous):
     """As `Previous`, but a token of the prompt has a table of its own, and lies in the middle of its part of the image's grid.
 
@@ -54,8 +60,7 @@ class PromptRows(Previous):
 
     def check(self, order: Order) -> None:
         super().check(order)
-        if len(order.slot) > 1 or (isinstance(order.slot, np.ndarray) and (order.slot != np.arange(self.spec.n)).any()):
-            raise ValueError("a prompt is drawn first, and all tokens in the order of their slots; use orders.raster")
+        check_in_slots(order)
 
     def setup(self):
         super().setup()
@@ -160,6 +165,7 @@ class Prompted(Causal):
         tokenizer: Frozen | None = None,
     ) -> tuple[Float[Array, "b n"], Float[Array, "b n"], Metrics]:  # fmt: skip
         """As `Causal`; `key` draws random prompts, and without one those of the tokens are taken."""
+        check_in_slots(order)
         if (count := prompts(self.spec)) and self.prompt == "random" and key is not None:
             codes = self.spec.codes[0]
             drawn = shares.draw(

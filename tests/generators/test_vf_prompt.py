@@ -192,7 +192,12 @@ def test_bad_input_is_refused_in_a_sentence():
         prompted("codes", three)
     with pytest.raises(ValueError, match=r"of codes \(4, 4\)|Categorical needs tokens of one discrete code"):
         prompted("codes", TokenSpec(grid(1, 2), codes=(4, 4)))
-    with pytest.raises(
-        ValueError, match=r"^a prompt is drawn first, and all tokens in the order of their slots; use orders\.raster"
-    ):
-        PromptRows(8, TokenSpec(grid(1, 2), codes=(4,))).check(Order(np.array([[1, 0]], np.int32), (1, 1)))
+    backwards, generator = Order(np.arange(10, dtype=np.int32)[None, ::-1], (1,) * 10), prompted("codes")
+    trained = functools.partial(
+        generator.apply, {"params": params_of(generator)}, np.zeros((3, 10, 1), np.int32), BATCH, backwards
+    )
+    sentence = r"^a prompt is drawn first, and all tokens in the order of their slots; use orders\.raster"
+    with pytest.raises(ValueError, match=sentence):
+        trained(drop=np.zeros(3, bool), method="loss")
+    with pytest.raises(ValueError, match=sentence):
+        PromptRows(8, SMALL.spec).check(backwards)
