@@ -12,9 +12,9 @@ Small, for two CPU cores:
 From text, on 120 rows of Flan-T5-XL features and the codes of LlamaGen's VQ-16, each begun as the one before:
 
     variant          parameters   steps                                  published
-    t2i_512          2.38B        1,024, tokens as they are              none
+    t2i_512          2.38B        1,024, tokens are not merged           none
     t2i_1024         2.61B        1,024, for 4,096 tokens                GenAI-Bench, hard prompts: 0.77
-    t2i_2048         2.61B        4,096, for 16,384 tokens, with z-loss  none
+    t2i_2048         2.61B        4,096, for 16,384 tokens; z-loss       none
 
     python -m ar_jax.convert vq_ds16_t2i.pt --to checkpoints/vq_ds16_t2i_512 --size 512     and so on for 1024, 2048
     python train.py configs/token_shuffle.py:t2i_512 --data.path IMAGES --data.text FEATURES.safetensors
