@@ -13,16 +13,16 @@ From text, on 120 rows of Flan-T5-XL features and the codes of LlamaGen's VQ-16,
 
     variant          parameters   steps                                  published
     t2i_512          2.38B        1,024, tokens are not merged           none
-    t2i_1024         2.61B        1,024, for 4,096 tokens                GenAI-Bench, hard prompts: 0.77
+    t2i_1024         2.61B        1,024, for 4,096 tokens                none of this stage
     t2i_2048         2.61B        4,096, for 16,384 tokens; z-loss       none
 
     python -m ar_jax.convert vq_ds16_t2i.pt --to checkpoints/vq_ds16_t2i_512 --size 512     and so on for 1024, 2048
     python train.py configs/token_shuffle.py:t2i_512 --data.path IMAGES --data.text FEATURES.safetensors
 
-Nothing is released. Published are width 3072, 20 layers and 2.7B parameters, of which a part is the table of the words: there text and
-image are one sequence of a language model, here text comes as features (configs/llamagen.py says how). Heads are 24, of 128 numbers;
-20, as one reads, do not divide 3072. Stages see the published numbers of tokens, counted before they are merged; batch, rate and
-perceptrons are ours.
+Nothing is released. Reported is 0.77 on GenAI-Bench's hard prompts, of width 3072, 20 layers and 2.7B parameters. Of these a part
+is the table of the words: there text and image are one sequence of a language model, here text comes as features (configs/llamagen.py
+says how). Heads are 24, of 128 numbers; 20, as one reads, do not divide 3072. Stages see the reported numbers of tokens, counted before
+they are merged; batch, rate and the number and width of perceptrons are ours.
 """
 
 import dataclasses
