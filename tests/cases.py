@@ -18,6 +18,7 @@ from ar_jax.generators.hmar import Hmar
 from ar_jax.generators.inputs import Bits, Joined, NextScale, Previous, Upsampled
 from ar_jax.generators.nar import Branched, ByAxis, Neighbouring
 from ar_jax.generators.rar import Aimed, Placed, StartLabel
+from ar_jax.generators.token_shuffle import Merged, NextCell
 from ar_jax.generators.vf_prompt import PromptCodes, Prompted
 from ar_jax.heads.bitwise import Bitwise
 from ar_jax.heads.by_dimension import Dimensions
@@ -29,7 +30,7 @@ from ar_jax.nets.modulated import Modulated
 from ar_jax.nets.post_norm import PostNorm
 from ar_jax.nets.reader import LayeredCaption, Reader
 from ar_jax.nets.transformer import Positioned, Transformer
-from ar_jax.orders import Diagonals, Order, raster, scales
+from ar_jax.orders import Cells, Diagonals, Order, raster, scales
 from ar_jax.tokenizers.bit_pyramid import BitPyramid
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
@@ -153,6 +154,12 @@ def _detailflow():
     return Case(Causal(net, Label(16), inputs=Grouped(group=3)).complete(spec, INFO), Groups(3, 3))
 
 
+def _token_shuffle():
+    spec, net = TokenSpec(grid(4, 4), codes=(12,)), Transformer(2, 16, 2, hidden=24, final=False)
+    generator = NextCell(net, Caption(16), Categorical(z_loss=1e-4), Merged(blocks=1))
+    return Case(generator.complete(spec, INFO), Cells(2))
+
+
 def _hita():
     spec, net = TokenSpec(pyramid(((1, 3), (3, 3))), codes=(12,)), Holistic(2, 16, 2, hidden=24)
     return Case(Causal(net, Label(16), ByLevel(), TwoTables(), emphasis="levels").complete(spec, INFO))
@@ -199,6 +206,7 @@ CASES = {
     "jpeg_lm": _jpeg_lm(),
     "gigatok": Case(Causal(Positioned(2, 16, 2, hidden=24), Label(16)).complete(SPEC, INFO)),
     "detailflow": _detailflow(),
+    "token_shuffle": _token_shuffle(),
     "hita": _hita(),
     "vf_prompt": _vf_prompt("codes", PromptCodes(prompt_top_k=3)),
     "vf_prompt_random": _vf_prompt("random"),

@@ -98,8 +98,9 @@ PLANS = {  # of a share r of the steps, that of a step itself counted
     "cos": lambda r: np.sin(np.pi / 2 * r),
     "log": lambda r: np.log1p(r * (np.e - 1)),
     "square": np.square,
-    "square_root": lambda r: np.sqrt(r - r[0]),  # this and the next do not count it
+    "square_root": lambda r: np.sqrt(r - r[0]),  # from here on it is not counted
     "lagging": lambda r: r - r[0],
+    "half_linear": lambda r: np.minimum(2 * (r - r[0]), 1),
 }
 
 
@@ -107,13 +108,13 @@ PLANS = {  # of a share r of the steps, that of a step itself counted
 class Rising:
     """1 + (weight - 1) f(r) in step t of N, r = (t + 1) / N, whatever each reveals: f rises from about 0 to 1.
 
-    Source: ELM (arXiv:2410.16257); "lagging" is TiTok's (arXiv:2406.07550).
+    Source: ELM (arXiv:2410.16257); "lagging" is TiTok's (arXiv:2406.07550), "half_linear" Token-Shuffle's (arXiv:2504.17789).
     """
 
     weight: float = 1.0
     """Of the condition in the end; 1 is unguided."""
-    plan: Literal["linear", "cos", "log", "square", "square_root", "lagging"] = "linear"
-    """f: r, sin(pi r / 2), log(1 + r (e - 1)), r^2, the root of t / N, or t / N."""
+    plan: Literal["linear", "cos", "log", "square", "square_root", "lagging", "half_linear"] = "linear"
+    """f: r, sin(pi r / 2), log(1 + r (e - 1)), r^2, the root of t / N, t / N, or 2 t / N and 1 in the second half."""
 
     def __post_init__(self):
         finite("guidance.weight", self.weight)

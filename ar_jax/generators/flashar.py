@@ -46,8 +46,10 @@ class Fused(ByAxis):
             raise ValueError(f"head.mix is {self.mix!r}; it must be gate or scalar")
         if self.column and self.apart is None:
             raise ValueError(f"head.column is {self.column}, but head.apart is None; give both")
-        if self.chunk or self.smoothing:
-            raise ValueError(f"head has chunk {self.chunk} and smoothing {self.smoothing}, which Fused has not; give 0")
+        if self.chunk or self.smoothing or self.z_loss:
+            raise ValueError(
+                f"head has chunk {self.chunk}, smoothing {self.smoothing} and z_loss {self.z_loss}, which Fused has not; give 0"
+            )
         found = super().complete(spec)
         if found.axes != 2:
             raise ValueError(f"Fused has two neighbours beside and above, but tokens of {found.axes} axes have more")

@@ -28,6 +28,7 @@ class Categorical(nn.Module):
       bias: the readout has one.
       std: of the readout at the start.
       smoothing: in training this part of the probability is asked for of all other codes together, alike.
+      z_loss: in training so many times the squared logarithm of the softmax's denominator is added to the loss, so that logits stay small.
       sure: what `decide` calls how sure a code is, its log-probability or its guided logit before temperature and filter.
     """
 
@@ -38,6 +39,7 @@ class Categorical(nn.Module):
     bias: bool = False
     std: float = 0.0
     smoothing: Share = 0.0
+    z_loss: Share = 0.0
     sure: Literal["probability", "logit"] = "probability"
 
     def complete(self, spec: TokenSpec) -> "Categorical":
@@ -97,10 +99,11 @@ class Categorical(nn.Module):
         # not a gather: the vocabulary may be divided over devices
         chosen = jnp.where(jnp.arange(self.codes) == target, logits, 0).sum(-1)
         total = jax.nn.logsumexp(logits, axis=-1)
-        if not self.smoothing:
-            return total - chosen
-        others = (logits.sum(-1) - chosen) / (self.codes - 1)
-        return total - (1 - self.smoothing) * chosen - self.smoothing * others
+        loss = total - chosen
+        if self.smoothing:
+            others = (logits.sum(-1) - chosen) / (self.codes - 1)
+            loss = total - (1 - self.smoothing) * chosen - self.smoothing * others
+        return loss + self.z_loss * jnp.square(total) if self.z_loss else loss
 
     def sample(
         self, h: Float[Array, "B m d"], keys: Key[Array, "b m"], knobs, i: Index, tokenizer: Callable | None = None

@@ -82,7 +82,7 @@ def test_files_there_and_back(tmp_path, fields):
     [
         (Fused(mix="mean"), SPEC, r"head\.mix is 'mean'; it must be gate or scalar"),
         (Fused(column=0.5), SPEC, r"head\.column is 0\.5, but head\.apart is None; give both"),
-        (Fused(chunk=4), SPEC, r"head has chunk 4 and smoothing 0\.0, which Fused has not"),
+        (Fused(chunk=4), SPEC, r"head has chunk 4, smoothing 0\.0 and z_loss 0\.0, which Fused has not"),
         (Fused(), TokenSpec(pyramid((2, 2)), codes=(5,)), r"tokens of 3 axes have more"),
     ],
 )
