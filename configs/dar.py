@@ -49,6 +49,7 @@ from ar_jax.nets.conditioning import Label
 from ar_jax.nets.head_norm import HeadNorm, Painter
 from ar_jax.nets.transformer import Transformer
 from ar_jax.tokenizers.dar import SequentialDiffusion
+from ar_jax.tokenizers.quantize import VectorLoss
 from ar_jax.train.losses import Teacher
 from ar_jax.train.optim import AdamW, Optim
 
@@ -57,14 +58,16 @@ def mnist5k() -> Experiment:
     base = llamagen.mnist5k()
     net = {"width": 64, "heads": 4, "hidden": 128}
     module = SequentialDiffusion(
-        (32, 32), 4, 4, 16, HeadNorm(2, **net), HeadNorm(1, **net), Painter(2, **net), codes=256, steps=8, group=2,
+        (32, 32), 4, 4, 16, HeadNorm(2, gate=0.5, **net), HeadNorm(1, gate=0.5, **net), Painter(2, **net), codes=256,
+        steps=8, group=2, vq=VectorLoss(entropy=0.02),
     )  # fmt: skip
     generator = base.generator.module
     return dataclasses.replace(
         base,
         name="mnist5k_dar",
         tokenizer=dataclasses.replace(
-            base.tokenizer, module=module, losses=Losses(reconstruction_weight=0.0, lpips=0.0, adversarial=0.0)
+            base.tokenizer, module=module, losses=Losses(lpips=0.0, adversarial=0.0),
+            steps=1500, preview_every=500, save_every=500, optim=dataclasses.replace(base.tokenizer.optim, warmup=100),
         ),
         generator=dataclasses.replace(
             base.generator, module=generator.clone(backbone=generator.backbone.clone(line=True))

@@ -7,7 +7,8 @@ What ran here, and addresses of released weights: configs/README.md.
 
 Small, for two CPU cores:
 
-    mnist5k          5,000 real digits, 1 to 16 codes of 240; LlamaGen's transformer
+    mnist5k_vae      5,000 real digits, the autoencoder below
+    mnist5k          1 to 16 codes of 240, of the latents of it; LlamaGen's transformer
 
 The autoencoder below all others, on ImageNet, 256 pixels:
 
@@ -64,28 +65,38 @@ from ar_jax.nets.fixed_norm import FixedNorm
 from ar_jax.nets.transformer import Transformer
 from ar_jax.tokenizers.flextok import FlexTok
 from ar_jax.tokenizers.kl_vae import KLVAE
-from ar_jax.tokenizers.patches import Patches
 from ar_jax.tokenizers.quantize_scalar import FSQ
 from ar_jax.train.optim import AdamW, Optim
 
 BELOW = ("^/(?!base/)",)  # what training of a tokenizer on top of another moves: all but that
+SHIFT, SCALE = (1.34, -2.62, -1.52, 0.45), (0.62, 0.71, 0.59, 0.60)
 FLOW = Losses(reconstruction_weight=0.0, lpips=0.0, adversarial=0.0)  # the tokenizer reports its own
 
 
+def mnist5k_vae() -> Experiment:
+    """MAR's of digits."""
+    base = mar.mnist5k()
+    return Experiment(name="mnist5k_vae_flextok", data=base.data, tokenizer=base.tokenizer)
+
+
 def mnist5k() -> Experiment:
-    """On patches of pixels."""
+    """With the numbers by which the autoencoder's latents were told to be shifted and multiplied here."""
     base = llamagen.mnist5k()
-    pixels = Patches(size=(32, 32), patch=4, channels=1, shift=(-0.75,), scale=(1.6,))
+    below = mar.mnist5k().tokenizer.module.clone(shift=SHIFT, scale=SCALE)
     net = {"width": 64, "heads": 4, "hidden": 128}
     module = FlexTok(
-        pixels, 16, FixedNorm(2, **net), FixedNorm(2, kinds=2, **net), FSQ((8, 6, 5)), steps=10, guidance=1.5,
+        below, 16, FixedNorm(2, **net), FixedNorm(2, kinds=2, **net), FSQ((8, 6, 5)), steps=10, guidance=1.5,
         normalised=False,
     )  # fmt: skip
     generator = base.generator.module
     return dataclasses.replace(
         base,
         name="mnist5k_flextok",
-        tokenizer=dataclasses.replace(base.tokenizer, module=module, losses=FLOW),
+        tokenizer=dataclasses.replace(
+            base.tokenizer, module=module, losses=FLOW, steps=1500, preview_every=500, save_every=500,
+            optim=dataclasses.replace(base.tokenizer.optim, warmup=100, trained=BELOW),
+            parts=(("base", "runs/mnist5k_vae_flextok/tokenizer"),),
+        ),
         generator=dataclasses.replace(
             base.generator, module=generator.clone(backbone=generator.backbone.clone(line=True))
         ),
@@ -150,6 +161,7 @@ def generator(name: str, layers: int, conditioning: type, data: Data) -> Experim
 
 
 VARIANTS = {
+    "mnist5k_vae": mnist5k_vae,
     "mnist5k": mnist5k,
     "vae": vae,
     **{f"d{encoder}_d{decoder}": partial(tokenizer, encoder, decoder) for encoder, decoder in ((12, 12), (18, 18), (18, 28))},

@@ -74,15 +74,15 @@ def mnist5k() -> Experiment:
         tokenizer=TokenizerStage(
             module=GigaTok(
                 size=(32, 32), tokens=16, features=8, mult=(1, 2, 4), res_blocks=1, latent=32, codes=256, groups=4,
-                encoder_net=QFormer(1, 48, 4), decoder_net=QFormer(2, 48, 4, tap=1), target=112,
+                encoder_net=QFormer(1, 48, 4, std=0.1), decoder_net=QFormer(2, 48, 4, tap=1, std=0.1), target=112,
                 vq=VectorLoss(entropy=0.02),
             ),
             losses=Losses(
                 lpips=0.0, adversarial=0.0,
-                teacher=Teacher(0.5, "to_map/told", EfficientNet(side=128), projected=False),
+                teacher=Teacher(0.5, "to_map/told", EfficientNet(side=64), projected=False),
             ),
-            steps=250, batch=64, optim=Optim(lr=2e-3, weight_decay=0.0, warmup=40, schedule="cosine"),
-            log_every=50, preview_every=125, save_every=125,
+            steps=1000, batch=64, optim=Optim(lr=2e-3, weight_decay=0.0, warmup=100, schedule="cosine"),
+            log_every=50, preview_every=500, save_every=500,
         ),
         generator=GeneratorStage(
             module=Causal(Positioned(layers=4, width=128, heads=4, hidden=384), Label(128)),

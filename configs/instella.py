@@ -64,7 +64,10 @@ def mnist5k() -> Experiment:
     return dataclasses.replace(
         base,
         name="mnist5k_instella",
-        tokenizer=dataclasses.replace(base.tokenizer, module=module, steps=400, preview_every=200, save_every=200),
+        tokenizer=dataclasses.replace(
+            base.tokenizer, module=module, steps=1500, preview_every=500, save_every=500,
+            optim=dataclasses.replace(base.tokenizer.optim, warmup=100),
+        ),
         generator=dataclasses.replace(
             base.generator,
             module=Causal(Reader(4, 128, 4, hidden=384), Label(128), Bitwise(single=True), Bits()),

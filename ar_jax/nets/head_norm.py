@@ -47,12 +47,13 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each after a norm, and multiplied by a learned vector that begins as 0."""
+    """Attention and a perceptron, each after a norm, and multiplied by a learned vector, which begins as `gate`."""
 
     width: int
     heads: int
     hidden: int
     eps: float
+    gate: float
     dtype: Any
     output_major: bool
 
@@ -65,7 +66,8 @@ class Block(nn.Module):
             Linear(features, self.dtype, None, xavier, self.output_major, bias=True)
             for features in (self.hidden, self.width)
         )
-        self.gate1, self.gate2 = (self.param(f"gate{i}", zeros, (self.width,)) for i in (1, 2))
+        begin = nn.initializers.constant(self.gate)
+        self.gate1, self.gate2 = (self.param(f"gate{i}", begin, (self.width,)) for i in (1, 2))
 
     def __call__(self, x, cache, table, seen):
         x = constrain(x, BATCH)
@@ -81,6 +83,7 @@ class HeadNorm(Backbone):
       hidden: width of the perceptrons; 0 is 4 times `width`.
       base: wave length base of the rotary positions.
       eps: of the norms.
+      gate: what the learned gates of all layers begin as; with 0, as published, short trainings do not reach the codes.
       dtype, remat, unroll: see `Backbone`.
     Source: D-AR (arXiv:2505.23660).
     """
@@ -88,9 +91,10 @@ class HeadNorm(Backbone):
     hidden: int = 0
     base: Annotated[float, Within(1, 2**24)] = 10000.0
     eps: float = 1e-6
+    gate: float = 0.0
 
     def setup(self):
-        sizes = (self.width, self.heads, self.hidden or 4 * self.width, self.eps, self.dtype, self.unroll)
+        sizes = (self.width, self.heads, self.hidden or 4 * self.width, self.eps, self.gate, self.dtype, self.unroll)
         self.blocks = self.stack(Block, sizes, (nn.broadcast, nn.broadcast))
 
     @property

@@ -13,7 +13,10 @@ from ar_jax.nets.linear import Linear
 from ar_jax.nets.transformer import Backbone
 from ar_jax.typing import Array, Blocks, Float, typed
 
-init = nn.initializers.truncated_normal(0.02)
+
+def init(std: float) -> Any:
+    """How kernels begin."""
+    return nn.initializers.truncated_normal(std)
 
 
 def norm(eps: float, dtype: Any, name: str | None = None) -> nn.LayerNorm:
@@ -26,16 +29,17 @@ class Attention(nn.Module):
 
     width: int
     heads: int
+    std: float
     dtype: Any
 
     @nn.compact
     def __call__(self, asking, answering, said):
         def heads(x, name):
-            return split_heads(Linear(self.width, self.dtype, None, init, bias=True, name=name)(x), self.heads, 1)[0]
+            return split_heads(Linear(self.width, self.dtype, None, init(self.std), bias=True, name=name)(x), self.heads, 1)[0]
 
         q, k, v = heads(asking, "query"), heads(answering, "key"), heads(said, "value")
         seen = sight(np.zeros(q.shape[2], np.int32), np.zeros(k.shape[2], np.int32))
-        return Linear(self.width, self.dtype, None, init, bias=True, name="out")(join_heads(seen(q, k, v)))
+        return Linear(self.width, self.dtype, None, init(self.std), bias=True, name="out")(join_heads(seen(q, k, v)))
 
 
 class Block(nn.Module):
@@ -45,13 +49,14 @@ class Block(nn.Module):
     heads: int
     hidden: int
     eps: float
+    std: float
     dtype: Any
 
     def setup(self):
         self.own_norm, self.cross_norm, self.mlp_norm = (norm(self.eps, self.dtype) for _ in range(3))
-        self.own, self.cross = (Attention(self.width, self.heads, self.dtype) for _ in range(2))
+        self.own, self.cross = (Attention(self.width, self.heads, self.std, self.dtype) for _ in range(2))
         self.fc1, self.fc2 = (
-            Linear(features, self.dtype, None, init, bias=True) for features in (self.hidden, self.width)
+            Linear(features, self.dtype, None, init(self.std), bias=True) for features in (self.hidden, self.width)
         )
 
     def __call__(self, rows, cache, tapped, places, memory, keys):
@@ -72,6 +77,7 @@ class QFormer(Backbone):
       hidden: width of the perceptrons; 0 is 4 times `width`.
       tap: the layer, counted from 1, whose rows are given beside the last; 0 is none.
       eps: of the norms.
+      std: of the kernels at the start; networks that are much narrower than the published ones learn with larger ones only.
       dtype, remat, unroll: see `Backbone`.
     Source: the decoder of DETR (arXiv:2005.12872), as in GigaTok (arXiv:2504.08736).
     """
@@ -79,11 +85,12 @@ class QFormer(Backbone):
     hidden: int = 0
     tap: Blocks = 0
     eps: float = 1e-5
+    std: float = 0.02
 
     def setup(self):
         if self.tap > self.layers:
             raise ValueError(f"QFormer: tap is {self.tap}, but there are {self.layers} layers; give one of them, or 0")
-        sizes = (self.width, self.heads, self.hidden or 4 * self.width, self.eps, self.dtype)
+        sizes = (self.width, self.heads, self.hidden or 4 * self.width, self.eps, self.std, self.dtype)
         self.blocks = self.stack(Block, sizes, (0, nn.broadcast, nn.broadcast, nn.broadcast))
         self.norm = norm(self.eps, self.dtype)
 

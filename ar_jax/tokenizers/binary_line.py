@@ -17,8 +17,6 @@ from ar_jax.tokenizers.quantised import Quantised
 from ar_jax.tokens import MOST, TokenSpec, grid
 from ar_jax.typing import Array, Float, Int, Many, Metrics, Params, PRNGKey, Size, Tokens, Within, typed
 
-small = nn.initializers.normal(0.02)
-
 
 class BinaryLine(Quantised):
     """An image to a line of tokens of bits, and back; a token stands for the sum of its set bits' vectors.
@@ -89,15 +87,18 @@ class BinaryLine(Quantised):
         def dense(features, out_dtype=None):
             return Linear(features, self.dtype, out_dtype, init, bias=True)
 
+        def table(name, rows, width):
+            return self.param(name, nn.initializers.normal(width**-0.5), (rows, width))
+
         inside, outside = self.encoder.width, self.decoder.width
         self.patches, self.told = dense(inside), dense(inside)
-        self.queries = self.param("queries", small, (self.slots, inside))
+        self.queries = table("queries", self.slots, inside)
         self.told_norm, self.code_norm, self.image_norm = (
             RMSNorm(eps) for eps in (self.encoder.eps, self.decoder.eps, self.decoder.eps)
         )
         self.quant = dense(self.bits, jnp.float32)
-        self.embedding = self.param("embedding", small, (self.bits, inside))
-        self.from_code, self.mask = dense(outside), self.param("mask", small, (1, outside))
+        self.embedding = table("embedding", self.bits, inside)
+        self.from_code, self.mask = dense(outside), table("mask", 1, outside)
         self.to_pixels = dense(self.channels * self.cell**2, jnp.float32)
 
     @typed

@@ -40,7 +40,7 @@ class SequentialDiffusion(Ordered):
       code_features: width of a code; latents and codes are normalised, so search is by cosine.
       rank: width of the queries' table, whose rows are projected to the encoder's width; 0 is that width itself.
       rows: of the queries' and of the decoder's table, of which the first are used; 0 is as many as `registers`.
-      vq: weights of the quantiser's losses, over the codes up to those of the drawn step.
+      vq: weights of the quantiser's losses, over the codes up to those of the drawn step; entropy, if any, over all.
       spread: standard deviation of the data; images are multiplied by it.
       delay: how much later times are than evenly spread ones u, as u / (u + delay (1 - u)).
       aligned: layer, hidden width and width of features of the painter that a teacher may look at ("features", on the encoder's
@@ -132,15 +132,17 @@ class SequentialDiffusion(Ordered):
         def dense(features, out_dtype=None, init=xavier, bias=True):
             return Linear(features, self.dtype, out_dtype, init, bias=bias)
 
-        rows, normal = self.rows or self.registers, nn.initializers.normal(0.02)
+        def table(name, width):
+            return self.param(name, nn.initializers.normal(width**-0.5), (self.rows or self.registers, width))
+
         self.patches, self.noisy = dense(self.encoder.width), dense(self.painter.width)
-        self.queries = self.param("queries", normal, (rows, self.rank or self.encoder.width))
+        self.queries = table("queries", self.rank or self.encoder.width)
         if self.rank:
             self.query = dense(self.encoder.width)
         self.to_code = dense(self.code_features, jnp.float32, bias=False)
         self.codebook = self.param("codebook", codebook_init(True), (self.codes, self.code_features))
         self.from_code = dense(self.decoder.width, bias=False)
-        self.positions = self.param("positions", normal, (rows, self.decoder.width))
+        self.positions = table("positions", self.decoder.width)
         height, width = sides(self.brush)
         self.to_velocity = dense(self.channels * height * width, jnp.float32, zeros)
         if self.aligned:
@@ -203,10 +205,10 @@ class SequentialDiffusion(Ordered):
     ) -> tuple[Float[Array, "b H W c"], Metrics, Metrics]:
         """`autoencode` with evenly spread numbers in [0, 1), from which times come, and noise that are given."""
         latents = self.registered(image)
-        codes, index, _ = self.quantise(latents)
+        codes, index, plain = self.quantise(latents)
         step = jnp.minimum(jnp.floor(self.steps * u + 0.5).astype(jnp.int32), self.steps - 1)
         begin = jnp.asarray(self.begins)[step]
-        losses = self._losses(normalise(latents), normalise(self.codebook)[index], begin + self.group)
+        losses = plain | self._losses(normalise(latents), normalise(self.codebook)[index], begin + self.group)
 
         target, t = self.spread * image, self.late(u)
         at = t[:, None, None, None]

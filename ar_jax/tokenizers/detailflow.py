@@ -45,8 +45,6 @@ from ar_jax.typing import (
     typed,
 )
 
-small = nn.initializers.normal(0.02)
-
 
 def table_init(width: int) -> Any:
     """How places begin, as in SigLIP."""
@@ -224,14 +222,14 @@ class DetailFlow(Ordered):
         self.patches = PatchRows(inside, self.cell, side, self.dtype)
         self.to_code = dense(self.code_features, jnp.float32)
         self.queries, self.register_positions, self.after_mistake = (
-            self.param(name, small, (n, inside)) for name in ("queries", "register_positions", "after_mistake")
+            self.param(name, table_init(inside), (n, inside)) for name in ("queries", "register_positions", "after_mistake")
         )
         self.mistaken = dense(inside)
         self.codebook = self.param("codebook", codebook_init(True), (self.codes, self.code_features))
         self.from_code, self.to_pixels = dense(outside), dense(self.channels * self.cell**2, jnp.float32)
-        self.mask = self.param("mask", small, (1, outside))
+        self.mask = self.param("mask", table_init(outside), (1, outside))
         self.decoder_positions = self.param("decoder_positions", table_init(outside), (side, side, outside))
-        self.code_positions = self.param("code_positions", small, (n, outside))
+        self.code_positions = self.param("code_positions", table_init(outside), (n, outside))
         if self.aligned:
             hidden, features = self.aligned
             self.told1, self.told2, self.told3 = dense(hidden), dense(hidden), dense(features, jnp.float32)

@@ -126,7 +126,7 @@ class FlexTok(Ordered):
             return Linear(features, self.dtype, out_dtype, init, bias=True)
 
         def vectors(name, *shape):
-            return self.param(name, nn.initializers.normal(0.02), shape)
+            return self.param(name, nn.initializers.normal(shape[-1] ** -0.5), shape)
 
         def places(name, width):
             return self.param(name, lambda _, rows, columns: sine_quarters(rows, columns, width), *self.base.grid)

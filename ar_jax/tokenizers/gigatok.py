@@ -57,7 +57,7 @@ class ToLine(nn.Module):
     @typed
     def __call__(self, x: Float[Array, "b h w z"]) -> Float[Array, "b n c"]:
         def dense(features, name, out_dtype=None):
-            return Linear(features, self.dtype, out_dtype, init, bias=True, name=name)
+            return Linear(features, self.dtype, out_dtype, init(self.net.std), bias=True, name=name)
 
         memory = dense(self.net.width, "embed")(norm(self.net.eps, self.dtype, "before")(x))
         queries = dense(self.net.width, "first")(pooled(memory, self.tokens))
@@ -87,20 +87,21 @@ class ToMap(nn.Module):
     def __call__(self, x: Float[Array, "b n z"]) -> Float[Array, "b h w c"]:
         width, count = self.net.width, self.size[0] * self.size[1]
         memory = norm(self.net.eps, self.dtype, "before")(x)
-        memory = Linear(width, self.dtype, None, init, bias=True, name="embed")(memory)
+        memory = Linear(width, self.dtype, None, init(self.net.std), bias=True, name="embed")(memory)
         place, slot = places(self, count, x.shape[1])
         queries = jnp.broadcast_to(memory[:, :1], (len(x), count, width))
         rows, tapped = self.net(queries, place, memory, slot)
         if self.target:
-            Told(self.target, self.dtype, name="told")(tapped.reshape(len(x), *self.size, width))
+            Told(self.target, self.net.std, self.dtype, name="told")(tapped.reshape(len(x), *self.size, width))
         y = rows.reshape(len(x), *self.size, width)
-        return nn.Conv(self.out, (3, 3), kernel_init=init, dtype=self.dtype, name="last")(y).astype(jnp.float32)
+        return nn.Conv(self.out, (3, 3), kernel_init=init(self.net.std), dtype=self.dtype, name="last")(y).astype(jnp.float32)
 
 
 class Told(nn.Module):
     """The features of a teacher, told from rows by a perceptron; trained, and of no use in the end."""
 
     out: int
+    std: float
     dtype: Any
 
     @nn.compact
@@ -108,8 +109,8 @@ class Told(nn.Module):
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w c"]:
         hidden = 4 * x.shape[-1]
         for name in ("fc1", "fc2"):
-            x = nn.silu(Linear(hidden, self.dtype, None, init, bias=True, name=name)(x))
-        return Linear(self.out, self.dtype, jnp.float32, init, bias=True, name="fc3")(x)
+            x = nn.silu(Linear(hidden, self.dtype, None, init(self.std), bias=True, name=name)(x))
+        return Linear(self.out, self.dtype, jnp.float32, init(self.std), bias=True, name="fc3")(x)
 
 
 def places(module: nn.Module, cells: int, tokens: int) -> tuple[Array, Array]:
@@ -151,7 +152,7 @@ class StyledDecoder(nn.Module):
 
     def styled(self, x, spread, mean, level):
         def dense(name):
-            return nn.Dense(x.shape[-1], kernel_init=init, dtype=self.dtype, name=f"{name}_{level}")
+            return nn.Dense(x.shape[-1], kernel_init=init(0.02), dtype=self.dtype, name=f"{name}_{level}")
 
         scale, bias = dense("spread")(jnp.sqrt(spread + 1e-6)), dense("mean")(mean)
         # use_fast_variance loses digits where the mean is large against the spread
