@@ -1,4 +1,5 @@
-"""Makes the frozen codebook of a tokenizer (VQGAN-LC, DiGIT): k-means over the features that a teacher sees in your images.
+"""Makes what k-means finds for a tokenizer: the frozen codebook of VQGAN-LC and DiGIT, of features that a teacher sees in your
+images, or the clusters of a trained codebook (CTF).
 
     python -m ar_jax.codebook CONFIG --out OUT [--name value ...]
 
@@ -13,7 +14,11 @@ device. Needs scikit-learn (extra `codebook`).
 
 DiGIT's tokenizer (`FeatureCodes`) is clustered on its own grid, with its own teacher unless another is given, all classes together.
 
-Source: VQGAN-LC (arXiv:2406.11837), DiGIT (arXiv:2410.12490).
+Clusters (`Clustered`) are those of the codes of a trained tokenizer, which OUT holds with them; images are not asked:
+
+    python -m ar_jax.codebook configs/ctf.py:mnist5k --base runs/mnist5k_llamagen --out checkpoints/clusters_mnist5k
+
+Source: VQGAN-LC (arXiv:2406.11837), DiGIT (arXiv:2410.12490), CTF (arXiv:2503.16194).
 """
 
 import dataclasses
@@ -30,15 +35,16 @@ import tyro
 from tqdm import tqdm
 
 from ar_jax.config import load_config
-from ar_jax.data import Data, batches, open_source
+from ar_jax.data import Data, Info, batches, open_source
 from ar_jax.files import codec
 from ar_jax.files.images import to_float
-from ar_jax.files.models import describe
+from ar_jax.files.models import describe, open_model
 from ar_jax.files.places import path_of, reachable, remove_tree
 from ar_jax.files.trust import taken
 from ar_jax.machine import distributed
 from ar_jax.machine.seeds import Seed, key_of
 from ar_jax.nets.resize import resize
+from ar_jax.tokenizers.clustered import Clustered
 from ar_jax.tokenizers.feature_codes import FeatureCodes
 from ar_jax.tokenizers.vqgan_lc import VQGANLC
 from ar_jax.train.checkpoint import save_params
@@ -66,6 +72,8 @@ class Options:
     batch: int = 64
     """Images that the teacher sees at a time."""
     seed: Seed = 0
+    base: str = ""
+    """Of Clustered: folder of the trained tokenizer, or of its run."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -85,22 +93,17 @@ def main(arguments: list[str] | None = None) -> None:
         write(experiment.tokenizer.module, options)
 
 
-def write(tokenizer: VQGANLC | FeatureCodes, options: Options) -> None:
+def write(tokenizer: VQGANLC | FeatureCodes | Clustered, options: Options) -> None:
     """Writes the model folder, complete or not at all.
 
     Raises:
-      ValueError: another tokenizer, a teacher that is missing or of another width, a folder that is not empty, codes that
+      ValueError: another tokenizer, a teacher or a base that is missing or does not fit, a folder that is not empty, codes that
         cannot be divided among the classes, or too few images for them.
     """
-    if not isinstance(tokenizer, (VQGANLC, FeatureCodes)):
+    if not isinstance(tokenizer, (VQGANLC, FeatureCodes, Clustered)):
         raise ValueError(
-            f"the config's tokenizer is {type(tokenizer).__name__}; only VQGANLC and FeatureCodes have a frozen codebook"
+            f"the config's tokenizer is {type(tokenizer).__name__}; only VQGANLC, FeatureCodes and Clustered have what k-means finds"
         )
-    places = (options.pool,) * 2
-    if isinstance(tokenizer, FeatureCodes):
-        teacher = options.teacher if options.teacher.path else tokenizer.teacher
-        tokenizer, places = tokenizer.clone(teacher=teacher), tokenizer.grid
-        options = dataclasses.replace(options, teacher=teacher, together=True)
     folder = path_of(options.out)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--out is {options.out}, which is not empty; give another folder or remove it")
@@ -108,6 +111,34 @@ def write(tokenizer: VQGANLC | FeatureCodes, options: Options) -> None:
         import sklearn.cluster  # noqa: F401
     except ImportError as error:
         raise ValueError("k-means needs scikit-learn: pip install 'ar_jax[codebook]'") from error
+    make = clusters if isinstance(tokenizer, Clustered) else frozen_codes
+    temporary = folder
+    if isinstance(folder, Path):
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        temporary.mkdir(parents=True)
+    try:
+        tokenizer, params, info, found = make(tokenizer, options)
+        save_params(temporary / "params", params)
+        describe(temporary, "tokenizer", tokenizer, info, {})
+        if temporary != folder:
+            if folder.exists():
+                folder.rmdir()
+            os.rename(temporary, folder)
+    except BaseException:
+        remove_tree(temporary, ignore_errors=True)
+        raise
+    print(f"{options.out} is complete: {found}")
+
+
+def frozen_codes(
+    tokenizer: VQGANLC | FeatureCodes, options: Options
+) -> tuple[VQGANLC | FeatureCodes, Params, Info, str]:
+    """The tokenizer, parameters with the codebook, what is known of the images, and a word on it."""
+    places = (options.pool,) * 2
+    if isinstance(tokenizer, FeatureCodes):
+        teacher = options.teacher if options.teacher.path else tokenizer.teacher
+        tokenizer, places = tokenizer.clone(teacher=teacher), tokenizer.grid
+        options = dataclasses.replace(options, teacher=teacher, together=True)
     source, network = open_source(options.data), options.teacher
     if isinstance(network, Exported) and not network.path:
         network = EfficientNet()
@@ -126,24 +157,32 @@ def write(tokenizer: VQGANLC | FeatureCodes, options: Options) -> None:
             f"tokenizer.feature_width is {tokenizer.feature_width}, but the teacher's features are {width} wide; give "
             f"the config this width, or another teacher"
         )
-    temporary = folder
-    if isinstance(folder, Path):
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        temporary.mkdir(parents=True)
-    try:
-        found, label = features(network, params, source, options, places)
-        codes = clustered(found, label % classes, classes, tokenizer.codes // classes, options.seed)
-        begun = jax.jit(tokenizer.init_params)(key_of(options.seed))
-        save_params(temporary / "params", {**begun, "frozen": codes})
-        describe(temporary, "tokenizer", tokenizer, source.info, {})
-        if temporary != folder:
-            if folder.exists():
-                folder.rmdir()
-            os.rename(temporary, folder)
-    except BaseException:
-        remove_tree(temporary, ignore_errors=True)
-        raise
-    print(f"{options.out} is complete: {tokenizer.codes} codes of width {width}")
+    found, label = features(network, params, source, options, places)
+    codes = clustered(found, label % classes, classes, tokenizer.codes // classes, options.seed)
+    begun = jax.jit(tokenizer.init_params)(key_of(options.seed))
+    return tokenizer, {**begun, "frozen": codes}, source.info, f"{tokenizer.codes} codes of width {width}"
+
+
+def clusters(tokenizer: Clustered, options: Options) -> tuple[Clustered, Params, Info, str]:
+    """As `frozen_codes`: the best of ten tries at clusters of the codes of the base, as its decoder is given them."""
+    from sklearn.cluster import KMeans
+
+    if not options.base:
+        raise ValueError("--base is missing: the folder of the trained tokenizer whose codes are clustered, or of its run")
+    model = open_model(options.base, "tokenizer")
+    if model.module != tokenizer.base:
+        raise ValueError(
+            f"--base is {options.base}, whose tokenizer is not the config's tokenizer.base: {model.module} instead of {tokenizer.base}"
+        )
+    params, codes = model.params(), tokenizer.base.spec.codes[0]
+    every = jnp.arange(codes, dtype=jnp.int32)[None, :, None]
+    vectors = np.asarray(tokenizer.base.apply({"params": params}, every, method="embed")[0], np.float32)
+    if len(np.unique(vectors, axis=0)) < tokenizer.clusters:
+        raise ValueError(f"tokenizer.clusters is {tokenizer.clusters}, but fewer of the {codes} codes differ; give fewer")
+    cluster = KMeans(tokenizer.clusters, n_init=10, random_state=options.seed % 2**32).fit(vectors).labels_
+    sizes = np.bincount(cluster, minlength=tokenizer.clusters)
+    found = f"{codes} codes in {tokenizer.clusters} clusters of {sizes.min()} to {sizes.max()}"
+    return tokenizer, {**params, "cluster": cluster.astype(np.int32)}, model.info, found
 
 
 def features(
