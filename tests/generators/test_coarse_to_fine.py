@@ -60,7 +60,8 @@ def test_a_code_always_lies_in_its_cluster():
     coarse, fine = np.split(tokens[..., 0], 2, axis=1)
     np.testing.assert_array_equal(CLUSTER[fine], coarse)
     assert len(np.unique(fine)) > 5
-    assert (account.calls["generator"] == 8).all() and (account.calls["fine"] == 1).all()
+    assert (account.calls["generator"] == 8).all()
+    assert (account.calls["fine"] == 1).all()
     seen = frozen(tokenizer, below)(IMAGES, method="encode")
     np.testing.assert_array_equal(seen[:, :8], CLUSTER[seen[:, 8:]])
     np.testing.assert_array_equal(seen[:, 8:], BASE.apply({"params": below}, IMAGES, method="encode"))
@@ -109,13 +110,16 @@ def test_losses_are_of_both_networks_and_clusters_are_told_wrong_in_training():
         )  # fmt: skip
 
     loss, weight, metrics = run(params, below)
-    assert loss.shape == weight.shape == (3, 16) and np.isfinite(loss).all() and (loss > 0).any()
+    assert loss.shape == weight.shape == (3, 16)
+    assert np.isfinite(loss).all()
+    assert (loss > 0).any()
     np.testing.assert_allclose(metrics["fine_perplexity"], np.exp(loss[:, 8:].mean()), rtol=1e-5)
     np.testing.assert_allclose(metrics["perplexity"], np.exp(loss[:, :8].mean()), rtol=1e-5)
     np.testing.assert_array_equal(run(params, below, jax.random.key(0), wrong=0.0)[0], loss)
     other = run(params, below, jax.random.key(0), wrong=0.9)[0]
     np.testing.assert_array_equal(other[:, :8], loss[:, :8])
-    assert np.isfinite(other).all() and (np.abs(other - loss)[:, 8:].max(1) > 1e-3).all()
+    assert np.isfinite(other).all()
+    assert (np.abs(other - loss)[:, 8:].max(1) > 1e-3).all()
 
 
 def test_an_edit_keeps_clusters_and_codes_where_nothing_is_free():
@@ -137,7 +141,8 @@ def test_an_edit_keeps_clusters_and_codes_where_nothing_is_free():
     np.testing.assert_array_equal(CLUSTER[fine], coarse)
     same = (image == edited)[..., 0]
     kept = np.tile(~free.reshape(3, 2, 2, 4, 2).any((2, 4)).reshape(3, 8), (1, 2))
-    assert same[kept].all() and not same[~kept].all()
+    assert same[kept].all()
+    assert not same[~kept].all()
 
 
 def test_prefixes_show_clusters_before_codes():
@@ -146,7 +151,8 @@ def test_prefixes_show_clusters_before_codes():
     tokens = seen(IMAGES, method="encode")
     nothing, coarse, all_ = (seen(tokens, jnp.full(3, count), method="prefix") for count in (0, 8, 16))
     np.testing.assert_allclose(all_, seen(tokens, method="decode"), atol=1e-5)
-    assert not np.asarray(nothing).any() and np.abs(coarse - all_).max() > 1e-3
+    assert not np.asarray(nothing).any()
+    assert np.abs(coarse - all_).max() > 1e-3
 
 
 def test_clusters_are_found_for_a_trained_tokenizer(tmp_path):
@@ -159,7 +165,8 @@ def test_clusters_are_found_for_a_trained_tokenizer(tmp_path):
     codebook.write(Clustered(BASE, 4), codebook.Options(str(out), base=str(base)))
     found = open_model(out, "tokenizer")
     cluster = np.asarray(found.params()["cluster"]).reshape(4, 3)
-    assert (cluster == cluster[:, :1]).all() and sorted(cluster[:, 0]) == [0, 1, 2, 3]
+    assert (cluster == cluster[:, :1]).all()
+    assert sorted(cluster[:, 0]) == [0, 1, 2, 3]
     np.testing.assert_array_equal(found.params()["codebook"], params["codebook"])
     with pytest.raises(ValueError, match=r"^--base is missing"):
         codebook.write(Clustered(BASE, 4), codebook.Options(str(tmp_path / "other")))
