@@ -189,6 +189,6 @@ def test_bad_input_is_refused_in_a_sentence():
     tokenizer, below, generator, params = made()
     with pytest.raises(ValueError, match=r"^generator\.clusters is 4, but the tokenizer has 3"):
         drawn(tokenizer.clone(clusters=3), below, generator, params)
+    value = Sampling(Interval(1.0))
     with pytest.raises(ValueError, match=r"use CoarseFirst"):
-        value = Sampling(Interval(1.0))
         value.tokens(generator, params, BATCH, raster(generator.spec), keys=KEYS, tokenizer=frozen(tokenizer, below))
