@@ -211,3 +211,20 @@ def test_collectives_of_a_mesh_are_found_with_their_groups():
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         Program("HloModule nothing")
+
+
+@pytest.mark.parametrize("images", ["2,", ""])
+def test_the_attention_kernel_counts_its_two_products(images):
+    """JAX leaves the axis of the images out where a device has one, as with GigaTok XL-XXL on v5e:16x16."""
+    rows = f"bf16[{images}4,256,64]"
+    text = textwrap.dedent(f"""
+    HloModule kernel
+
+    ENTRY %main (m: s8[1,2,4], q: {rows}, k: bf16[{images}4,512,64]) -> {rows} {{
+      %m = s8[1,2,4]{{2,1,0}} parameter(0)
+      %q = {rows} parameter(1)
+      %k = bf16[{images}4,512,64] parameter(2)
+      ROOT %splash_mha_fwd.3 = {rows} custom-call(%m, %q, %k, %k), custom_call_target="tpu_custom_call", metadata={{op_name="attention"}}
+    }}
+    """)
+    assert Program(text).work()["attention"].flops == (2 if images else 1) * 2 * 2 * 4 * 256 * 512 * 64

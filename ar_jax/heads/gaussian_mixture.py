@@ -9,6 +9,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from ar_jax.heads import categorical
 from ar_jax.heads.diffusion import continuous
 from ar_jax.machine.sharding import Rules
 from ar_jax.nets.linear import Linear
@@ -117,7 +118,7 @@ class GaussianMixture(nn.Module):
         with_, without = (jax.tree.map(lambda x, way=way: x[way::ways], mixture) for way in (0, ways - 1))
         fold_in = lambda s: jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, s)))(keys)  # noqa: E731
         draw = lambda fn, s, *shape: jax.vmap(jax.vmap(lambda key: fn(key, shape)))(fold_in(s))  # noqa: E731
-        component = jax.vmap(jax.vmap(jax.random.categorical))(fold_in(0), with_.logits)
+        component = categorical.draw(with_.logits, fold_in(0), jnp.ones(()))
         mean, scale = with_.component(component)
         plain = mean + scale * draw(jax.random.normal, 1, self.channels)
         if ways == 1:

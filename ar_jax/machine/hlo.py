@@ -199,10 +199,12 @@ class Program:
             return _convolution(instruction, lhs, rhs)
         if instruction.op == "custom-call":
             for kernel, products in KERNELS.items():
-                if kernel in instruction.name:  # its operands end with query, key and value rows [b h q e]
-                    shapes = [self._shapes(computation, name)[0].sizes for name in instruction.operands]
-                    b, h, q, e = next(sizes for sizes in shapes if len(sizes) == 4)
-                    return 2.0 * products * b * h * q * q * e
+                if kernel in instruction.name:  # among its operands are query, key and value rows [b h q e], of one image [h q e]
+                    shapes = [self._shapes(computation, name)[0] for name in instruction.operands]
+                    rows = [shape.sizes for shape in shapes if shape.kind in ("f32", "bf16", "f16")]
+                    rows = [sizes for sizes in rows if len(sizes) == 4] or [(1, *x) for x in rows if len(x) == 3]
+                    (b, h, q, e), (_, _, r, _) = rows[:2]
+                    return 2.0 * products * b * h * q * r * e
             return 0.0
         if instruction.op == "fusion":
             inner = instruction.called()[0]
