@@ -72,7 +72,7 @@ class Options:
     """A Python file whose `get_sampling(own)` returns how images are drawn, as for sample.py; of a config, its
     `generator.sampling` can be changed field by field too."""
     unroll: bool | None = None
-    """Lay the layers out one by one in sampling. Left out: if a step reveals one token."""
+    """Lay the layers out one by one in sampling. Left out: if most steps reveal one token."""
     repeat: int = 7
     """Repetitions, each beside a measurement of the machine's limits; 0 only compiles, whatever the size of the model."""
 

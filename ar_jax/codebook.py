@@ -170,11 +170,8 @@ def clusters(tokenizer: Clustered, options: Options) -> tuple[Clustered, Params,
     if not options.base:
         raise ValueError("--base is missing: the folder of the trained tokenizer whose codes are clustered, or of its run")
     model = open_model(options.base, "tokenizer")
-    if model.module != tokenizer.base:
-        raise ValueError(
-            f"--base is {options.base}, whose tokenizer is not the config's tokenizer.base: {model.module} instead of {tokenizer.base}"
-        )
-    params, codes = model.params(), tokenizer.base.spec.codes[0]
+    tokenizer = tokenizer.clone(base=model.module)
+    params, codes = model.params(), tokenizer.spec.codes[0]
     every = jnp.arange(codes, dtype=jnp.int32)[None, :, None]
     vectors = np.asarray(tokenizer.base.apply({"params": params}, every, method="embed")[0], np.float32)
     if len(np.unique(vectors, axis=0)) < tokenizer.clusters:

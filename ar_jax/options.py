@@ -55,7 +55,7 @@ class Sampler:
     precision: Precision = "default"
     """Of products of float32 numbers: GPUs take tensorfloat32 by default, TPUs bfloat16; highest is float32."""
     unroll: bool | None = None
-    """Lay the layers out one by one: faster loops on CPU, longer compilation. Left out: if a step reveals one token."""
+    """Lay the layers out one by one: faster loops on CPU, longer compilation. Left out: if most steps reveal one token."""
     average: bool = True
     """Use the moving average of the weights, if the checkpoint has one."""
     checkpoint: str = "newest"

@@ -246,8 +246,9 @@ def image_keys(seed: int | PRNGKey, ids: Int[Array, "b"]) -> tuple[Key[Array, "b
 
 
 def by_token(generator: nn.Module, order: OrderFn) -> bool:
-    """Whether every step of an order reveals one token."""
-    return set(order(generator.spec, jax.random.split(jax.random.key(0), 1), 1, 0).sizes) == {1}
+    """Whether most steps of an order reveal one token."""
+    sizes = np.array(order(generator.spec, jax.random.split(jax.random.key(0), 1), 1, 0).sizes)
+    return bool((sizes == 1).mean() > 0.5)
 
 
 def open_drawer(run: str, options: Sampler) -> Drawer:

@@ -139,7 +139,7 @@ class Causal(Generator):
         x = constrain(jnp.concatenate([cond.rows[:, :-1].astype(x.dtype), x], axis=1), BATCH)
         coords = jnp.pad(coords, ((0, 0), (p - 1, 0), (0, 0)), constant_values=NOWHERE)
         x = self.drop(x, deterministic=not self.has_rng("dropout"))
-        h, _ = self.network(x, Rows(self.row_steps(p, order), coords, valid=_valid(cond, p - 1 + order.n)), cond)
+        h, _ = self.network(x, Rows(self.row_steps(p, order), coords, valid=valid_rows(cond, p - 1 + order.n)), cond)
         return h[:, p - 1 :]
 
     def tables(self, tokenizer: Frozen | None) -> Frozen | None:
@@ -169,7 +169,7 @@ class Causal(Generator):
         cache = self.backbone.empty_cache(rows, setting.kept)
         if p > 1:
             step, nowhere = cond.step[:-1], jnp.full((1, p - 1, 3), NOWHERE)
-            before = Rows(step, nowhere, keys=step, valid=_valid(cond, p - 1))
+            before = Rows(step, nowhere, keys=step, valid=valid_rows(cond, p - 1))
             _, cache = self.network(cond.rows[:, :-1], before, cond, cache.grow(p - 1))
         if self.spec.grammar:
             known = isinstance(order.slot, np.ndarray)  # else an argument of a compiled program
@@ -211,7 +211,7 @@ class Causal(Generator):
         if state.cache is None:
             return self.network(x, Rows(step, coords), cond)
         filled = state.cache.rows
-        rows = Rows(step, coords, p - 1 + first, steps[:filled], _valid(cond, filled))
+        rows = Rows(step, coords, p - 1 + first, steps[:filled], valid_rows(cond, filled))
         return self.network(x, rows, cond, state.cache)
 
 
@@ -235,7 +235,7 @@ def _written(tokens: Tokens, new: Tokens, first: Index) -> Tokens:
     return jnp.where(jnp.arange(tokens.shape[1])[:, None] == first, new, tokens)
 
 
-def _valid(cond: Cond, rows: int) -> Bool[Array, "B r"] | None:
+def valid_rows(cond: Cond, rows: int) -> Bool[Array, "B r"] | None:
     """Which of the first `rows` rows may be seen."""
     if cond.valid is None:
         return None

@@ -15,7 +15,7 @@ import numpy as np
 
 from ar_jax.data import Info
 from ar_jax.generators.base import Frozen, Setting, State, Step
-from ar_jax.generators.causal import Causal, _valid
+from ar_jax.generators.causal import Causal, valid_rows
 from ar_jax.heads.categorical import Categorical
 from ar_jax.machine import shares
 from ar_jax.nets import transformer
@@ -148,7 +148,7 @@ class CoarseToFine(Causal):
         x = widen(look_up(self.told, coarse), len(cond.rows) // len(coarse))
         x = jnp.concatenate([cond.rows.astype(x.dtype), x], axis=1)
         coords = jnp.pad(jnp.asarray(self.inputs.spec.coords), ((p, 0), (0, 0)), constant_values=NOWHERE)[None]
-        rows = Rows(np.zeros(p + n, np.int32), coords, valid=_valid(cond, p + n))
+        rows = Rows(np.zeros(p + n, np.int32), coords, valid=valid_rows(cond, p + n))
         return self.fine(x, rows)[0][:, p:]
 
     def begin(self, setting: Setting, images: int) -> State:

@@ -23,6 +23,7 @@ FAMILIES = {
             *("t2i_XL_stage1_256", "t2i_XL_stage2_512"),
         ),
     ),
+    "vf_prompt": ((), ()),  # reads LlamaGen's tokenizers
     "var": (("vae_ch160v4096z32",), ()),
     "flexvar": (("FlexVAE",), ()),
     "nar": ((), (*(f"nar_c2i_{size}_256" for size in ("B", "M", "L", "XL")), "nar_t2i_XL_256", "nar_t2i_XL_512")),

@@ -162,16 +162,17 @@ def test_clusters_are_found_for_a_trained_tokenizer(tmp_path):
     base.mkdir()
     save_params(base / "params", params)
     describe(base, "tokenizer", BASE, INFO, {})
-    codebook.write(Clustered(BASE, 4), codebook.Options(str(out), base=str(base)))
+    codebook.write(Clustered(VQGAN(), 4), codebook.Options(str(out), base=str(base)))
     found = open_model(out, "tokenizer")
+    assert found.module == Clustered(BASE, 4), "the base is that of the folder"
     cluster = np.asarray(found.params()["cluster"]).reshape(4, 3)
     assert (cluster == cluster[:, :1]).all()
     assert sorted(cluster[:, 0]) == [0, 1, 2, 3]
     np.testing.assert_array_equal(found.params()["codebook"], params["codebook"])
     with pytest.raises(ValueError, match=r"^--base is missing"):
         codebook.write(Clustered(BASE, 4), codebook.Options(str(tmp_path / "other")))
-    with pytest.raises(ValueError, match=r"whose tokenizer is not the config's tokenizer\.base"):
-        codebook.write(Clustered(BASE.clone(codes=6), 4), codebook.Options(str(tmp_path / "other"), base=str(base)))
+    with pytest.raises(ValueError, match=r"^tokenizer\.clusters is 13, but there are 12 codes"):
+        codebook.write(Clustered(BASE, 13), codebook.Options(str(tmp_path / "other"), base=str(base)))
     assert not (tmp_path / "other").exists()
 
 

@@ -81,7 +81,7 @@ def test_missing_teachers_and_other_tokenizers_are_refused(tmp_path):
     options = codebook.Options(str(tmp_path / "made"), Data(name="mnist5k", size=32, split="test"))
     with pytest.raises(ValueError, match=r"--teacher\.path is 'nowhere\.export', which is no file"):
         codebook.write(tokenizer, options)
-    with pytest.raises(ValueError, match=r"tokenizer is VQGAN; only VQGANLC and FeatureCodes have a frozen codebook"):
+    with pytest.raises(ValueError, match=r"tokenizer is VQGAN; only VQGANLC, FeatureCodes and Clustered have what k-means finds"):
         codebook.write(VQGAN(), options)
 
 
