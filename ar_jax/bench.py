@@ -193,7 +193,7 @@ def bench_sample(subject: Subject, options: Options) -> Bench:
     generator, tokenizer, order_fn = sampling.adapted(subject.generator, subject.tokenizer, subject.order)
     order = order_fn(generator.spec, jax.random.split(jax.random.key(0), images), images, 0)
     steps, stacked = len(order.sizes), generator
-    unroll = set(order.sizes) == {1} if options.unroll is None else options.unroll
+    unroll = order.by_token if options.unroll is None else options.unroll
 
     @jax.jit
     def laid_out(params):

@@ -174,7 +174,7 @@ class Loaded:
             self._need_generator()
             generator, decoder, order_fn = sampling.adapted(self.generator, self.tokenizer, self.order)
             order, own = order_fn(generator.spec, order_keys, len(keys), 0), params["generator"]
-            if set(order.sizes) == {1}:
+            if order.by_token:
                 generator, own = generator.unrolled(own)
             return sampling.images(
                 generator, decoder, own, params["tokenizer"], batch, order, keys=keys, extra=params.get("decoder")

@@ -49,6 +49,11 @@ class Order:
         return self.slot.shape[1]
 
     @property
+    def by_token(self) -> bool:
+        """Whether most steps reveal one token, so that layers that are laid out one by one decode faster."""
+        return self.sizes.count(1) > len(self.sizes) / 2
+
+    @property
     def step(self) -> Array:
         """Step of each rank, int32 [n]; numpy unless it is drawn."""
         if self.drawn is not None:
