@@ -112,6 +112,8 @@ def write(tokenizer: VQGANLC | FeatureCodes | Clustered, options: Options) -> No
     except ImportError as error:
         raise ValueError("k-means needs scikit-learn: pip install 'ar_jax[codebook]'") from error
     make = clusters if isinstance(tokenizer, Clustered) else frozen_codes
+    if options.base and make is frozen_codes:
+        raise ValueError(f"--base is {options.base}, but {type(tokenizer).__name__} is made of no other tokenizer; leave it out")
     temporary = folder
     if isinstance(folder, Path):
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

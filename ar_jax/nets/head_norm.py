@@ -83,7 +83,7 @@ class HeadNorm(Backbone):
       hidden: width of the perceptrons; 0 is 4 times `width`.
       base: wave length base of the rotary positions.
       eps: of the norms.
-      gate: what the learned gates of all layers begin as; with 0, as published, short trainings do not reach the codes.
+      gate: what the learned gates of all layers begin as; published is 0.
       dtype, remat, unroll: see `Backbone`.
     Source: D-AR (arXiv:2505.23660).
     """
@@ -156,7 +156,7 @@ class PaintBlock(nn.Module):
 class Painter(HeadNorm):
     """A stack of `PaintBlock`s and a last norm without parameters: rows of a picture, told a time and other rows.
 
-    Attributes: see `HeadNorm`.
+    Attributes: see `HeadNorm`; `gate` does nothing here, where the time and other rows make the gates.
     Source: D-AR (arXiv:2505.23660).
     """
 

@@ -77,7 +77,7 @@ class QFormer(Backbone):
       hidden: width of the perceptrons; 0 is 4 times `width`.
       tap: the layer, counted from 1, whose rows are given beside the last; 0 is none.
       eps: of the norms.
-      std: of the kernels at the start; networks that are much narrower than the published ones learn with larger ones only.
+      std: of the kernels at the start; larger ones suit networks much narrower than the published.
       dtype, remat, unroll: see `Backbone`.
     Source: the decoder of DETR (arXiv:2005.12872), as in GigaTok (arXiv:2504.08736).
     """

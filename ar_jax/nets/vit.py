@@ -159,7 +159,7 @@ class ClipViT(ViT):
     """A ViT with a norm before the layers too.
 
     Attributes:
-      std: of the kernels at the start; networks that are much narrower than the published ones learn with larger ones only.
+      std: of the kernels at the start; larger ones suit networks much narrower than the published.
       others: see `Plain`.
     Source: CLIP (arXiv:2103.00020), as in TiTok (arXiv:2406.07550).
     """

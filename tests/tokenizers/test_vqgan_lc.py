@@ -104,6 +104,7 @@ def test_clusters_are_of_a_group_alone():
         (SMALL.clone(codes=21), {}, r"tokenizer\.codes is 21, which 10 classes cannot share evenly; give a multiple of 10"),
         (SMALL.clone(feature_width=9), {}, r"feature_width is 9, but the teacher's features are 12 wide"),
         (SMALL, {"teacher": Exported("nowhere")}, r"--teacher\.path is 'nowhere', which is no file"),
+        (SMALL, {"base": "runs/a"}, r"--base is runs/a, but VQGANLC is made of no other tokenizer; leave it out"),
         (VQGAN((8, 8)), {}, r"the config's tokenizer is VQGAN; only VQGANLC, FeatureCodes and Clustered have what k-means finds"),
     ],
 )  # fmt: skip
