@@ -31,11 +31,11 @@ Generators on the codes of d18_d28, ImageNet classes and captions:
 The whole way, and pictures of the first 8 codes, which are all that is drawn:
 
     python train.py configs/flextok.py:vae
-    python train.py configs/flextok.py:d18_d28 --tokenizer.module.base.scale 0.2 --tokenizer.module.base.shift 0
+    python train.py configs/flextok.py:d18_d28
     python train.py configs/flextok.py:c2i
     python sample.py runs/flextok_c2i --tokenizer.length 8
 
-with the numbers that the first command says it measured. A released tokenizer, with its autoencoder:
+A released tokenizer, with its autoencoder:
 
     python -m ar_jax.convert model.safetensors --to checkpoints/flextok_d18_d28
     python train.py configs/flextok.py:c2i --tokenizer.path checkpoints/flextok_d18_d28
@@ -69,7 +69,6 @@ from ar_jax.tokenizers.quantize_scalar import FSQ
 from ar_jax.train.optim import AdamW, Optim
 
 BELOW = ("^/(?!base/)",)  # what training of a tokenizer on top of another moves: all but that
-SHIFT, SCALE = (1.34, -2.62, -1.52, 0.45), (0.62, 0.71, 0.59, 0.60)
 FLOW = Losses(reconstruction_weight=0.0, lpips=0.0, adversarial=0.0)  # the tokenizer reports its own
 
 
@@ -80,9 +79,8 @@ def mnist5k_vae() -> Experiment:
 
 
 def mnist5k() -> Experiment:
-    """With the numbers by which the autoencoder's latents were told to be shifted and multiplied here."""
     base = llamagen.mnist5k()
-    below = mar.mnist5k().tokenizer.module.clone(shift=SHIFT, scale=SCALE)
+    below = mar.mnist5k().tokenizer.module
     net = {"width": 64, "heads": 4, "hidden": 128}
     module = FlexTok(
         below, 16, FixedNorm(2, **net), FixedNorm(2, kinds=2, **net), FSQ((8, 6, 5)), steps=10, guidance=1.5,

@@ -22,11 +22,11 @@ The whole way:
 
     python train.py configs/llamagen.py:vq16
     python train.py configs/layton.py:vae
-    python train.py configs/layton.py:noise --tokenizer.module.base.scale 0.2 --tokenizer.module.base.shift 0
-    python train.py configs/layton.py:consistency --tokenizer.module.base.scale 0.2 --tokenizer.module.base.shift 0
+    python train.py configs/layton.py:noise
+    python train.py configs/layton.py:consistency
     python train.py configs/layton.py:xl_t2i --data.path IMAGES --data.text FEATURES.safetensors
 
-with the numbers that the second command says it measured, and FEATURES as of configs/llamagen.py. Only the aim, the two trainings and
+with FEATURES as of configs/llamagen.py. Only the aim, the two trainings and
 the number of codes and steps are known from the paper's abstract: networks, sizes, losses and lengths are a proposal. There the
 diffusion below is a published one; here it is trained from nothing, told the codes from its first update. What a step must agree with
 is the network's own earlier answer, not that of a moving average.

@@ -45,7 +45,7 @@ from ar_jax.train.guards import Stopped
 from ar_jax.train.history import note
 from ar_jax.train.log import Board
 from ar_jax.train.loop import fit, partners
-from ar_jax.train.measure import measured, remembered
+from ar_jax.train.measure import inherited, measured, remembered
 from ar_jax.train.recipes import Recipe, generator_recipe
 from ar_jax.train.tokenizer import tokenizer_recipe
 from ar_jax.typing import Batch, Params, PRNGKey
@@ -177,7 +177,9 @@ def prepare(stage: Stage, kind: str, folder: Path, info: Info, settings: dict) -
         settings = settings | {"origin": given.settings.get("origin", str(given.folder))}
     if module is None:
         raise ValueError(f"{kind}.module is not set; give a network in the config, or {kind}.path")
-    if (folder / "model.json").exists():
+    begun = (folder / "model.json").exists()
+    module = inherited(module, kind, folder if begun else stage.start, () if begun else stage.parts)
+    if begun:
         old = open_model(folder, kind)
         module, settings = remembered(module, settings, old)
         settings = settings | {name: old.settings[name] for name in ("trained_on",) if name in old.settings}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import numpy as np
 
 from ar_jax.data import Data, Source, batches
 from ar_jax.files.images import to_float
-from ar_jax.files.models import Model, describe
+from ar_jax.files.models import Model, describe, open_model
 from ar_jax.machine.distributed import say
 from ar_jax.tokens import sides
 from ar_jax.typing import Batch, Params
@@ -67,6 +68,25 @@ def moments(module: Any, params: Params, some: Iterable[Batch]) -> tuple[tuple[f
     mean, square = np.asarray(jax.device_get(found), np.float64).mean(0)
     scale = 1 / np.sqrt(np.maximum(square - mean**2, 1e-12))
     return tuple(tuple(float(f"{x:.5g}") for x in side) for side in (mean, scale))
+
+
+def inherited(module: nn.Module, kind: str, start: str | Path, parts: Iterable[tuple[str, str]]) -> nn.Module:
+    """A network whose parts bring what was measured of those that they begin as, unless the config says it.
+
+    Args:
+      module: as the config has it.
+      kind: "tokenizer" or "generator".
+      start, parts: see `config.Stage`.
+    """
+    if parts or start:
+        whole = open_model(start, kind).module if start else None
+        begun = {name: getattr(whole, name, None) for name in module.__dataclass_fields__}
+        for name, other in (begun | {name: open_model(folder, kind).module for name, folder in parts}).items():
+            part = getattr(module, name, None)
+            empty = [field for field in getattr(part, "MEASURED", ()) if not getattr(part, field)]
+            if empty and type(other) is type(part):
+                module = module.clone(**{name: part.clone(**{field: getattr(other, field) for field in empty})})
+    return module
 
 
 def remembered(module: nn.Module, settings: dict, old: Model) -> tuple[nn.Module, dict]:

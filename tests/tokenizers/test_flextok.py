@@ -10,11 +10,13 @@ import optax
 import pytest
 from trees import initial_params, never_moved, random_params
 
+from ar_jax.config import TokenizerStage
 from ar_jax.convert.sources import param_shapes
 from ar_jax.data import Info
 from ar_jax.decode.edit import free_slots
 from ar_jax.decode.glimpse import glimpse
 from ar_jax.decode.sampling import Sampling
+from ar_jax.files.models import describe
 from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Label
 from ar_jax.nets.fixed_norm import FixedNorm
@@ -25,6 +27,7 @@ from ar_jax.tokenizers.kl_vae import KLVAE
 from ar_jax.tokenizers.patches import Patches
 from ar_jax.tokenizers.quantize_scalar import FSQ
 from ar_jax.tokenizers.vqgan import VQGAN
+from ar_jax.train.__main__ import prepare
 
 NET = {"width": 16, "heads": 2, "hidden": 24}
 PIXELS = Patches((8, 12), 4)
@@ -174,3 +177,19 @@ def test_how_many_codes_training_shows(rule, want):
 def test_what_it_cannot_be_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(TINY.clone(**fields).init_params, jax.random.key(0))
+
+
+def test_an_autoencoder_below_brings_what_was_measured_of_it(tmp_path):
+    """Also from a whole tokenizer that another begins as, and when training goes on without either folder."""
+    bare, shift, scale = Patches((8, 12), 4), (0.5,), (2.0,)
+    describe(tmp_path / "below", "tokenizer", bare.clone(shift=shift, scale=scale), Info(), {})
+    parts = (("base", str(tmp_path / "below")),)
+
+    def base(folder, module=TINY, **stage):
+        return prepare(TokenizerStage(module=module, **stage), "tokenizer", tmp_path / folder, Info(), {}).module.base
+
+    assert (base("one", parts=parts).shift, base("one", parts=()).scale) == (shift, scale)
+    assert base("two", start=str(tmp_path / "one")).scale == scale
+    said = base("three", TINY.clone(base=bare.clone(scale=(3.0,))), parts=parts)
+    assert (said.shift, said.scale) == (shift, (3.0,))
+    assert base("four") == bare
