@@ -10,6 +10,7 @@ from trees import random_params
 
 from ar_jax.data import Info
 from ar_jax.generators.causal import Causal
+from ar_jax.generators.coarse_to_fine import CoarseFirst, CoarseToFine
 from ar_jax.generators.detailflow import Grouped, Groups
 from ar_jax.generators.flashar import Fused
 from ar_jax.generators.fractal import Colours, Enclosed, Entered, FromAbove, Inside, PreviousPatch, Repeated
@@ -32,9 +33,11 @@ from ar_jax.nets.reader import LayeredCaption, Reader
 from ar_jax.nets.transformer import Positioned, Transformer
 from ar_jax.orders import Cells, Diagonals, Order, raster, scales
 from ar_jax.tokenizers.bit_pyramid import BitPyramid
+from ar_jax.tokenizers.clustered import Clustered
 from ar_jax.tokenizers.pyramid import Pyramid
 from ar_jax.tokenizers.residual_pyramid import ResidualPyramid
 from ar_jax.tokenizers.tokenflow import PatchViT, TokenFlow
+from ar_jax.tokenizers.vqgan import VQGAN
 from ar_jax.tokens import Grammar, TokenSpec, grid, pyramid
 
 SPEC = TokenSpec(grid(3, 4), codes=(12,))
@@ -82,6 +85,23 @@ class Case:
         mask = np.array([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]], bool)[: self.images]
         text = random.normal(size=(*mask.shape, 6)).astype(np.float32) * mask[..., None]
         return {"label": np.arange(self.images, dtype=np.int32) % 3, "text": text, "text_mask": mask}
+
+
+@dataclasses.dataclass(frozen=True)
+class Clusters(Case):
+    """Tokens are clusters of codes and then the codes, each of which lies in its cluster."""
+
+    cluster: tuple[int, ...] = ()
+
+    @functools.cached_property
+    def tokenizer(self):
+        params = random_params(self.pyramid.base, 0.5, seed=7) | {"cluster": np.array(self.cluster, np.int32)}
+        return functools.partial(self.pyramid.apply, {"params": params})
+
+    @functools.cached_property
+    def tokens(self):
+        fine = np.random.default_rng(2).integers(12, size=(self.images, self.generator.spec.n // 2, 1)).astype(np.int32)
+        return np.concatenate([np.array(self.cluster, np.int32)[fine], fine], axis=1)
 
 
 def _causal(conditioning, order=raster, head=Categorical(), **backbone):
@@ -178,6 +198,13 @@ def _jpeg_lm():
     return Case(Causal(net, Start(16)).complete(spec, INFO))
 
 
+def _ctf():
+    tokenizer = Clustered(VQGAN((6, 8), latent=8, **NET), 4)
+    own, told = Transformer(2, 16, 2, hidden=24), Transformer(1, 16, 2, hidden=24)
+    generator = CoarseToFine(own, Label(16), fine=told, clusters=4).complete(tokenizer.spec, INFO)
+    return Clusters(generator, CoarseFirst(), pyramid=tokenizer, cluster=(2, 0, 1, 1, 2, 2, 0, 3, 3, 1, 0, 2))
+
+
 NET = {"features": 4, "mult": (1, 2), "res_blocks": 1, "codes": 12, "code_features": 4, "groups": 2}
 RESIDUAL = ResidualPyramid(size=(6, 6), scales=(1, 2, 3), **NET)
 BITS = BitPyramid((6, 6), (1, 2, 3), features=4, mult=(1, 2), res_blocks=1, bits=4, groups=2)
@@ -221,3 +248,4 @@ CASES = {
     "flexvar": _scales(INDEPENDENT, Upsampled(channels=4, side=4)),
     "hmar": _scales(RESIDUAL, sees="step"),
 }
+DRAWN = CASES | {"ctf": _ctf()}  # whose second half is no row of a teacher-forced pass: see test_coarse_to_fine.py

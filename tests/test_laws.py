@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import CASES
+from cases import CASES, DRAWN
 from trees import initial_params, never_moved
 
 from ar_jax.decode.edit import Source
@@ -25,6 +25,7 @@ from ar_jax.orders import to_ranks
 from ar_jax.train.optim import Optim, decayed, make_optimiser
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+every_drawn = pytest.mark.parametrize("case", DRAWN.values(), ids=DRAWN.keys())
 GUIDANCE, TEMPERATURE, FILTER = 1.7, 0.9, Filter(top_k=9, top_p=0.95)
 
 
@@ -122,12 +123,12 @@ def test_cached_sampling_equals_a_redraw_from_the_teacher_forced_pass(case):
     assert len(np.unique(tokens.reshape(-1, tokens.shape[-1]), axis=0)) > 3, "a constant would pass too"
 
 
-@every_case
+@every_drawn
 def test_stacked_layers_and_a_growing_cache_draw_the_same(case):
     np.testing.assert_array_equal(sampled(case), sampled(case, unroll=False, segments=3))
 
 
-@every_case
+@every_drawn
 def test_an_image_does_not_depend_on_its_neighbours(case):
     together = sampled(case)
     for i in (0, case.images - 1):
@@ -138,10 +139,10 @@ FSDP, TP = MeshShape(2, 2, 1), MeshShape(2, 1, 2)
 
 
 @pytest.mark.parametrize(  # fsdp has no rules of a network, so one of each kind will do
-    ("name", "shape"), [*((name, TP) for name in CASES), ("llamagen_caption", FSDP), ("var", FSDP), ("hmar", FSDP)]
+    ("name", "shape"), [*((name, TP) for name in DRAWN), ("llamagen_caption", FSDP), ("var", FSDP), ("hmar", FSDP)]
 )
 def test_images_are_the_same_on_four_devices_with_sharded_weights(name, shape):
-    case = CASES[name]
+    case = DRAWN[name]
     mesh = make_mesh(shape, jax.devices()[:4])
     generator, params = case.generator.unrolled(case.params)
     params = jax.device_put(params, shard(params, mesh, generator.rules, smallest=16))
@@ -152,7 +153,7 @@ def test_images_are_the_same_on_four_devices_with_sharded_weights(name, shape):
         np.testing.assert_array_equal(sampler(case)(params, batch, slot, keys), sampled(case))
 
 
-@every_case
+@every_drawn
 def test_loss_falls_and_every_parameter_moves(case):
     generator, order = case.generator, case.order(case.generator.spec, None, case.images)
     tx = make_optimiser(Optim(lr=1e-2, weight_decay=0.0), 100, {"model": decayed(generator.init_params)})
