@@ -4,7 +4,6 @@ from typing import Annotated
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import lax
 
 from ar_jax.data import Info
 from ar_jax.nets.attention import Rows
@@ -114,10 +113,7 @@ class Entered(Transformer):
         self, x: Float[Array, "B q d"], rows: Rows, *, mod: None = None, cache: Cache | None = None
     ) -> tuple[Float[Array, "B q d"], Cache | None]:
         """Runs some rows of a sequence; see `Transformer`."""
-        if (longest := x.shape[1] if cache is None else len(rows.keys)) > self.rows:
-            raise ValueError(f"backbone.rows is {self.rows}, but the sequence has {longest}; give as many, or 0")
-        positions = lax.dynamic_slice_in_dim(jnp.asarray(self.positions), rows.first, x.shape[1])
-        x, cache = super().__call__(self.before(x + positions), rows, cache=cache)
+        x, cache = super().__call__(self.before(x + rows.of(self.positions)), rows, cache=cache)
         return self.norm(x), cache
 
 

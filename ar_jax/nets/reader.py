@@ -206,8 +206,7 @@ class Reader(Backbone):
     @nn.nowrap
     def look(self, x: Array, rows: Rows, mod: Heard, cache: Cache | None, *more: Array) -> tuple[Array, Cache | None]:
         """Rows through all layers."""
-        if (longest := x.shape[1] if cache is None else len(rows.keys)) > self.rows:
-            raise ValueError(f"backbone.rows is {self.rows}, but the sequence has {longest}; give as many, or 0")
+        rows.fit(self.rows)
         each = tuple(jnp.moveaxis(part, 1, 0) for part in (mod.keys, mod.values))
         mask = rows.sight(masked=True).mask
         return self.run(self.blocks, x.astype(self.dtype), cache, each, (mod.valid, mask, rows.first, *more))
