@@ -34,17 +34,10 @@ from ar_jax.data import Data
 from ar_jax.decode.guidance import Linear, Rising
 from ar_jax.decode.temperature import Constant
 from ar_jax.generators.causal import Causal
-from ar_jax.generators.fractal import (
-    Colours,
-    Enclosed,
-    Entered,
-    FromAbove,
-    Infilling,
-    Inside,
-    PreviousPatch,
-    Repeated,
-)
+from ar_jax.generators.fractal import Infilling, Inside, PreviousPatch
+from ar_jax.heads.colours import Colours
 from ar_jax.nets.conditioning import Label
+from ar_jax.nets.fractal import Enclosed, Entered, FromAbove, Repeated
 from ar_jax.nets.vit import ClipViT
 from ar_jax.orders import Shuffled, raster
 from ar_jax.tokenizers.pixels import Pixels

@@ -13,7 +13,7 @@ from ar_jax.generators.causal import Causal
 from ar_jax.generators.coarse_to_fine import CoarseFirst, CoarseToFine
 from ar_jax.generators.detailflow import Grouped, Groups
 from ar_jax.generators.flashar import Fused
-from ar_jax.generators.fractal import Colours, Enclosed, Entered, FromAbove, Inside, PreviousPatch, Repeated
+from ar_jax.generators.fractal import Inside, PreviousPatch
 from ar_jax.generators.hita import ByLevel, Holistic, TwoTables
 from ar_jax.generators.hmar import Hmar
 from ar_jax.generators.inputs import Bits, Joined, NextScale, Previous, Upsampled
@@ -24,9 +24,11 @@ from ar_jax.generators.vf_prompt import PromptCodes, Prompted
 from ar_jax.heads.bitwise import Bitwise
 from ar_jax.heads.by_dimension import Dimensions
 from ar_jax.heads.categorical import Categorical
+from ar_jax.heads.colours import Colours
 from ar_jax.heads.factorised import Factorised
 from ar_jax.nets.adaln import AdaLN
 from ar_jax.nets.conditioning import Caption, Label, Start
+from ar_jax.nets.fractal import Enclosed, Entered, FromAbove, Repeated
 from ar_jax.nets.modulated import Modulated
 from ar_jax.nets.post_norm import PostNorm
 from ar_jax.nets.reader import LayeredCaption, Reader

@@ -13,17 +13,10 @@ from ar_jax.decode.sampling import Sampling
 from ar_jax.decode.temperature import Constant
 from ar_jax.files import codec
 from ar_jax.generators.causal import Causal
-from ar_jax.generators.fractal import (
-    Colours,
-    Enclosed,
-    Entered,
-    FromAbove,
-    Infilling,
-    Inside,
-    PreviousPatch,
-    Repeated,
-)
+from ar_jax.generators.fractal import Infilling, Inside, PreviousPatch
+from ar_jax.heads.colours import Colours
 from ar_jax.nets.conditioning import Label
+from ar_jax.nets.fractal import Enclosed, Entered, FromAbove, Repeated
 from ar_jax.nets.vit import ClipViT
 from ar_jax.orders import Shuffled, raster
 from ar_jax.tokenizers.pixels import VALUES, patch_of

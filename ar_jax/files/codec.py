@@ -30,7 +30,14 @@ from ar_jax.typing import Having, Within
 # of parts of models in ar_jax
 PROGRAMS = f"{PACKAGE}.train.exported"  # what runs a file that a model names, so it asks for trust
 HOMES = ("decode", "generators", "heads", "nets", "orders", "tokenizers", "tokens", "train.teachers")
-MOVED: dict[str, str] = {}  # "module:name" as earlier versions wrote it -> as it is now
+MOVED: dict[str, str] = {  # "module:name" as earlier versions wrote it -> as it is now
+    f"{PACKAGE}.generators.fractal:{name}": f"{PACKAGE}.{module}:{name}"
+    for module, names in (
+        ("nets.fractal", ("Repeated", "FromAbove", "Entered", "Enclosed")),
+        ("heads.colours", ("Tied", "Colours")),
+    )
+    for name in names
+}
 LARGEST = 2**24  # a number in a model's description is no larger, to either side; beyond it are damage and malice
 LONGEST = 2**25  # bytes of a JSON file
 WORDIEST = 1024  # characters of a text in it

@@ -6,29 +6,24 @@ inside a patch. The last generator's tokens are pixels, whose head is `Colours`.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from ar_jax.data import Info
 from ar_jax.generators.base import Conditioning, Frozen, Generator, Knobs, Setting, State, Step, image_weight
 from ar_jax.generators.inputs import Previous
 from ar_jax.generators.masked import MaskRatio
-from ar_jax.heads.categorical import Categorical, draw
-from ar_jax.heads.factorised import Factorised
+from ar_jax.heads.colours import Colours, Handed
 from ar_jax.machine import shares
 from ar_jax.machine.sharding import BATCH, Rules, constrain
-from ar_jax.nets.attention import Rows
-from ar_jax.nets.conditioning import Cond, Label, fold, widen
-from ar_jax.nets.linear import Linear, look_up, product
+from ar_jax.nets.conditioning import Cond, widen
+from ar_jax.nets.linear import Linear
 from ar_jax.nets.mlp import xavier
-from ar_jax.nets.queries import norm
-from ar_jax.nets.transformer import Cache, Transformer, init
-from ar_jax.nets.vit import ClipViT, Plain
+from ar_jax.nets.transformer import init
+from ar_jax.nets.vit import ClipViT
 from ar_jax.orders import Order, raster, scan_steps, to_slots, whole
 from ar_jax.tokenizers.pixels import VALUES, patch_of
 from ar_jax.tokens import TokenSpec, grid
@@ -41,19 +36,14 @@ from ar_jax.typing import (
     Index,
     Int,
     Key,
-    Many,
     Metrics,
     PRNGKey,
-    Share,
     Tokens,
     Within,
     typed,
 )
 
 MEAN, SPREAD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # of ImageNet's pixels, as parts of 255
-
-# What a place hands on: its hidden row alone, [B m d], or beside its neighbours', [B m r d].
-Handed = Float[Array, "B m d"] | Float[Array, "B m r d"]
 
 
 def standard(values: Array, channels: int) -> Float[Array, "*b k"]:
@@ -83,80 +73,6 @@ def _cells(k, channels, side):
     return round((k // channels) ** 0.5) // side
 
 
-# Conditions and inputs ----------------------------------------------------------------------------------------------------
-
-
-class Repeated(nn.Module):
-    """A label's vector, projected; one row or several alike.
-
-    Attributes:
-      label: looks the vector up.
-      rows: how many.
-    """
-
-    label: Label
-    rows: Annotated[int, Within(1, 64)] = 1
-
-    @property
-    def width(self) -> int:
-        return self.label.width
-
-    def complete(self, info: Info) -> "Repeated":
-        return self.clone(label=self.label.complete(info))
-
-    def example(self) -> Batch:
-        return self.label.example()
-
-    @nn.compact
-    @typed
-    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
-        row = Linear(self.width, kernel_init=xavier, bias=True, name="projection")(self.label(batch, drop).rows)
-        return Cond(jnp.broadcast_to(row, (len(row), self.rows, self.width)))
-
-
-class FromAbove(nn.Module):
-    """What a place of the generator above hands on, projected, the last vector first; before it the patch's mean colour.
-
-    Attributes:
-      width: of the network.
-      vectors: of those handed on so many are read.
-      colour: whether there is a mean colour; `Inside` knows.
-    """
-
-    width: int
-    vectors: Annotated[int, Within(1, 5)] = 1
-    colour: bool = False
-
-    @property
-    def rows(self) -> int:
-        return self.vectors + self.colour
-
-    def complete(self, info: Info) -> "FromAbove":
-        raise ValueError("FromAbove is the conditioning of a generator inside another (Inside); that of the first is Repeated")
-
-    def example(self) -> Batch:
-        return {"handed": jnp.zeros((1, self.vectors, self.width)), "colour": jnp.zeros((1, 3))}
-
-    @nn.compact
-    @typed
-    def __call__(self, batch: Batch, drop: Bool[Array, "b"]) -> Cond:
-        """Of batch["handed"] [b r d] and batch["colour"] [b c]; `drop` was seen to above."""
-
-        def projected(x, name):
-            return Linear(self.width, kernel_init=xavier, bias=True, name=name)(x)
-
-        handed = batch["handed"]
-        if handed.shape[1] < self.vectors:
-            raise ValueError(
-                f"conditioning.vectors is {self.vectors}, but the generator above hands on {handed.shape[1]}; Causal hands on 1, "
-                "Infilling 5"
-            )
-        rows = projected(handed[:, : self.vectors], "projection")[:, ::-1]
-        if self.colour:
-            rows = jnp.concatenate([projected(batch["colour"], "colour_projection")[:, None], rows], axis=1)
-        return Cond(rows)
-
-
 class PreviousPatch(Previous):
     """As `Previous`, of a patch its projected pixels."""
 
@@ -169,167 +85,6 @@ class PreviousPatch(Previous):
 
     def embed(self, tokens: Tokens, elsewhere: Frozen | None = None) -> Float[Array, "b m d"]:
         return self.projection(standard(tokens, patch_of(self.spec.codes)[0]))
-
-
-# Networks -----------------------------------------------------------------------------------------------------------------
-
-
-class Entered(Transformer):
-    """As `Transformer`, but learned positions of the sequence are added to the rows, and layer norms come before the layers and
-    after them.
-
-    Attributes:
-      rows: of the longest sequence; 0 is one for the condition and one for each token (`complete`).
-      others: see `Transformer`.
-    """
-
-    final: bool = False
-    rows: Annotated[int, Within(0, 2**24)] = 0
-
-    def complete(self, spec: TokenSpec) -> "Entered":
-        return self if self.rows else self.clone(rows=spec.n + 1)
-
-    def setup(self):
-        super().setup()
-        self.before, self.norm = (norm(1e-6, self.dtype) for _ in range(2))
-        self.positions = self.param("positions", init, (self.rows, self.width))
-
-    @typed
-    def __call__(
-        self, x: Float[Array, "B q d"], rows: Rows, *, mod: None = None, cache: Cache | None = None
-    ) -> tuple[Float[Array, "B q d"], Cache | None]:
-        """Runs some rows of a sequence; see `Transformer`."""
-        if (longest := x.shape[1] if cache is None else len(rows.keys)) > self.rows:
-            raise ValueError(f"backbone.rows is {self.rows}, but the sequence has {longest}; give as many, or 0")
-        positions = lax.dynamic_slice_in_dim(jnp.asarray(self.positions), rows.first, x.shape[1])
-        x, cache = super().__call__(self.before(x + positions), rows, cache=cache)
-        return self.norm(x), cache
-
-
-class Enclosed(Plain):
-    """Rows see those of no later step; norms come before the layers and after them, and there are no positions.
-
-    Attributes: see `Plain`.
-    """
-
-    def setup(self):
-        self.before, self.norm = (norm(self.eps, self.dtype) for _ in range(2))
-        self.blocks = self.blocks_with(bias=True)
-
-    @typed
-    def __call__(
-        self, x: Float[Array, "B q d"], rows: Rows, *, mod: None = None, cache: Cache | None = None
-    ) -> tuple[Float[Array, "B q d"], Cache | None]:
-        """Runs some rows of a sequence; see `Transformer`."""
-        x, cache = self.look(self.blocks, self.before(x), rows, cache)
-        return self.norm(x), cache
-
-
-# Heads --------------------------------------------------------------------------------------------------------------------
-
-
-class Tied(Categorical):
-    """A readout by the table that codes are looked up in, and an offset of every code.
-
-    Attributes:
-      width: of the table.
-      others: see `Categorical`.
-    """
-
-    width: Many = 0
-
-    no_decay = ("offset",)
-
-    def setup(self):
-        self.embedding = self.param("embedding", init, (self.codes, self.width))
-        self.offset = self.param("offset", nn.initializers.zeros, (self.codes,))
-
-    @typed
-    def __call__(self, h: Float[Array, "B m d"]) -> Float[Array, "B m v"]:
-        return product(h.astype(self.dtype), jnp.asarray(self.embedding).T, jnp.float32) + self.offset
-
-
-class Colours(Factorised):
-    """The values of a pixel one after the other, red, green, blue: a small causal network whose tables are its readouts too.
-
-    Guided, a value whose conditional probability is below `threshold` gets at least that share of the likeliest one without the
-    condition as well, so that guidance never raises it.
-
-    Attributes:
-      net: the network.
-      red: what the first value weighs in the training's loss, beside the others' 1.
-      threshold: see above.
-      others: see `Factorised`.
-    """
-
-    net: Enclosed
-    projected: bool = True
-    red: float = 5.0
-    threshold: Share = 1e-4
-
-    adjustable = ("threshold",)
-
-    def complete(self, spec: TokenSpec) -> "Colours":
-        if (side := patch_of(spec.codes)[1]) != 1:
-            raise ValueError(f"Colours draws single pixels, but tokens are patches of {side}x{side}; use Inside")
-        return super().complete(spec)
-
-    @property
-    def dtype(self) -> Any:
-        return self.net.dtype
-
-    @property
-    def rules(self) -> Rules:
-        """What tensor parallelism divides (see `sharding.shard`)."""
-        return self.net.rules
-
-    def setup(self):
-        self.readouts = [Tied(size, self.net.dtype, width=self.net.width) for size in self.codes]
-        self.condition = Linear(self.net.width, self.net.dtype, None, xavier, bias=True)
-
-    @typed
-    def loss(
-        self, h: Handed, target: Int[Array, "b m k"], *, key: PRNGKey | None = None, weight: Array | None = None
-    ) -> Float[Array, "b m"]:
-        """Cross entropy in nats, a weighted mean over the values; `key` and `weight` are unused."""
-        first, *others = self.each(h, target)
-        return (self.red * first + sum(others)) / (self.red + len(others))
-
-    def nats(self, h: Handed, target: Int[Array, "b m k"], *, key: PRNGKey | None = None) -> Float[Array, "b m"]:
-        """Minus the log-probability of every pixel."""
-        return sum(self.each(h, target))
-
-    def each(self, h: Handed, target: Int[Array, "b m k"]) -> list[Float[Array, "b m"]]:
-        """Cross entropy of every value."""
-        each = zip(self.readouts, self._forced(h, target), self.ordered)
-        return [readout.loss(x, target[..., i : i + 1]) for readout, x, i in each]
-
-    def draw(
-        self, j: int, y: Float[Array, "B m w"], keys: Key[Array, "b m"], knobs: Knobs, i: Index
-    ) -> tuple[Int[Array, "b m 1"], Float[Array, "b m"]]:
-        logits, temperature = self.readouts[j](y), jnp.asarray(knobs.temperature)[i]
-        logits, ways = logits / jnp.where(temperature > 0, temperature, 1), len(y) // len(keys)
-        if ways > 1:
-            cond, uncond = logits[::2], logits[1::2]
-            floor = cond + (uncond.max(-1, keepdims=True) - cond.max(-1, keepdims=True))
-            rare = jax.nn.softmax(cond) < self.threshold
-            uncond = jnp.where(rare, jnp.maximum(uncond, floor), uncond)
-            logits = fold(jnp.stack([cond, uncond], 1).reshape(logits.shape), ways, jnp.asarray(knobs.guidance)[i])
-        logits = knobs.filter(logits)
-        token = self.pick(logits, keys, temperature)[..., None]
-        return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token, axis=-1)[..., 0]
-
-    def pick(
-        self, logits: Float[Array, "b m v"], keys: Key[Array, "b m"], temperature: Float[Array, ""]
-    ) -> Int[Array, "b m"]:
-        """A draw from logits."""
-        return draw(logits, keys, temperature)
-
-    def _first(self, h):
-        return super()._first(h[:, :, 0] if h.ndim == 4 else h)
-
-    def _vector(self, j, index):
-        return look_up(self.readouts[j].embedding, index)
 
 
 class Inside(nn.Module):
@@ -507,9 +262,6 @@ def _each(h):
 
 def _rounded(values):
     return jnp.clip(jnp.round(values), 0, VALUES - 1).astype(jnp.int32)
-
-
-# The masked generator -----------------------------------------------------------------------------------------------------
 
 
 class Infilling(Generator):

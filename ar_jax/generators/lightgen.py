@@ -7,11 +7,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from ar_jax.data import Info
 from ar_jax.generators.masked import Masked
 from ar_jax.machine.sharding import BATCH, constrain
 from ar_jax.nets.attention import attend, join_heads, sight, split_heads
-from ar_jax.nets.conditioning import Cond
+from ar_jax.nets.conditioning import Captioned, Cond
 from ar_jax.nets.dropout import Dropout
 from ar_jax.nets.linear import Linear
 from ar_jax.nets.mlp import xavier
@@ -23,7 +22,7 @@ from ar_jax.orders import Order
 from ar_jax.typing import Array, Batch, Bool, Float, Index, Many, Share, typed
 
 
-class Aligned(nn.Module):
+class Aligned(Captioned):
     """Caption features through a two-layer perceptron and a transformer; rows without a word are seen as the others are.
 
     Attributes:
@@ -35,17 +34,6 @@ class Aligned(nn.Module):
     net: ViT
     rows: int = 0
     features: int = 0
-
-    def complete(self, info: Info) -> "Aligned":
-        if not info.text_width:
-            raise ValueError(
-                "generator.conditioning is Aligned but the data gives no caption features; set data.text to 'minilm' or to "
-                "a file of precomputed features"
-            )
-        return self.clone(rows=info.text_rows, features=info.text_width)
-
-    def example(self) -> Batch:
-        return {"text": jnp.zeros((1, self.rows, self.features), jnp.float32)}
 
     @nn.compact
     @typed

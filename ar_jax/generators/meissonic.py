@@ -10,7 +10,7 @@ from flax import struct
 from ar_jax.data import Info
 from ar_jax.generators.base import Setting, Step
 from ar_jax.generators.maskgit import MaskGIT, State, mask_ratio
-from ar_jax.nets.conditioning import Cond, widen
+from ar_jax.nets.conditioning import Captioned, Cond, widen
 from ar_jax.nets.linear import Linear, look_up
 from ar_jax.nets.mlp import sinusoids, xavier
 from ar_jax.nets.multimodal import MultiModal
@@ -20,7 +20,7 @@ from ar_jax.tokens import TokenSpec, grid
 from ar_jax.typing import Array, Batch, Bool, Float, Index, Int, Many, Share, typed
 
 
-class Prompt(nn.Module):
+class Prompt(Captioned):
     """A caption as rows, the caption in one vector, and numbers that say how the image was made.
 
     Attributes:
@@ -44,18 +44,13 @@ class Prompt(nn.Module):
     eps: float = 1e-6
 
     def complete(self, info: Info) -> "Prompt":
-        if not info.text_width:
-            raise ValueError(
-                "generator.conditioning is Prompt but the data gives no caption features; set data.text to 'minilm' or to "
-                "a file of precomputed features"
-            )
+        found = super().complete(info)
         if info.text_rows < 2 and not self.pooled:
             raise ValueError(f"data.text_rows is {info.text_rows}; Prompt needs 2 or more, the last of which is its vector")
-        return self.clone(rows=info.text_rows, features=info.text_width)
+        return found
 
     def example(self) -> Batch:
-        said = {"text": jnp.zeros((1, self.rows, self.features)), "text_mask": jnp.ones((1, self.rows), bool)}
-        return said | ({"pooled": jnp.zeros((1, self.pooled))} if self.pooled else {})
+        return super().example() | ({"pooled": jnp.zeros((1, self.pooled))} if self.pooled else {})
 
     @nn.compact
     @typed

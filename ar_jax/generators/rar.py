@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from ar_jax.generators.base import Frozen
 from ar_jax.generators.inputs import Previous, some
@@ -220,9 +219,7 @@ class Placed(Plain):
         self, x: Float[Array, "B q d"], rows: Rows, *, mod: Float[Array, "B d"], cache: Cache | None = None
     ) -> tuple[Float[Array, "B q d"], Cache | None]:
         """Runs some rows of a sequence; see `Transformer`."""
-        if (longest := x.shape[1] if cache is None else len(rows.keys)) > self.rows:
-            raise ValueError(f"backbone.rows is {self.rows}, but the sequence has {longest}; give as many, or 0")
-        c = nn.silu(mod[:, None] + lax.dynamic_slice_in_dim(self.place, rows.first, x.shape[1])).astype(self.dtype)
+        c = nn.silu(mod[:, None] + rows.of(self.place)).astype(self.dtype)
         seen = rows.sight(masked=self.attention_dropout > 0 and self.has_rng("dropout"))  # kernels do not drop weights
         x, cache = self.run(self.blocks, x.astype(self.dtype), cache, (), (c, seen, rows.first))
         scale, shift = jnp.split(self.final(c), 2, axis=-1)

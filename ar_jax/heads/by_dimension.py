@@ -1,7 +1,6 @@
 """The network of TokenBridge's head: rows are the sub-codes of a token, which each number of a continuous token gave one of."""
 
 import jax.numpy as jnp
-from jax import lax
 
 from ar_jax.generators.rar import Placed
 from ar_jax.nets.attention import Rows
@@ -38,7 +37,7 @@ class Dimensions(Placed):
         self, x: Float[Array, "B q d"], rows: Rows, *, mod: Float[Array, "B d"], cache: Cache | None = None
     ) -> tuple[Float[Array, "B q d"], Cache | None]:
         """Runs some rows of a token; with a cache, as in drawing, earlier ones are read from it. See `Transformer`."""
-        added = lax.dynamic_slice_in_dim(self.position, rows.first, x.shape[1])
+        added = rows.of(self.position)
         if not (self.plain_start and cache is None):
             begins = (rows.first + jnp.arange(x.shape[1]) == 0)[:, None]
             added += jnp.where(begins, self.place[0], 0)

@@ -124,6 +124,16 @@ class Rows:
     keys: Array | None = None
     valid: Array | None = None
 
+    def fit(self, most: int) -> None:
+        """Raises a ValueError if the sequence is longer than a network's table of places."""
+        if (longest := len(self.step if self.keys is None else self.keys)) > most:
+            raise ValueError(f"backbone.rows is {most}, but the sequence has {longest}; give as many, or 0")
+
+    def of(self, table: Float[Array, "r d"]) -> Float[Array, "q d"]:
+        """What a table of places has for these rows; see `fit`."""
+        self.fit(len(table))
+        return lax.dynamic_slice_in_dim(jnp.asarray(table), self.first, len(self.step))
+
     def sight(self, own: bool = False, masked: bool = False) -> "Sight":
         """What these rows see; those of their own step only, or as a mask where no kernel will do."""
         if masked:

@@ -4,7 +4,6 @@ from typing import Annotated
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from ar_jax.machine.sharding import Rules
@@ -55,7 +54,7 @@ class Bert(vit.Plain):
         self, x: Float[Array, "B q d"], rows: Rows, *, mod: Array | None = None, cache: Cache | None = None
     ) -> tuple[Float[Array, "B q d"], Cache | None]:
         """Runs some rows of a sequence; see `Transformer`."""
-        x = self.norm(x + placed(self, x, rows, cache) + self.kinds[0])
+        x = self.norm(x + rows.of(self.positions) + self.kinds[0])
         return self.look(self.blocks, self.drop(x, deterministic=not self.has_rng("dropout")), rows, cache)
 
 
@@ -119,7 +118,7 @@ class UViT(vit.Plain):
         if cache is not None:
             raise ValueError("a UViT keeps no cache, as all of its rows change in every step; use it in MaskGIT")
         seen = rows.sight(masked=self.attention_dropout > 0 and self.has_rng("dropout"))
-        x, earlier = self.down((x + placed(self, x, rows, cache)).astype(self.dtype), None, seen, 0)
+        x, earlier = self.down((x + rows.of(self.positions)).astype(self.dtype), None, seen, 0)
         x, _ = self.middle(x, None, seen, 0)
         x, _ = self.up(x, earlier[::-1], seen, 0)
         return self.norm(x), None
@@ -134,10 +133,3 @@ class UViT(vit.Plain):
             (where + r"fc1/bias$", P("tp")),
             (where + r"(out|fc2)/kernel$", inputs),
         )
-
-
-def placed(net: Bert | UViT, x: Array, rows: Rows, cache: Cache | None) -> Float[Array, "q d"]:
-    """The learned positions of some rows."""
-    if (longest := x.shape[1] if cache is None else len(rows.keys)) > net.rows:
-        raise ValueError(f"backbone.rows is {net.rows}, but the sequence has {longest}; they are condition and tokens")
-    return lax.dynamic_slice_in_dim(jnp.asarray(net.positions), rows.first, x.shape[1])

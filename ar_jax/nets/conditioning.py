@@ -74,7 +74,7 @@ class Label(nn.Module):
 
     def complete(self, info: Info) -> "Label":
         if not info.classes:
-            raise ValueError("generator.condition is Label but the data has no labels; give labelled data")
+            raise ValueError("generator.conditioning is Label but the data has no labels; give labelled data")
         return self.clone(classes=info.classes)
 
     def example(self) -> Batch:
@@ -107,7 +107,7 @@ class Classes(nn.Module):
 
     def complete(self, info: Info) -> "Classes":
         if not info.classes:
-            raise ValueError("generator.condition is Classes but the data has no labels; give labelled data")
+            raise ValueError("generator.conditioning is Classes but the data has no labels; give labelled data")
         return self.clone(classes=info.classes)
 
     def example(self) -> Batch:
@@ -123,7 +123,23 @@ class Classes(nn.Module):
         return Cond(jnp.zeros((len(drop), 0, 1)), mod=weight)
 
 
-class Features(nn.Module):
+class Captioned(nn.Module):
+    """What conditionings by captions share; they have the fields `rows` and `features`, 0 until the data is known."""
+
+    def complete(self, info: Info) -> "Captioned":
+        if not info.text_width:
+            raise ValueError(
+                f"generator.conditioning is {type(self).__name__} but the data gives no caption features; set data.text to "
+                "'minilm' or to a file of precomputed features"
+            )
+        return self.clone(rows=info.text_rows, features=info.text_width)
+
+    def example(self) -> Batch:
+        shape = (1, self.rows)
+        return {"text": jnp.zeros((*shape, self.features), jnp.float32), "text_mask": jnp.ones(shape, bool)}
+
+
+class Features(Captioned):
     """Caption features as they are, for networks that look at them (`CodeTransformer`).
 
     Attributes:
@@ -137,18 +153,6 @@ class Features(nn.Module):
     unit: bool = True
     rows: int = 0
     features: int = 0
-
-    def complete(self, info: Info) -> "Features":
-        if not info.text_width:
-            raise ValueError(
-                "generator.condition is Features but the data gives no caption features; set data.text to 'minilm' or to "
-                "a file of precomputed features"
-            )
-        return self.clone(rows=info.text_rows, features=info.text_width)
-
-    def example(self) -> Batch:
-        shape = (1, self.rows)
-        return {"text": jnp.zeros((*shape, self.features), jnp.float32), "text_mask": jnp.ones(shape, bool)}
 
     @nn.compact
     @typed
@@ -206,7 +210,7 @@ class Nothing(nn.Module):
         return Cond(jnp.zeros((len(drop), 0, self.width)))
 
 
-class Caption(nn.Module):
+class Caption(Captioned):
     """Caption features through a two-layer perceptron.
 
     Networks that are modulated get the mean of the caption's rows (of the real ones), the others the rows only.
@@ -222,18 +226,6 @@ class Caption(nn.Module):
     features: int = 0
 
     no_decay = ("uncond",)
-
-    def complete(self, info: Info) -> "Caption":
-        if not info.text_width:
-            raise ValueError(
-                "generator.condition is Caption but the data gives no caption features; set data.text to 'minilm' or to "
-                "a file of precomputed features"
-            )
-        return self.clone(rows=info.text_rows, features=info.text_width)
-
-    def example(self) -> Batch:
-        shape = (1, self.rows)
-        return {"text": jnp.zeros((*shape, self.features), jnp.float32), "text_mask": jnp.ones(shape, bool)}
 
     @nn.compact
     @typed

@@ -3,8 +3,6 @@
 from typing import Annotated
 
 import flax.linen as nn
-import jax.numpy as jnp
-from jax import lax
 
 from ar_jax.machine.sharding import BATCH, constrain
 from ar_jax.nets import vit
@@ -51,7 +49,4 @@ class PostNorm(vit.Plain):
         self, x: Float[Array, "B q d"], rows: Rows, *, mod: Array | None = None, cache: Cache | None = None
     ) -> tuple[Float[Array, "B q d"], Cache | None]:
         """Runs some rows of a sequence; see `Transformer`."""
-        if (longest := x.shape[1] if cache is None else len(rows.keys)) > self.rows:
-            raise ValueError(f"backbone.rows is {self.rows}, but the sequence has {longest}; give as many, or 0")
-        positions = lax.dynamic_slice_in_dim(jnp.asarray(self.positions), rows.first, x.shape[1])
-        return self.look(self.blocks, x * self.width**0.5 + positions, rows, cache)
+        return self.look(self.blocks, x * self.width**0.5 + rows.of(self.positions), rows, cache)

@@ -14,7 +14,7 @@ from ar_jax.data import Info
 from ar_jax.machine.sharding import BATCH, Rules, constrain
 from ar_jax.nets.adaln import modulated
 from ar_jax.nets.attention import Int8, Rows
-from ar_jax.nets.conditioning import Cond
+from ar_jax.nets.conditioning import Captioned, Cond
 from ar_jax.nets.head_rms import Attention, init
 from ar_jax.nets.linear import Linear
 from ar_jax.nets.mlp import zeros
@@ -206,8 +206,7 @@ class Reader(Backbone):
     @nn.nowrap
     def look(self, x: Array, rows: Rows, mod: Heard, cache: Cache | None, *more: Array) -> tuple[Array, Cache | None]:
         """Rows through all layers."""
-        if (longest := x.shape[1] if cache is None else len(rows.keys)) > self.rows:
-            raise ValueError(f"backbone.rows is {self.rows}, but the sequence has {longest}; give as many, or 0")
+        rows.fit(self.rows)
         each = tuple(jnp.moveaxis(part, 1, 0) for part in (mod.keys, mod.values))
         mask = rows.sight(masked=True).mask
         return self.run(self.blocks, x.astype(self.dtype), cache, each, (mod.valid, mask, rows.first, *more))
@@ -253,7 +252,7 @@ class TimedReader(Reader):
         return modulated(x, scale, shift, self.eps)
 
 
-class LayeredCaption(nn.Module):
+class LayeredCaption(Captioned):
     """Caption features as they are, for a `Reader`; nobody sees those of a caption that is dropped.
 
     Attributes:
@@ -274,20 +273,12 @@ class LayeredCaption(nn.Module):
     no_decay = ("start_row",)
 
     def complete(self, info: Info) -> "LayeredCaption":
-        if not info.text_width:
-            raise ValueError(
-                "generator.condition is LayeredCaption but the data gives no caption features; set data.text to 'minilm' or "
-                "to a file of precomputed features"
-            )
+        found = super().complete(info)
         if info.text_width % self.parts:
             raise ValueError(
                 f"conditioning.parts is {self.parts}, into which features of width {info.text_width} cannot be divided"
             )
-        return self.clone(rows=info.text_rows, features=info.text_width)
-
-    def example(self) -> Batch:
-        shape = (1, self.rows)
-        return {"text": jnp.zeros((*shape, self.features), jnp.float32), "text_mask": jnp.ones(shape, bool)}
+        return found
 
     @nn.compact
     @typed

@@ -284,10 +284,7 @@ class Positioned(Transformer):
         self, x: Float[Array, "B q d"], rows: Rows, *, mod: None = None, cache: Cache | None = None
     ) -> tuple[Float[Array, "B q d"], Cache | None]:
         """Runs some rows of a sequence; see `Transformer`."""
-        if (longest := x.shape[1] if cache is None else len(rows.keys)) > self.rows:
-            raise ValueError(f"backbone.rows is {self.rows}, but the sequence has {longest}; give as many, or 0")
-        positions = lax.dynamic_slice_in_dim(jnp.asarray(self.positions), rows.first, x.shape[1])
-        return self.look(x + positions, rows, cache, None)
+        return self.look(x + rows.of(self.positions), rows, cache, None)
 
 
 def slices(path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:

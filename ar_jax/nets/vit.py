@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from ar_jax.machine.sharding import BATCH, Rules, constrain
@@ -304,12 +303,7 @@ class GPT(Plain):
         self, x: Float[Array, "B q d"], rows: Rows, *, mod: None = None, cache: Cache | None = None
     ) -> tuple[Float[Array, "B q d"], Cache | None]:
         """Runs some rows of a sequence; see `Transformer`."""
-        if (longest := x.shape[1] if cache is None else len(rows.keys)) > self.rows:
-            raise ValueError(
-                f"backbone.rows is {self.rows}, but the sequence has {longest}; they are condition and tokens"
-            )
-        positions = lax.dynamic_slice_in_dim(self.positions, rows.first, x.shape[1])
-        x, cache = self.look(self.blocks, x + positions, rows, cache)
+        x, cache = self.look(self.blocks, x + rows.of(self.positions), rows, cache)
         return self.norm(x), cache
 
 

@@ -10,7 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_reader import Storage, Tensor, save
 
+from ar_jax.config import load_config
 from ar_jax.convert.__main__ import main, to_folder
+from ar_jax.convert.sources import export, identify
+from ar_jax.files import codec
 
 ROOT = pathlib.Path(os.environ.get("AR_JAX_PARITY", pathlib.Path(__file__).parents[3] / "shared" / "parity"))
 
@@ -113,6 +116,24 @@ def released(name):
         pytest.skip(f"no manifest at {path}; set AR_JAX_PARITY")
     content = json.loads(path.read_text())
     return content, {key: tuple(shape) for key, shape in content["keys"].items()}
+
+
+def generator_of(name, variant, buffers=()):
+    """A released checkpoint is the generator of a variant "family:name" of the configs, drawn as that says.
+
+    Returns:
+      What was found, the config's generator, the sentence about it, and what it knows of its data.
+    """
+    (content, shapes), experiment = released(name), load_config(variant)
+    found, stage = identify(shapes), experiment.generator
+    assert (found.family, found.kind) == (variant.split(":")[0], "generator")
+    assert ({**found.keys, **found.buffers}, set(found.buffers)) == (shapes, set(buffers))
+    assert found.trained == content["num_params"]
+    words, info, settings = found.source.describe(found.module)
+    ours = stage.module.complete((experiment.tokenizer.module or found.module).spec, info)
+    assert export(ours, "generator", found.family).keys == found.keys
+    assert settings == {"order": codec.encode(stage.order), "sampling": codec.encode(stage.sampling)}
+    return found, ours, words, info
 
 
 def weights_of(folder):

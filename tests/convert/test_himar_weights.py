@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from released import assert_same, change, names, released, weights_of
+from released import assert_same, change, names, refused, released, there_and_back, weights_of
 from safetensors.numpy import load_file, save_file
 
 from ar_jax.config import load_config
@@ -39,11 +39,7 @@ def test_released_checkpoints_have_exactly_these_keys_and_are_the_networks_of_th
 
 
 def test_there_and_back_changes_no_bit(tmp_path):
-    want = weights_of("himar")
-    save_file(want, tmp_path / "a.safetensors")
-    main([str(tmp_path / "a.safetensors"), "--to", str(tmp_path / "model"), "--heads", "3"])
-    main([str(tmp_path / "model"), "--back", str(tmp_path / "back.safetensors")])
-    assert_same(load_file(tmp_path / "back.safetensors"), want)
+    there_and_back(tmp_path, weights_of("himar"), "--heads", "3")
 
 
 def test_the_tokenizer_is_mars_for_images_of_two_sizes(tmp_path):
@@ -67,7 +63,4 @@ def test_the_tokenizer_is_mars_for_images_of_two_sizes(tmp_path):
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_first_difference(tmp_path, key, value, message):
-    save_file(change(weights_of("himar"), key, value), tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=message):
-        to_folder(tmp_path / "a.safetensors", tmp_path / "model", heads=3)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    refused(tmp_path, change(weights_of("himar"), key, value), message, heads=3)

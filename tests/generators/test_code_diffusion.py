@@ -188,5 +188,5 @@ def test_what_does_not_fit_is_refused():
         ValueError, match=r"backbone\.mult has 2 levels, but the grid of 2x3 tokens cannot be halved 1 times"
     ):
         CodeUNet(8, (1, 2)).complete(SPEC)
-    with pytest.raises(ValueError, match=r"condition is Features but the data gives no caption features"):
+    with pytest.raises(ValueError, match=r"conditioning is Features but the data gives no caption features"):
         SMALL.clone(conditioning=Features()).complete(SPEC, INFO)

@@ -11,21 +11,11 @@ from trees import random_params
 from ar_jax.data import Info
 from ar_jax.evals.likelihood import bits_per_dimension, independent_bits
 from ar_jax.generators.causal import Causal
-from ar_jax.generators.fractal import (
-    Colours,
-    Enclosed,
-    Entered,
-    FromAbove,
-    Infilling,
-    Inside,
-    PreviousPatch,
-    Repeated,
-    cut,
-    joined,
-    standard,
-)
+from ar_jax.generators.fractal import Infilling, Inside, PreviousPatch, cut, joined, standard
+from ar_jax.heads.colours import Colours
 from ar_jax.loaded import Loaded
 from ar_jax.nets.conditioning import Label
+from ar_jax.nets.fractal import Enclosed, Entered, FromAbove, Repeated
 from ar_jax.nets.vit import ClipViT
 from ar_jax.orders import raster
 from ar_jax.tokenizers.pixels import Pixels, patch_of

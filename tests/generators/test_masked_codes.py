@@ -18,19 +18,21 @@ from ar_jax.decode.temperature import Constant, Fading
 from ar_jax.generators.binary_diffusion import Denoised
 from ar_jax.generators.code_diffusion import CodeDiffusion
 from ar_jax.generators.corruption import MaskAndReplace, Uniform
-from ar_jax.generators.fractal import Colours, Enclosed, FromAbove, Infilling, Inside, Repeated
+from ar_jax.generators.fractal import Infilling, Inside
 from ar_jax.generators.halton_maskgit import HaltonMaskGIT, Registered
 from ar_jax.generators.masked import Masked
 from ar_jax.generators.masked_diffusion import FirstHitting, MaskedDiffusion
 from ar_jax.generators.maskgit import MaskGIT
 from ar_jax.generators.meissonic import Meissonic, Prompt
 from ar_jax.heads.categorical import Categorical
+from ar_jax.heads.colours import Colours
 from ar_jax.heads.factorised import Factorised
 from ar_jax.heads.gaussian_mixture import GaussianMixture
 from ar_jax.nets.bert import Bert, UViT
 from ar_jax.nets.code_transformer import CodeTransformer
 from ar_jax.nets.code_unet import CodeUNet
 from ar_jax.nets.conditioning import Classes, Label
+from ar_jax.nets.fractal import Enclosed, FromAbove, Repeated
 from ar_jax.nets.multimodal import MultiModal
 from ar_jax.nets.transformer import Transformer
 from ar_jax.nets.vit import GPT, ClipViT, ViT

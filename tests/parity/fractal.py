@@ -15,20 +15,10 @@ from ar_jax.data import Info
 from ar_jax.decode.guidance import Linear, Rising
 from ar_jax.generators.base import Setting
 from ar_jax.generators.causal import Causal
-from ar_jax.generators.fractal import (
-    MEAN,
-    SPREAD,
-    Colours,
-    Enclosed,
-    Entered,
-    FromAbove,
-    Infilling,
-    Inside,
-    PreviousPatch,
-    Repeated,
-    standard,
-)
+from ar_jax.generators.fractal import MEAN, SPREAD, Infilling, Inside, PreviousPatch, standard
+from ar_jax.heads.colours import Colours
 from ar_jax.nets.conditioning import Label
+from ar_jax.nets.fractal import Enclosed, Entered, FromAbove, Repeated
 from ar_jax.nets.vit import ClipViT
 from ar_jax.orders import Order, cosine_sizes, raster, rooms, scan_steps, to_slots
 from ar_jax.tokenizers.pixels import Pixels
