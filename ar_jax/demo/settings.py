@@ -99,7 +99,7 @@ class Board:
     """All that can be set of a model. What the command line asked for is where it begins.
 
     Attributes:
-      ways: "own" and the published files of `configs/sampling`, which take other parts.
+      ways: "own" and the published files of `configs/sampling`, which take other parts; without those whose judge is not there.
       settings: by name, of all ways.
     """
 
@@ -107,8 +107,11 @@ class Board:
         self._parts, own = (drawer.model.module, drawer.tokenizer.module, drawer.model.order), drawer.sampling
         files = sorted((CONFIGS / "sampling").glob("*.py"))
         ways = {OWN: own} | {file.stem: sampling_file(f"configs/sampling/{file.name}", own) for file in files}
-        self._ways = {way: (sampling, fields_of(sampling, self._parts)) for way, sampling in ways.items()}
-        self.ways, self.settings = tuple(ways), {}
+        self._missing = {way: missing for way, sampling in ways.items() if way != OWN and (missing := _missing(sampling))}
+        self._ways = {
+            way: (sampling, fields_of(sampling, self._parts)) for way, sampling in ways.items() if way not in self._missing
+        }
+        self.ways, self.settings = tuple(self._ways), {}
         idle = () if drawer.generator.spec.codes else ("filter", "soft")  # they speak of codes
         for way, (sampling, fields) in self._ways.items():
             for setting in (*walk(sampling), *walk(fields)):
@@ -134,6 +137,8 @@ class Board:
         Raises:
           ValueError: no such way or setting, or a value that it does not take.
         """
+        if choice.way in self._missing:
+            raise ValueError(f"the way {choice.way!r} to sample cannot be gone: {self._missing[choice.way]}")
         if choice.way not in self.ways:
             raise ValueError(f"there is no way {choice.way!r} to sample; there are {', '.join(self.ways)}")
         sampling, fields = self._ways[choice.way]
@@ -190,6 +195,15 @@ class Board:
         for choice in found.values():
             self.sampling(choice)
         return Wish(**given, choice=found[""], other=found.get("b."))
+
+
+def _missing(sampling):
+    """What a way to sample lacks, in a sentence; "" if nothing."""
+    try:
+        sampling.weights()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def walk(value: Sampling | Fields, owner: str = "") -> Iterator[Setting]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
+from safetensors.numpy import save_file
 from test_easel import described
 
 from ar_jax.decode.guidance import Interval
@@ -25,9 +26,11 @@ SHAPE = 8, 8, 3
 
 @pytest.fixture(scope="module")
 def boards(tmp_path_factory):
-    """Of a model of each kind."""
+    """Of a model of each kind, where no judge of images lies."""
     place = tmp_path_factory.mktemp("boards")
-    return {name: Board(open_drawer(str(described(place / name, name)), Sampler())) for name in ("causal", "masked")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        return {name: Board(open_drawer(str(described(place / name, name)), Sampler())) for name in ("causal", "masked")}
 
 
 def test_settings_are_those_of_the_model_with_its_words(boards):
@@ -47,6 +50,16 @@ def test_settings_are_those_of_the_model_with_its_words(boards):
     assert (steps.kind, steps.value, steps.turned) == (int, 5, False)
     assert steps.doc.startswith("of decoding, at most one per slot")
     assert "order.steps" not in settings
+
+
+def test_ways_that_need_a_judge_are_there_where_it_is(boards, tmp_path, monkeypatch):
+    assert boards["causal"].ways == ("own", "jacobi")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    save_file({"Dense_0/kernel": np.zeros((2, 2), np.float32)}, "checkpoints/judge_mnist5k.safetensors")
+    board = Board(open_drawer(str(described(tmp_path / "run", "causal")), Sampler()))
+    assert board.ways == ("own", "best_of", "jacobi", "search")
+    assert board.settings["decoder.candidates"].ways == ("best_of", "search")
 
 
 def test_choices_become_ways_to_sample(boards):
@@ -72,7 +85,8 @@ def test_choices_become_ways_to_sample(boards):
         ("filter.banned=1;2", r"--filter.banned is '1;2'; give numbers"),
         ("soft=perhaps", r"soft is 'perhaps'; it must be true or false"),
         ("seed=18446744073709551616", r"seed is 18446744073709551616; it must be 0 to"),
-        ("b.way=sideways", r"there is no way 'sideways' to sample; there are own, best_of, jacobi, search"),
+        ("b.way=sideways", r"there is no way 'sideways' to sample; there are own, jacobi"),
+        ("way=search", r"the way 'search' to sample cannot be gone: decoder\.judge\.network\.path is 'checkpoints/judge_mnist5k"),
         ("b.decoder.window=0&b.way=jacobi", r"decoder.window is 0; it must be 1 or more"),
     ],
 )
