@@ -9,7 +9,7 @@ import numpy as np
 
 from ar_jax.tokenizers.continuous import Around
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Bool, Float, Having, Int, Params, PRNGKey, Tokens, Within, typed
+from ar_jax.typing import Array, Bool, Float, Having, Int, Key, Params, PRNGKey, Tokens, Within, typed
 
 
 class Clustered(Around, nn.Module):
@@ -85,21 +85,20 @@ class Clustered(Around, nn.Module):
         return jnp.concatenate([self.centres()[coarse[..., 0]], self.base.embed(fine)], axis=1)
 
     @typed
-    def decode(self, tokens: Tokens, *, key: PRNGKey | None = None) -> Float[Array, "b H W c"]:
+    def decode(self, tokens: Tokens, *, key: PRNGKey | Key[Array, "b"] | None = None) -> Float[Array, "b H W c"]:
         """Images of the fine tokens, about [-1, 1] but not clipped; `key` as in the base."""
         return self.base.decode(tokens[:, tokens.shape[1] // 2 :], key=key)
 
     @typed
-    def prefix(
-        self, tokens: Int[Array, "b n 1"], count: Int[Array, "b"], *, key: PRNGKey | None = None
+    def seen(
+        self, tokens: Int[Array, "b n 1"], known: Bool[Array, "b n"], *, key: PRNGKey | Key[Array, "b"] | None = None
     ) -> Float[Array, "b H W c"]:
-        """What the first `count` tokens of images show: codes, or the centres of clusters where these are all that is known, and
-        grey where nothing is."""
-        places = tokens.shape[1] // 2
-        coarse, fine = jnp.split(jnp.arange(2 * places) < count[:, None], 2, axis=1)
+        """What known tokens of images show: codes, or the centres of clusters where these are all that is known, and grey where
+        nothing is."""
+        coarse, fine = jnp.split(known, 2, axis=1)
         centres, codes = jnp.split(self.embed(tokens), 2, axis=1)
-        images = self.base.decode(jnp.where(fine[..., None], codes, centres), key=key)
-        known = coarse.reshape(-1, *self.grid)
+        images = self.base.decode(jnp.where(fine[..., None], codes, centres), **({"key": key} if self.generative else {}))
+        known = (coarse | fine).reshape(-1, *self.grid)
         for axis, cells in enumerate(self.grid, 1):
             known = known.repeat(images.shape[axis] // cells, axis)
         return jnp.where(known[..., None], images, 0.0)

@@ -11,6 +11,7 @@ from trees import random_params
 from ar_jax import codebook
 from ar_jax.data import Info
 from ar_jax.decode.edit import Edit
+from ar_jax.decode.glimpse import glimpse
 from ar_jax.decode.guidance import Interval
 from ar_jax.decode.sampling import Sampling
 from ar_jax.decode.temperature import Constant
@@ -145,14 +146,22 @@ def test_an_edit_keeps_clusters_and_codes_where_nothing_is_free():
     assert not same[~kept].all()
 
 
-def test_prefixes_show_clusters_before_codes():
+def test_glimpses_show_clusters_before_codes_and_what_is_kept_behind_a_hole():
     tokenizer, below, *_ = made()
-    seen = frozen(tokenizer, below)
-    tokens = seen(IMAGES, method="encode")
-    nothing, coarse, all_ = (seen(tokens, jnp.full(3, count), method="prefix") for count in (0, 8, 16))
-    np.testing.assert_allclose(all_, seen(tokens, method="decode"), atol=1e-5)
-    assert not np.asarray(nothing).any()
+    call = frozen(tokenizer, below)
+    tokens, slots = call(IMAGES, method="encode"), np.arange(16)
+
+    def shown(known):
+        known = jnp.broadcast_to(jnp.asarray(known), (3, 16))
+        return np.asarray(glimpse(tokenizer, call, jnp.where(known[..., None], tokens, 7), known, KEYS))
+
+    nothing, coarse, all_ = (shown(slots < count) for count in (0, 8, 16))
+    np.testing.assert_allclose(all_, call(tokens, method="decode"), atol=1e-5)
+    assert not nothing.any()
     assert np.abs(coarse - all_).max() > 1e-3
+    hole = shown(slots % 8 != 2)  # third of four places in the first row: 4x8 pixels, cells of 2x2
+    assert not hole[:, :2, 4:6].any()
+    assert np.abs(hole[:, :, 6:]).min(axis=(1, 2)).all()
 
 
 def test_clusters_are_found_for_a_trained_tokenizer(tmp_path):
