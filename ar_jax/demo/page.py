@@ -148,8 +148,9 @@ class Page:
         with gr.Accordion(label):
             parts |= {name: _component(setting) for name, setting in settings.items() if setting.turned}
             with gr.Accordion("More, which compiles programs of its own", open=False):
-                info = "Parts: the model's own, or those of a file in configs/sampling."
-                way = gr.Dropdown(list(ways), value=ways[0], label="way", visible=len(ways) > 1, info=info)
+                missing = "".join(f" Not here: {way} ({reason})." for way, reason in self.board.missing.items())
+                info = "Parts: the model's own, or those of a file in configs/sampling." + missing
+                way = gr.Dropdown(list(ways), value=ways[0], label="way", info=info)
                 parts |= {name: _component(setting) for name, setting in settings.items() if not setting.turned}
         parts = [parts[name] for name in settings]
 

@@ -99,7 +99,8 @@ class Board:
     """All that can be set of a model. What the command line asked for is where it begins.
 
     Attributes:
-      ways: "own" and the published files of `configs/sampling`, which take other parts; without those whose judge is not there.
+      ways: "own" and the published files of `configs/sampling`, which take other parts.
+      missing: why the others of them cannot be gone, such as for want of a judge's weights.
       settings: by name, of all ways.
     """
 
@@ -107,9 +108,9 @@ class Board:
         self._parts, own = (drawer.model.module, drawer.tokenizer.module, drawer.model.order), drawer.sampling
         files = sorted((CONFIGS / "sampling").glob("*.py"))
         ways = {OWN: own} | {file.stem: sampling_file(f"configs/sampling/{file.name}", own) for file in files}
-        self._missing = {way: missing for way, sampling in ways.items() if way != OWN and (missing := _missing(sampling))}
+        self.missing = {way: missing for way, sampling in ways.items() if way != OWN and (missing := _missing(sampling))}
         self._ways = {
-            way: (sampling, fields_of(sampling, self._parts)) for way, sampling in ways.items() if way not in self._missing
+            way: (sampling, fields_of(sampling, self._parts)) for way, sampling in ways.items() if way not in self.missing
         }
         self.ways, self.settings = tuple(self._ways), {}
         idle = () if drawer.generator.spec.codes else ("filter", "soft")  # they speak of codes
@@ -137,8 +138,8 @@ class Board:
         Raises:
           ValueError: no such way or setting, or a value that it does not take.
         """
-        if choice.way in self._missing:
-            raise ValueError(f"the way {choice.way!r} to sample cannot be gone: {self._missing[choice.way]}")
+        if choice.way in self.missing:
+            raise ValueError(f"the way {choice.way!r} to sample cannot be gone: {self.missing[choice.way]}")
         if choice.way not in self.ways:
             raise ValueError(f"there is no way {choice.way!r} to sample; there are {', '.join(self.ways)}")
         sampling, fields = self._ways[choice.way]

@@ -54,6 +54,7 @@ def test_settings_are_those_of_the_model_with_its_words(boards):
 
 def test_ways_that_need_a_judge_are_there_where_it_is(boards, tmp_path, monkeypatch):
     assert boards["causal"].ways == ("own", "jacobi")
+    assert list(boards["causal"].missing) == ["best_of", "search"]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     save_file({"Dense_0/kernel": np.zeros((2, 2), np.float32)}, "checkpoints/judge_mnist5k.safetensors")
