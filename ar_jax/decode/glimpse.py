@@ -19,7 +19,7 @@ def glimpse(
 ) -> Float[Array, "b h w c"]:
     """Images, float32 in about [-1, 1], as far as their tokens are known; once all are, those that `decode` gives.
 
-    Of a tokenizer that shows any known tokens, what these say (its `seen`); of one of which any prefix decodes, what the first tokens
+    Of a tokenizer that shows any known tokens, what these say (its `partly`); of one of which any prefix decodes, what the first tokens
     say (its `prefix`); of one with scales, what the whole scales
     say so far (its `decode_until`); of one grid, the cells that are known, and grey in place of the others.
 
@@ -31,8 +31,8 @@ def glimpse(
       key: of each image, for tokenizers whose decoders draw (see `decode.sampling.decoding_keys`).
     """
     spec = tokenizer.spec
-    if hasattr(tokenizer, "seen"):
-        return frozen(tokens, known, key=key, method="seen")
+    if hasattr(tokenizer, "partly"):
+        return frozen(tokens, known, key=key, method="partly")
     if hasattr(tokenizer, "prefix"):
         return frozen(tokens, jnp.cumprod(known, axis=1).sum(1), key=key, method="prefix")
     if len(spec.scales) > 1 and hasattr(tokenizer, "decode_until"):

@@ -131,7 +131,7 @@ class Sampling:
         shown, source = tokenizer if pixels is None else with_fields(tokenizer, dtype=pixels), None
 
         def frozen(*arguments, method, **keywords):
-            module = shown if method in ("decode", "decode_until", "prefix", "seen") else tokenizer
+            module = shown if method in ("decode", "decode_until", "prefix", "partly") else tokenizer
             keywords |= said_of(tokenizer, batch, len(arguments[0])) if method == "decode" else {}
             return module.apply({"params": tokenizer_params}, *arguments, method=method, **keywords)
 

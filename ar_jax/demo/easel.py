@@ -319,7 +319,7 @@ class Work:
         """The tokens that are kept, and the frozen tokenizer."""
 
         def call(*arguments, method, **keywords):
-            module = self.shown if method in ("decode", "decode_until", "prefix", "seen") else self.tokenizer
+            module = self.shown if method in ("decode", "decode_until", "prefix", "partly") else self.tokenizer
             keywords |= said_of(self.tokenizer, batch, len(arguments[0])) if method == "decode" else {}
             return module.apply({"params": frozen}, *arguments, method=method, **keywords)
 

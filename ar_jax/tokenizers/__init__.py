@@ -19,7 +19,7 @@ A tokenizer is a module. Of all are asked `size`, `channels`, `spec`, `rules`, `
 - `generative = True`, if `decode` draws by its key; pictures in training then are `decode(encode(image), key=...)`. The key is one
   for all images, or an array with one for each; what an image draws depends on nothing but its own.
 - `prefix(tokens, count, key=...)`, if any number of the first tokens decodes, and `prefixes`, at which numbers more can be seen
-  (`ordered.py`); `seen(tokens, known, key=...)`, if whichever tokens are known can be shown (`clustered.py`).
+  (`ordered.py`); `partly(tokens, known, key=...)`, if whichever tokens are known can be shown (`clustered.py`).
 - `corrected(image, key=...)`, if generators may learn to make up for mistakes (`GeneratorStage.mistaken`): tokens with a mistake in
   each image, and those that are to be predicted from them.
 - `conditioned = ("text", "text_mask")`, or others: what it decodes with of a batch. Then `decode` and `autoencode` take `batch=`

@@ -90,7 +90,7 @@ class Clustered(Around, nn.Module):
         return self.base.decode(tokens[:, tokens.shape[1] // 2 :], key=key)
 
     @typed
-    def seen(
+    def partly(
         self, tokens: Int[Array, "b n 1"], known: Bool[Array, "b n"], *, key: PRNGKey | Key[Array, "b"] | None = None
     ) -> Float[Array, "b H W c"]:
         """What known tokens of images show: codes, or the centres of clusters where these are all that is known, and grey where
