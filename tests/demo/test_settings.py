@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngImageFile
 from safetensors.numpy import save_file
 from test_easel import described
 
+import ar_jax.demo
 from ar_jax.decode.guidance import Interval
 from ar_jax.decode.jacobi import Jacobi
 from ar_jax.decode.logits import Filter
@@ -113,6 +114,7 @@ def test_a_link_holds_all_settings_and_only_what_differs(boards):
 def test_without_gradio_the_command_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "ar_jax.demo.page", raising=False)
+    monkeypatch.delattr(ar_jax.demo, "page", raising=False)
     run = described(tmp_path / "mine", "causal")
     with pytest.raises(SystemExit, match=r"ar_jax\.demo: the page is made with gradio, .*; pip install 'gradio>=6'"):
         command.main([str(run)])
