@@ -82,9 +82,9 @@ def mnist5k(name: str, sub_codes: int, bits: int) -> Experiment:
         tokenizer=dataclasses.replace(base.tokenizer, module=module),
         generator=GeneratorStage(
             module=Causal(net, Label(128), Bitwise(bias=False, std=0.0), inputs(sub_codes)),
-            steps=500, batch=64, optim=Optim(lr=2e-3, warmup=50, schedule="cosine", ema=0.99),
+            steps=1500, batch=64, optim=Optim(lr=2e-3, warmup=50, schedule="cosine", ema=0.99),
             sampling=Sampling(Rising(4.0), Constant(0.9)),
-            log_every=50, preview_every=250, save_every=250,
+            log_every=50, preview_every=500, save_every=500,
         ),
     )  # fmt: skip
 
