@@ -67,7 +67,7 @@ def mnist5k() -> Experiment:
         name="mnist5k_dar",
         tokenizer=dataclasses.replace(
             base.tokenizer, module=module, losses=Losses(lpips=0.0, adversarial=0.0),
-            steps=1500, preview_every=500, save_every=500, optim=dataclasses.replace(base.tokenizer.optim, warmup=100),
+            steps=4000, preview_every=1000, save_every=1000, optim=dataclasses.replace(base.tokenizer.optim, warmup=100),
         ),
         generator=dataclasses.replace(
             base.generator, module=generator.clone(backbone=generator.backbone.clone(line=True))

@@ -54,7 +54,8 @@ def mnist5k() -> Experiment:
         vq=VectorLoss(entropy=0.02),
     )  # fmt: skip
     stage = dataclasses.replace(base.tokenizer, module=module)
-    return dataclasses.replace(base, name="mnist5k_vit_vqgan", tokenizer=stage)
+    generator = dataclasses.replace(base.generator, steps=1500)  # after 500 it hardly knows the class
+    return dataclasses.replace(base, name="mnist5k_vit_vqgan", tokenizer=stage, generator=generator)
 
 
 def tokenizer(name: str, encoder: str, decoder: str, **stage) -> Experiment:
