@@ -19,9 +19,9 @@ def glimpse(
 ) -> Float[Array, "b h w c"]:
     """Images, float32 in about [-1, 1], as far as their tokens are known; once all are, those that `decode` gives.
 
-    Of a tokenizer that shows any known tokens, what these say (its `partly`); of one of which any prefix decodes, what the first tokens
-    say (its `prefix`); of one with scales, what the whole scales
-    say so far (its `decode_until`); of one grid, the cells that are known, and grey in place of the others.
+    Of a tokenizer that shows any known tokens, what these say (its `partly`); of one of which any prefix decodes, what the first
+    tokens say (its `prefix`); of one with scales, what the whole scales say so far (its `decode_until`); of one grid, the cells
+    that are known, and grey in place of the others.
 
     Args:
       tokenizer: the module.

@@ -100,7 +100,7 @@ class Board:
 
     Attributes:
       ways: "own" and the published files of `configs/sampling`, which take other parts.
-      missing: why the others of them cannot be gone, such as for want of a judge's weights.
+      missing: why other files cannot be used here, such as for want of a judge's weights, by way.
       settings: by name, of all ways.
     """
 
@@ -139,7 +139,7 @@ class Board:
           ValueError: no such way or setting, or a value that it does not take.
         """
         if choice.way in self.missing:
-            raise ValueError(f"the way {choice.way!r} to sample cannot be gone: {self.missing[choice.way]}")
+            raise ValueError(f"the way {choice.way!r} to sample cannot be used here: {self.missing[choice.way]}")
         if choice.way not in self.ways:
             raise ValueError(f"there is no way {choice.way!r} to sample; there are {', '.join(self.ways)}")
         sampling, fields = self._ways[choice.way]

@@ -88,7 +88,7 @@ def test_choices_become_ways_to_sample(boards):
         ("soft=perhaps", r"soft is 'perhaps'; it must be true or false"),
         ("seed=18446744073709551616", r"seed is 18446744073709551616; it must be 0 to"),
         ("b.way=sideways", r"there is no way 'sideways' to sample; there are own, jacobi"),
-        ("way=search", r"the way 'search' to sample cannot be gone: decoder\.judge\.network\.path is 'checkpoints/judge_mnist5k"),
+        ("way=search", r"the way 'search' to sample cannot be used here: decoder\.judge\.network\.path is 'checkpoints/judge_mnist5k"),
         ("b.decoder.window=0&b.way=jacobi", r"decoder.window is 0; it must be 1 or more"),
     ],
 )
