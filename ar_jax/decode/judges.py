@@ -7,6 +7,7 @@ A judge is a frozen dataclass with
     open() -> parameters                              read once, and arguments of the compiled program
     judge(parameters, images, batch) -> scores [b q]  higher is better: float32 images [b q h w c] in about [-1, 1], q candidates
                                                       for each of b conditions
+    needs                                             what it reads of the batch, such as ("label",); may be left out
 
 Search is won by whoever flatters its judge, so figures of what was found are to come from another one.
 """
@@ -68,6 +69,8 @@ class ByClass:
     network: Callable = SmallNetwork()
     """With `open() -> parameters`, called with them and images [b h w c]."""
 
+    needs = ("label",)
+
     def open(self) -> Params:
         return self.network.open()
 
@@ -96,6 +99,10 @@ class Ensemble:
             raise ValueError(
                 f"decoder.judge has {len(self.judges)} judges and {len(self.weights)} weights; give a weight to each, or none"
             )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(name for judge in self.judges for name in getattr(judge, "needs", ()))
 
     def open(self) -> tuple[Params, ...]:
         return tuple(judge.open() for judge in self.judges)

@@ -108,7 +108,10 @@ class Board:
         self._parts, own = (drawer.model.module, drawer.tokenizer.module, drawer.model.order), drawer.sampling
         files = sorted((CONFIGS / "sampling").glob("*.py"))
         ways = {OWN: own} | {file.stem: sampling_file(f"configs/sampling/{file.name}", own) for file in files}
-        self.missing = {way: missing for way, sampling in ways.items() if way != OWN and (missing := _missing(sampling))}
+        asked = drawer.model.module.conditioning.example()
+        self.missing = {
+            way: missing for way, sampling in ways.items() if way != OWN and (missing := _missing(sampling, asked))
+        }
         self._ways = {
             way: (sampling, fields_of(sampling, self._parts)) for way, sampling in ways.items() if way not in self.missing
         }
@@ -198,8 +201,11 @@ class Board:
         return Wish(**given, choice=found[""], other=found.get("b."))
 
 
-def _missing(sampling):
-    """What a way to sample lacks, in a sentence; "" if nothing."""
+def _missing(sampling, asked):
+    """What a way to sample lacks with a model that is asked so (a batch), in a sentence; "" if nothing."""
+    needs = getattr(getattr(sampling.decoder, "judge", None), "needs", ())
+    if strange := sorted(set(needs) - set(asked)):
+        return f"its judge looks at the {strange[0]}, but this model is not asked for one"
     try:
         sampling.weights()
     except ValueError as error:

@@ -58,17 +58,17 @@ MODELS = {  # tokenizer, generator, order
 }  # fmt: skip
 
 
-def described(place, name):
+def described(place, name, asked=Label(16), info=INFO):
     """A run folder with random weights."""
     tokenizer, generator, order = MODELS[name]
-    generator = generator.complete(tokenizer.spec, INFO)
+    generator = generator.clone(conditioning=asked).complete(tokenizer.spec, info)
     settings = {
         "tokenizer": "../tokenizer",
         "order": codec.encode(order),
         "sampling": codec.encode(Sampling(Interval(1.5))),
     }
-    for kind, network, info, rest in (("tokenizer", tokenizer, Info(), {}), ("generator", generator, INFO, settings)):
-        describe(place / kind, kind, network, info, rest)
+    for kind, network, seen, rest in (("tokenizer", tokenizer, Info(), {}), ("generator", generator, info, settings)):
+        describe(place / kind, kind, network, seen, rest)
         save_params(place / kind / "params", random_params(network, 0.3))
     return place
 

@@ -13,12 +13,14 @@ from safetensors.numpy import save_file
 from test_easel import described
 
 import ar_jax.demo
+from ar_jax.data import Info
 from ar_jax.decode.guidance import Interval
 from ar_jax.decode.jacobi import Jacobi
 from ar_jax.decode.logits import Filter
 from ar_jax.demo import __main__ as command
 from ar_jax.demo import canvas, pictures
 from ar_jax.demo.settings import Board, Choice, Wish
+from ar_jax.nets.conditioning import Caption
 from ar_jax.options import Sampler
 from ar_jax.sampler import open_drawer
 
@@ -62,6 +64,10 @@ def test_ways_that_need_a_judge_are_there_where_it_is(boards, tmp_path, monkeypa
     board = Board(open_drawer(str(described(tmp_path / "run", "causal")), Sampler()))
     assert board.ways == ("own", "best_of", "jacobi", "search")
     assert board.settings["decoder.candidates"].ways == ("best_of", "search")
+    words = Info(captions=True, text="minilm", text_rows=2, text_width=4)
+    board = Board(open_drawer(str(described(tmp_path / "words", "causal", Caption(16), words)), Sampler()))
+    assert board.ways == ("own", "jacobi")
+    assert board.missing["search"] == "its judge looks at the label, but this model is not asked for one"
 
 
 def test_choices_become_ways_to_sample(boards):
