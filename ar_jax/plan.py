@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from typing import Annotated, Any, Literal
 
 import jax
@@ -238,6 +239,17 @@ def network(mesh: jax.sharding.Mesh, limits: Chip) -> Callable[[list[int]], floa
     return speed
 
 
+def _text(compiled):
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        (fits,) = (word.partition(";")[0] for word in metadata.requires("jax") or () if word.startswith("libtpu"))
+        raise ValueError(
+            f"jaxlib {metadata.version('jaxlib')} cannot read the program that libtpu {metadata.version('libtpu')} made; "
+            f"pip install '{fits}', which was released with this JAX ({str(error).splitlines()[0]:.200})"
+        ) from error
+
+
 def compile_for(experiment: Experiment, options: Options, mesh: jax.sharding.Mesh) -> Compiled:
     """Compiles what `options` ask for."""
     facts, function, arguments, rest, preview = (sampler if options.sample else trainer)(experiment, options, mesh)
@@ -253,7 +265,7 @@ def compile_for(experiment: Experiment, options: Options, mesh: jax.sharding.Mes
         _, held = _compiled(*drawn, mesh)
         facts["compile time"] += f", of the preview {time.perf_counter() - start:.1f} s"
         rest["preview"] = held if isinstance(held, str) else sum(held.values()) + beside
-    text = compiled.as_text()
+    text = _text(compiled)
     if options.hlo:
         os.makedirs(on_disk(options.hlo, "--hlo"), exist_ok=True)
         with open(os.path.join(options.hlo, f"{experiment.name}_{mesh.devices.flat[0].device_kind}.hlo"), "w") as file:

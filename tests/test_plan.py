@@ -182,6 +182,17 @@ def test_without_the_tpu_compiler_its_installation_is_named():
         plan.main(["configs/llamagen.py:mnist5k", "--topology", "v5e:2x2"])
 
 
+def test_a_program_that_another_release_wrote_names_the_one_that_fits(monkeypatch):
+    def as_text():
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure in an async-update\nmore")
+
+    monkeypatch.setattr(plan.metadata, "version", {"jaxlib": "1.2.3", "libtpu": "0.0.99"}.get)
+    monkeypatch.setattr(plan, "_compiled", lambda *_: (types.SimpleNamespace(as_text=as_text), {}))
+    said = r"jaxlib 1.2.3 cannot read the program that libtpu 0.0.99 made; pip install 'libtpu==\S+', which .* async-update\)"
+    with pytest.raises(ValueError, match=said):
+        plan.compile_for(TINY, options(), make_mesh(MeshShape(), jax.devices()[:1]))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (pip install jax[tpu])")
 def test_a_slice_that_is_not_there_is_compiled_for():
     devices = plan.topology_devices("v5e:2x2")
