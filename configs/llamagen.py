@@ -9,7 +9,7 @@ Small, for two CPU cores:
 
     mnist5k          5,000 real digits: the quickstart
     fashion_mnist    the same on 60,000 pictures of clothes; Debian's package dataset-fashion-mnist
-    emoji            text to image: colour emoji by their Unicode names; 33 minutes, figures in configs/README.md
+    emoji            text to image: colour emoji by their Unicode names; 20 minutes, figures in configs/README.md
 
 Tokenizers on ImageNet, 256 pixels:
 
