@@ -38,6 +38,7 @@ MOVED: dict[str, str] = {  # "module:name" as earlier versions wrote it -> as it
     )
     for name in names
 }
+DROPPED = {"output_major": False}  # fields of modules that earlier versions wrote, and the one value that they had
 LARGEST = 2**24  # a number in a model's description is no larger, to either side; beyond it are damage and malice
 LONGEST = 2**25  # bytes of a JSON file
 WORDIEST = 1024  # characters of a text in it
@@ -180,6 +181,7 @@ def build(kind: type, values: Any, where: str, hints: collections.abc.Mapping[st
     if not isinstance(values, dict):
         raise ValueError(f"{where} is {shown(values)}; it must be the fields of {kind.__name__}")
     fields = _fields(kind)
+    values = {name: x for name, x in values.items() if name in fields or x is not DROPPED.get(name, values)}
     if unknown := [name for name in values if name not in fields]:
         raise ValueError(
             f"{where} has {shown(unknown[0])}, which is no field of {kind.__name__}; it has {', '.join(fields)}"

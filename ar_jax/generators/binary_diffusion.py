@@ -81,13 +81,12 @@ class Block(nn.Module):
     hidden: int
     eps: float
     dtype: Any
-    output_major: bool
 
     no_decay = ("gamma1", "gamma2")
 
     def setup(self):
         def dense(features):
-            return Linear(features, self.dtype, None, init, self.output_major, bias=True)
+            return Linear(features, self.dtype, None, init, bias=True)
 
         def norm():
             return nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, use_fast_variance=False)
@@ -112,7 +111,7 @@ class Scaled(Plain):
     eps: float = 1e-5
 
     def setup(self):
-        sizes = (self.width, self.heads, self.hidden or 4 * self.width, self.eps, self.dtype, self.unroll)
+        sizes = (self.width, self.heads, self.hidden or 4 * self.width, self.eps, self.dtype)
         self.blocks = self.stack(Block, sizes, (nn.broadcast,))
         self.norm = nn.LayerNorm(epsilon=self.eps, dtype=self.dtype, use_fast_variance=False)
 

@@ -61,8 +61,8 @@ class Fused(ByAxis):
             self.part = self.param("part", nn.initializers.zeros, ())
             return
         begin = nn.initializers.normal((2 * self.codes) ** -0.5)
-        self.gate_in = Linear(self.hidden or max(32, self.codes // 512), kernel_init=begin, output_major=self.output_major)
-        self.gate_out = Linear(1, kernel_init=nn.initializers.zeros, output_major=self.output_major, bias=True)
+        self.gate_in = Linear(self.hidden or max(32, self.codes // 512), kernel_init=begin)
+        self.gate_out = Linear(1, kernel_init=nn.initializers.zeros, bias=True)
 
     def shares(self, logits: Float[Array, "B m 2 v"], there: Float[Array, "B m 2"]) -> Float[Array, "B m 2"]:
         part = jnp.where(there.all(-1), self.beside(logits), there[..., 0])

@@ -111,7 +111,7 @@ class Holistic(Transformer):
 
     def setup(self):
         hidden = self.hidden or -(-(8 * self.width // 3) // 256) * 256
-        sizes = (self.width, self.heads, hidden, self.dropout, self.eps, self.dtype, self.unroll)
+        sizes = (self.width, self.heads, hidden, self.dropout, self.eps, self.dtype)
         self.blocks = self.stack(Block, sizes, (nn.broadcast, nn.broadcast, nn.broadcast))
         self.norm = transformer.RMSNorm(self.eps)
         self.slots = self.param("slots", transformer.init, (self.places, self.width))
@@ -151,7 +151,7 @@ class ByLevel(Categorical):
     def setup(self):
         begin = nn.initializers.normal(self.std) if self.std else nn.initializers.zeros
         out = (max(self.levels) + 1) * self.codes
-        self.readout = Linear(out, self.dtype, jnp.float32, begin, self.output_major, self.bias)
+        self.readout = Linear(out, self.dtype, jnp.float32, begin, self.bias)
 
     @typed
     def __call__(self, h: Float[Array, "B m d"], first: Index = 0) -> Float[Array, "B m v"]:

@@ -56,11 +56,10 @@ class CrossBlock(nn.Module):
     attention_dropout: Share
     eps: float
     dtype: Any
-    output_major: bool
 
     def setup(self):
         def dense(features):
-            return Linear(features, self.dtype, None, xavier, self.output_major, bias=True)
+            return Linear(features, self.dtype, None, xavier, bias=True)
 
         self.query_norm, self.memory_norm, self.mlp_norm = (norm(self.eps, self.dtype) for _ in range(3))
         self.query, self.memory, self.out = (dense(n) for n in (self.width, 2 * self.width, self.width))
@@ -87,7 +86,7 @@ class Crossed(Plain):
     def setup(self):
         sizes = (
             self.width, self.heads, self.hidden or 4 * self.width, self.dropout, self.attention_dropout, self.eps,
-            self.dtype, self.unroll,
+            self.dtype,
         )  # fmt: skip
         self.blocks, self.norm = self.stack(CrossBlock, sizes, (nn.broadcast,) * 2), norm(self.eps, self.dtype)
 

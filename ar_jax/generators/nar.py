@@ -20,7 +20,7 @@ from ar_jax.machine.sharding import Rules
 from ar_jax.nets import transformer
 from ar_jax.nets.attention import Kept, Rows
 from ar_jax.nets.conditioning import Cond
-from ar_jax.nets.linear import Linear, look_up, output_major
+from ar_jax.nets.linear import Linear, look_up
 from ar_jax.nets.positions import rotary
 from ar_jax.nets.transformer import Cache, Transformer
 from ar_jax.orders import Diagonals, Order
@@ -110,7 +110,7 @@ class Branched(Transformer):
 
     def setup(self):
         hidden = self.hidden or -(-(8 * self.width // 3) // 256) * 256
-        sizes = (self.width, self.heads, hidden, self.dropout, self.eps, self.dtype, self.unroll)
+        sizes = (self.width, self.heads, hidden, self.dropout, self.eps, self.dtype)
         shared = (nn.broadcast,) * 3
         if self.ahead:
             self.blocks = self.stack(NotingBlock, sizes, (0, *shared))
@@ -126,7 +126,6 @@ class Branched(Transformer):
     def slices(self, path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:
         if not path[1].startswith("branches_"):
             return super().slices(path, leaf)
-        leaf = output_major(path[-1], leaf)
         return {(path[0], f"{path[1]}_{i}", *path[2:]): leaf[i] for i in range(len(leaf))}
 
     def empty_cache(self, batch: int, kept: Kept = "own") -> Cache:
@@ -180,7 +179,7 @@ class ByAxis(Categorical):
         super().setup()
         begin = nn.initializers.normal(0.02)
         self.others = [
-            Linear(self.codes, self.dtype, jnp.float32, begin, self.output_major, self.bias)
+            Linear(self.codes, self.dtype, jnp.float32, begin, self.bias)
             for _ in range(self.axes - 1)
         ]
 

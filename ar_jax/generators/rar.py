@@ -149,7 +149,6 @@ class Block(nn.Module):
     attention_dropout: Share
     eps: float
     dtype: Any
-    output_major: bool
 
     def setup(self):
         def norm():
@@ -157,7 +156,7 @@ class Block(nn.Module):
             return nn.LayerNorm(epsilon=self.eps, dtype=jnp.float32, use_fast_variance=False)
 
         def dense(features, kernel_init=init):
-            return Linear(features, self.dtype, None, kernel_init, self.output_major, bias=True)
+            return Linear(features, self.dtype, None, kernel_init, bias=True)
 
         self.attention_norm, self.mlp_norm, self.q_norm, self.k_norm = (norm() for _ in range(4))
         self.qkv, self.out = dense(3 * self.width), dense(self.width)
@@ -204,7 +203,7 @@ class Placed(Plain):
     def setup(self):
         sizes = (
             self.width, self.heads, self.hidden or 4 * self.width, self.dropout, self.attention_dropout, self.eps,
-            self.dtype, self.unroll,
+            self.dtype,
         )  # fmt: skip
         self.blocks = self.stack(Block, sizes, (nn.broadcast,) * 3)
         self.place = self.param("place", nn.initializers.normal(0.02), (self.rows, self.width))

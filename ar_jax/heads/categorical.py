@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from ar_jax.machine.sharding import Rules
 from ar_jax.nets.conditioning import fold
-from ar_jax.nets.linear import Linear, output_major
+from ar_jax.nets.linear import Linear
 from ar_jax.tokens import TokenSpec
-from ar_jax.typing import Array, Float, Index, Int, Key, PRNGKey, Share, Tokens, Unstored, typed
+from ar_jax.typing import Array, Float, Index, Int, Key, PRNGKey, Share, Tokens, typed
 
 
 class Categorical(nn.Module):
@@ -22,7 +22,6 @@ class Categorical(nn.Module):
     Attributes:
       codes: size of the codebook; 0 until the tokenizer is known (`complete`).
       dtype: of the matrix product's inputs.
-      output_major: layout of the readout for decoding (see `linear.output_major`).
       chunk: the training loss is computed for so many rows of every image at a time, and again in the backward pass, so
         that the logits of all rows never lie in memory; 0 computes all at once.
       bias: the readout has one.
@@ -34,7 +33,6 @@ class Categorical(nn.Module):
 
     codes: int = 0
     dtype: Any = jnp.float32
-    output_major: Unstored = False
     chunk: int = 0
     bias: bool = False
     std: float = 0.0
@@ -49,18 +47,9 @@ class Categorical(nn.Module):
             )
         return self.clone(codes=spec.codes[0])
 
-    def by_layer(self) -> "Categorical":
-        """The same head laid out for decoding."""
-        return self.clone(output_major=True)
-
-    @nn.nowrap
-    def slices(self, path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:
-        """What becomes of a parameter in that layout."""
-        return {path: output_major(path[-1], leaf)}
-
     def setup(self):
         begin = nn.initializers.normal(self.std) if self.std else nn.initializers.zeros
-        self.readout = Linear(self.codes, self.dtype, jnp.float32, begin, self.output_major, self.bias)
+        self.readout = Linear(self.codes, self.dtype, jnp.float32, begin, self.bias)
 
     @typed
     def __call__(self, h: Float[Array, "B m d"]) -> Float[Array, "B m v"]:
@@ -70,7 +59,7 @@ class Categorical(nn.Module):
     @property
     def rules(self) -> Rules:
         """What tensor parallelism divides (see `sharding.shard`)."""
-        return ((r"/readout/kernel$", P("tp", None) if self.output_major else P(None, "tp")),)
+        return ((r"/readout/kernel$", P(None, "tp")),)
 
     @typed
     def loss(

@@ -89,14 +89,15 @@ class Factorised(nn.Module):
 
     def by_layer(self) -> "Factorised":
         """The same head laid out for decoding."""
-        return self.clone(net=self.net.by_layer(), readout=self.readout.by_layer())
+        return self.clone(net=self.net.by_layer())
 
     @nn.nowrap
     def slices(self, path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:
         """What becomes of a parameter in that layout; `path` begins with the head's name."""
         head, *inside = path
-        part = self.net if inside[0] == "net" else self.readout if inside[0].startswith("readouts") else None
-        return {(head, *where): x for where, x in part.slices(tuple(inside), leaf).items()} if part else {path: leaf}
+        if inside[0] != "net":
+            return {path: leaf}
+        return {(head, *where): x for where, x in self.net.slices(tuple(inside), leaf).items()}
 
     @nn.nowrap
     def calls(self, steps: int) -> np.ndarray:

@@ -51,13 +51,12 @@ class Block(nn.Module):
     std: float
     out_std: float
     dtype: Any
-    output_major: bool
 
     no_decay = ("q_bias", "v_bias", "log_scale")
 
     def setup(self):
         def dense(features, std, bias=True):
-            return Linear(features, self.dtype, None, nn.initializers.normal(std), self.output_major, bias)
+            return Linear(features, self.dtype, None, nn.initializers.normal(std), bias)
 
         self.qkv, self.out = dense(3 * self.width, self.std, bias=False), dense(self.width, self.out_std)
         self.up, self.down = dense(self.hidden, self.std), dense(self.width, self.out_std)
@@ -132,7 +131,7 @@ class AdaLN(Backbone):
         std = (3 * self.width) ** -0.5
         out_std = std / math.sqrt(2 * (self.depth or self.layers))
         hidden = self.hidden or 4 * self.width
-        sizes = (self.width, self.heads, hidden, self.l2_norm, self.eps, std, out_std, self.dtype, self.unroll)
+        sizes = (self.width, self.heads, hidden, self.l2_norm, self.eps, std, out_std, self.dtype)
         self.blocks = self.stack(Block, sizes, (0, 0, nn.broadcast, nn.broadcast))
         parts = (self.gate, self.gate, 0.5, 0.5, 0.5, 0.5)
         self.ada = Projections(1 if self.shared else self.layers, parts, std, self.dtype)

@@ -71,7 +71,7 @@ class UpBlock(vit.Block):
 
     def setup(self):
         super().setup()
-        self.join = Linear(self.width, self.dtype, None, self.begin, self.output_major, bias=True)
+        self.join = Linear(self.width, self.dtype, None, self.begin, bias=True)
 
     def __call__(self, x, earlier, seen, first):
         x = self.join(jnp.concatenate([x, earlier], axis=-1))

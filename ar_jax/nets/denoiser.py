@@ -26,16 +26,15 @@ class Block(nn.Module):
     hidden: int
     eps: float
     dtype: Any
-    output_major: bool
 
     no_decay = ("gate",)
 
     def setup(self):
         def dense(features, init=xavier, out_dtype=None):
-            return Linear(features, self.dtype, out_dtype, init, self.output_major, bias=True)
+            return Linear(features, self.dtype, out_dtype, init, bias=True)
 
         self.attention, self.across = (
-            Attention(self.width, self.heads, self.eps, self.dtype, self.output_major) for _ in range(2)
+            Attention(self.width, self.heads, self.eps, self.dtype) for _ in range(2)
         )
         self.modulation = dense(6 * self.width, zeros, jnp.float32)
         self.fc1, self.fc2 = dense(self.hidden), dense(self.width)
@@ -77,7 +76,7 @@ class Denoiser(Backbone):
         )
 
     def setup(self):
-        sizes = (self.width, self.heads, self.hidden or 4 * self.width, self.eps, self.dtype, self.unroll)
+        sizes = (self.width, self.heads, self.hidden or 4 * self.width, self.eps, self.dtype)
         self.blocks = self.stack(Block, sizes, (nn.broadcast,) * 4)
 
     @nn.compact

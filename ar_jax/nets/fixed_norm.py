@@ -25,11 +25,10 @@ class Block(nn.Module):
     hidden: int
     eps: float
     dtype: Any
-    output_major: bool
 
     def setup(self):
         def dense(features):
-            return Linear(features, self.dtype, None, xavier, self.output_major)
+            return Linear(features, self.dtype, None, xavier)
 
         self.query, self.key, self.value, self.out = (dense(self.width) for _ in range(4))
         self.gate, self.up, self.down = dense(self.hidden), dense(self.hidden), dense(self.width)
@@ -65,7 +64,7 @@ class FixedNorm(Backbone):
 
     def setup(self):
         hidden = self.hidden or 2 * (4 * self.width) // 3
-        sizes = (self.width, self.heads, hidden, self.eps, self.dtype, self.unroll)
+        sizes = (self.width, self.heads, hidden, self.eps, self.dtype)
         self.blocks = self.stack(Block, sizes, (0, nn.broadcast, nn.broadcast))
         if self.kinds:
             self.ada = Projections(self.layers, (0.0,) * (6 * self.kinds), 0.0, self.dtype)

@@ -58,10 +58,10 @@ def modulated(x: Float[Array, "B q d"], scale: Array, shift: Array) -> Float[Arr
     return (rms(x) * (1 + scale) + shift).astype(x.dtype)
 
 
-def gated_rules(output_major: bool = False) -> Rules:
+def gated_rules() -> Rules:
     """What tensor parallelism divides of the modules here (see `sharding.shard`)."""
     # Outputs of qkv and kv lie head by head, so that whole heads are divided.
-    outputs, inputs = (P("tp", None), P(None, "tp")) if output_major else (P(None, "tp"), P("tp", None))
+    outputs, inputs = P(None, "tp"), P("tp", None)
     return (r"/(qkv|kv|q|gate|up)/kernel$", outputs), (r"/(out|down)/kernel$", inputs)
 
 
@@ -74,7 +74,6 @@ class Attention(nn.Module):
       cross: keys and values come from other rows.
       dropout: rate of the attention's weights and of the result; active only when a "dropout" key is given to `apply`.
       dtype: of the matrix products.
-      output_major: see `Linear`.
     """
 
     width: int
@@ -84,7 +83,6 @@ class Attention(nn.Module):
     attention_dropout: Share = 0.0
     dropout: Share = 0.0
     dtype: Any = jnp.float32
-    output_major: bool = False
 
     @nn.compact
     def __call__(
@@ -104,7 +102,7 @@ class Attention(nn.Module):
         """
 
         def heads(rows, parts, name):
-            y = Linear(parts * self.width, self.dtype, None, xavier, self.output_major, self.bias, name=name)(rows)
+            y = Linear(parts * self.width, self.dtype, None, xavier, self.bias, name=name)(rows)
             return split_heads(y, self.heads, parts)
 
         if self.cross:
@@ -118,7 +116,7 @@ class Attention(nn.Module):
             y = seen(q, k, v)
         else:
             y = attend(q, k, v, seen.mask, drop=Dropout(self.attention_dropout, deterministic=False))
-        y = Linear(self.width, self.dtype, None, xavier, self.output_major, bias=True, name="out")(join_heads(y))
+        y = Linear(self.width, self.dtype, None, xavier, bias=True, name="out")(join_heads(y))
         return Dropout(self.dropout, deterministic=det)(y), cache
 
 
@@ -128,19 +126,18 @@ class GatedMLP(nn.Module):
     Attributes:
       width: of the result.
       hidden: 0 is 8/3 `width`, rounded down.
-      dropout, dtype, output_major: as in `Attention`.
+      dropout, dtype: as in `Attention`.
     """
 
     width: int
     hidden: int = 0
     dropout: Share = 0.0
     dtype: Any = jnp.float32
-    output_major: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B q d"]) -> Float[Array, "B q d"]:
         def dense(features, name):
-            return Linear(features, self.dtype, None, xavier, self.output_major, bias=True, name=name)
+            return Linear(features, self.dtype, None, xavier, bias=True, name=name)
 
         def drop(y):
             return Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(y)
@@ -159,13 +156,12 @@ class Block(nn.Module):
     dropout: Share
     attention_dropout: Share
     dtype: Any
-    output_major: bool
 
     @nn.compact
     def __call__(self, x, cache, cond, table, seen, first):
-        net = {"dropout": self.dropout, "dtype": self.dtype, "output_major": self.output_major}
+        net = {"dropout": self.dropout, "dtype": self.dtype}
         x = constrain(x, BATCH)
-        ada = Linear(6 * self.width, self.dtype, jnp.float32, xavier, self.output_major, bias=True, name="ada")
+        ada = Linear(6 * self.width, self.dtype, jnp.float32, xavier, bias=True, name="ada")
         mod = cond.spread(ada(nn.silu(cond.vector.astype(jnp.float32))))
         gate1, gate2, scale1, scale2, shift1, shift2 = jnp.split(mod, 6, axis=-1)
         attention = Attention(self.width, self.heads, attention_dropout=self.attention_dropout, name="attention", **net)
@@ -197,7 +193,7 @@ class Gated(Backbone):
 
     def setup(self):
         sizes = (
-            self.width, self.heads, self.hidden, self.dropout, self.attention_dropout, self.dtype, self.unroll
+            self.width, self.heads, self.hidden, self.dropout, self.attention_dropout, self.dtype
         )  # fmt: skip
         self.blocks = self.stack(Block, sizes, (nn.broadcast,) * 4)
         self.norm = RMSNorm(EPS)
@@ -205,7 +201,7 @@ class Gated(Backbone):
     @property
     def rules(self) -> Rules:
         """What tensor parallelism divides (see `sharding.shard`)."""
-        return gated_rules(self.unroll)
+        return gated_rules()
 
     def modulate(self, vector: Float[Array, "B d"] | None) -> Condition:
         """The condition's vector, for all rows.

@@ -27,11 +27,10 @@ class Attention(nn.Module):
     heads: int
     eps: float
     dtype: Any
-    output_major: bool
 
     def setup(self):
         self.query, self.key, self.value, self.out = (
-            Linear(self.width, self.dtype, None, xavier, self.output_major, bias=True) for _ in range(4)
+            Linear(self.width, self.dtype, None, xavier, bias=True) for _ in range(4)
         )
         self.query_norm, self.key_norm = _norm(self.eps, self.dtype), _norm(self.eps, self.dtype)
 
@@ -55,15 +54,14 @@ class Block(nn.Module):
     eps: float
     gate: float
     dtype: Any
-    output_major: bool
 
     no_decay = ("gate1", "gate2")
 
     def setup(self):
-        self.attention = Attention(self.width, self.heads, self.eps, self.dtype, self.output_major)
+        self.attention = Attention(self.width, self.heads, self.eps, self.dtype)
         self.attention_norm, self.mlp_norm = _norm(self.eps, self.dtype), _norm(self.eps, self.dtype)
         self.fc1, self.fc2 = (
-            Linear(features, self.dtype, None, xavier, self.output_major, bias=True)
+            Linear(features, self.dtype, None, xavier, bias=True)
             for features in (self.hidden, self.width)
         )
         begin = nn.initializers.constant(self.gate)
@@ -94,7 +92,7 @@ class HeadNorm(Backbone):
     gate: float = 0.0
 
     def setup(self):
-        sizes = (self.width, self.heads, self.hidden or 4 * self.width, self.eps, self.gate, self.dtype, self.unroll)
+        sizes = (self.width, self.heads, self.hidden or 4 * self.width, self.eps, self.gate, self.dtype)
         self.blocks = self.stack(Block, sizes, (nn.broadcast, nn.broadcast))
 
     @property
@@ -127,14 +125,13 @@ class PaintBlock(nn.Module):
     hidden: int
     eps: float
     dtype: Any
-    output_major: bool
 
     def setup(self):
         def dense(features, init=xavier):
-            return Linear(features, self.dtype, None, init, self.output_major, bias=True)
+            return Linear(features, self.dtype, None, init, bias=True)
 
         self.attention, self.across = (
-            Attention(self.width, self.heads, self.eps, self.dtype, self.output_major) for _ in range(2)
+            Attention(self.width, self.heads, self.eps, self.dtype) for _ in range(2)
         )
         self.time = TimeEmbedding(self.width, self.dtype, features=self.width)
         self.told1, self.told2 = dense(self.width), dense(self.width)
@@ -161,7 +158,7 @@ class Painter(HeadNorm):
     """
 
     def setup(self):
-        sizes = (self.width, self.heads, self.hidden or 4 * self.width, self.eps, self.dtype, self.unroll)
+        sizes = (self.width, self.heads, self.hidden or 4 * self.width, self.eps, self.dtype)
         self.told = Linear(self.width, self.dtype, None, xavier, bias=True)
         self.blocks = self.stack(PaintBlock, sizes, (nn.broadcast,) * 5)
 

@@ -28,12 +28,11 @@ class Attention(nn.Module):
     heads: int
     eps: float
     dtype: Any
-    output_major: bool
     halves: bool = False
 
     def setup(self):
         self.query, self.key, self.value, self.out = (
-            Linear(self.width, self.dtype, None, init, self.output_major) for _ in range(4)
+            Linear(self.width, self.dtype, None, init) for _ in range(4)
         )
         self.query_norm, self.key_norm = RMSNorm(self.eps), RMSNorm(self.eps)
 
@@ -73,13 +72,12 @@ class Block(nn.Module):
     halves: bool
     eps: float
     dtype: Any
-    output_major: bool
 
     def setup(self):
         def dense(features):
-            return Linear(features, self.dtype, None, init, self.output_major)
+            return Linear(features, self.dtype, None, init)
 
-        self.attention = Attention(self.width, self.heads, self.eps, self.dtype, self.output_major, self.halves)
+        self.attention = Attention(self.width, self.heads, self.eps, self.dtype, self.halves)
         self.attention_norm, self.mlp_norm = RMSNorm(self.eps), RMSNorm(self.eps)
         self.gate, self.up, self.down = dense(self.hidden), dense(self.hidden), dense(self.width)
 
@@ -121,7 +119,7 @@ class Resizing(Backbone):
                 f"{type(self).__name__}: before is {self.before}, but there are {self.layers} layers; leave at least one after"
             )
         sizes = (
-            self.width, self.heads, self.hidden or 4 * self.width, self.halves, self.eps, self.dtype, self.unroll
+            self.width, self.heads, self.hidden or 4 * self.width, self.halves, self.eps, self.dtype
         )  # fmt: skip
         self.blocks_before, self.blocks_after = (
             self.stack(Block, sizes, (nn.broadcast, nn.broadcast), layers)

@@ -2,8 +2,6 @@
 
 import contextlib
 import contextvars
-import functools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,7 +37,6 @@ class Linear(nn.Module):
       features: of the result.
       dtype: of the product's inputs; the parameter stays float32.
       out_dtype: of the result; None is `dtype`. float32 accumulates and returns float32.
-      output_major: the kernel is [features, d], the layout for decoding (see `output_major`).
       bias: add a learned vector.
       bias_init: where it begins.
     """
@@ -48,25 +45,17 @@ class Linear(nn.Module):
     dtype: Any = jnp.float32
     out_dtype: Any = None
     kernel_init: Any = nn.initializers.normal(0.02)
-    output_major: bool = False
     bias: bool = False
     bias_init: Any = nn.initializers.zeros
 
     @nn.compact
     @typed
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
-        shape = (self.features, x.shape[-1]) if self.output_major else (x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape)
-        multiply = stream if self.output_major else product
-        y = multiply(x.astype(self.dtype), kernel, self.out_dtype or self.dtype)
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        y = product(x.astype(self.dtype), kernel, self.out_dtype or self.dtype)
         if self.bias:
             y = (y + self.param("bias", self.bias_init, (self.features,))).astype(y.dtype)
         return checkpoint_name(y, PRODUCT)
-
-
-def output_major(name: str, leaf: Array) -> Array:
-    """A parameter of a `Linear` layer for `output_major=True`: kernels are transposed."""
-    return jnp.swapaxes(leaf, -1, -2) if name == "kernel" else leaf
 
 
 def cast(params: Params, dtype: Any) -> Params:
@@ -79,28 +68,6 @@ def cast(params: Params, dtype: Any) -> Params:
         return leaf.astype(dtype) if path[-1].key in MATRICES else leaf
 
     return jax.tree_util.tree_map_with_path(one, params)
-
-
-def stream(x: Float[Array, "*b d"], w: Float[Array, "f d"], dtype: Any) -> Float[Array, "*b f"]:
-    """x W^T in `dtype`, W rounded to the dtype of x, at the speed at which memory gives W where x has few rows, as in decoding.
-
-    XLA's matrix product on CPU reads W at half the bandwidth for two to eight rows, a multiplication and a sum at three
-    quarters, and its product with one row at nearly all of it.
-    """
-    by_dot, w = functools.partial(_dot, dtype=dtype), w.astype(x.dtype)
-    if not 1 < math.prod(x.shape[:-1]) <= 8 or w.dtype != jnp.float32:
-        return by_dot(x, w)
-    return lax.platform_dependent(x, w, cpu=_multiply_and_sum, default=by_dot).astype(dtype)
-
-
-def _dot(x, w, dtype):
-    return lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
-
-
-def _multiply_and_sum(x, w):
-    rows = x.reshape(-1, x.shape[-1])
-    total = lax.optimization_barrier((w[None] * rows[:, None]).sum(-1))
-    return total.reshape(*x.shape[:-1], -1)
 
 
 @typed

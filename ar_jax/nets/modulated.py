@@ -39,7 +39,7 @@ class Modulated(Transformer):
 
     def setup(self):
         hidden = self.hidden or -(-(8 * self.width // 3) // 256) * 256
-        sizes = (self.width, self.heads, hidden, self.dropout, self.eps, self.dtype, self.unroll)
+        sizes = (self.width, self.heads, hidden, self.dropout, self.eps, self.dtype)
         self.blocks = self.stack(Block, sizes, (0, nn.broadcast, nn.broadcast, nn.broadcast))
         parts = (self.gate_size, self.gate_size, 0.5, 0.5, 0.5, 0.5)
         self.ada, self.ada_final = (

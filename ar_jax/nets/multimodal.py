@@ -24,11 +24,10 @@ class Heads(nn.Module):
     heads: int
     eps: float
     dtype: Any
-    output_major: bool
 
     def setup(self):
         self.query, self.key, self.value = (
-            Linear(self.width, self.dtype, None, xavier, self.output_major, bias=True) for _ in range(3)
+            Linear(self.width, self.dtype, None, xavier, bias=True) for _ in range(3)
         )
         self.query_norm, self.key_norm = RMSNorm(self.eps), RMSNorm(self.eps)
 
@@ -45,14 +44,13 @@ class Stream(nn.Module):
     hidden: int
     eps: float
     dtype: Any
-    output_major: bool
 
     def setup(self):
         def dense(features, begin=xavier):
-            return Linear(features, self.dtype, None, begin, self.output_major, bias=True)
+            return Linear(features, self.dtype, None, begin, bias=True)
 
         self.modulation = dense(6 * self.width, zeros)
-        self.attention = Heads(self.width, self.heads, self.eps, self.dtype, self.output_major)
+        self.attention = Heads(self.width, self.heads, self.eps, self.dtype)
         self.out, self.fc1, self.fc2 = dense(self.width), dense(self.hidden), dense(self.width)
 
     def asks(self, x, vector):
@@ -75,10 +73,9 @@ class DoubleBlock(nn.Module):
     hidden: int
     eps: float
     dtype: Any
-    output_major: bool
 
     def setup(self):
-        fields = (self.width, self.heads, self.hidden, self.eps, self.dtype, self.output_major)
+        fields = (self.width, self.heads, self.hidden, self.eps, self.dtype)
         self.text, self.image = Stream(*fields), Stream(*fields)
 
     def __call__(self, streams, cache, vector, table, seen):
@@ -97,14 +94,13 @@ class SingleBlock(nn.Module):
     hidden: int
     eps: float
     dtype: Any
-    output_major: bool
 
     def setup(self):
         def dense(features, begin=xavier):
-            return Linear(features, self.dtype, None, begin, self.output_major, bias=True)
+            return Linear(features, self.dtype, None, begin, bias=True)
 
         self.modulation = dense(3 * self.width, zeros)
-        self.attention = Heads(self.width, self.heads, self.eps, self.dtype, self.output_major)
+        self.attention = Heads(self.width, self.heads, self.eps, self.dtype)
         self.fc1, self.out = dense(self.hidden), dense(self.width)
 
     def __call__(self, x, cache, vector, table, seen):
@@ -147,7 +143,7 @@ class MultiModal(Backbone):
                 f"backbone.axes is {self.axes}; they must be even numbers whose sum is width / heads, "
                 f"{self.width} / {self.heads}"
             )
-        sizes = (self.width, self.heads, self.hidden or 4 * self.width, self.eps, self.dtype, self.unroll)
+        sizes = (self.width, self.heads, self.hidden or 4 * self.width, self.eps, self.dtype)
         self.double = self.stack(DoubleBlock, sizes, (nn.broadcast,) * 3)
         self.single = self.stack(SingleBlock, sizes, (nn.broadcast,) * 3, self.singles)
         self.time = TimeEmbedding(self.width, self.dtype)

@@ -92,14 +92,13 @@ class Block(nn.Module):
     rows: int
     eps: float
     dtype: Any
-    output_major: bool
 
     no_decay = ("positions",)
 
     def setup(self):
-        self.attention = Attention(self.width, self.heads, self.eps, self.dtype, self.output_major)
+        self.attention = Attention(self.width, self.heads, self.eps, self.dtype)
         self.told, self.fc1, self.fc2 = (
-            Linear(features, self.dtype, None, init, self.output_major, bias=True)
+            Linear(features, self.dtype, None, init, bias=True)
             for features in (self.width, self.hidden, self.width)
         )
         self.positions = self.param("positions", zeros, (self.rows, self.width))
@@ -151,7 +150,7 @@ class Reader(Backbone):
 
     def setup(self):
         sizes = (
-            self.width, self.heads, self.hidden or 4 * self.width, self.rows, self.eps, self.dtype, self.unroll
+            self.width, self.heads, self.hidden or 4 * self.width, self.rows, self.eps, self.dtype
         )  # fmt: skip
         self.blocks = self.stack(self.kind, sizes, (0, 0, *[nn.broadcast] * self.shared))
         self.begin()
@@ -216,7 +215,7 @@ class TimedBlock(Block):
     """As `Block`, with norms and gates that a time's vector modulates."""
 
     def begin(self):
-        self.modulation = Linear(6 * self.width, self.dtype, jnp.float32, zeros, self.output_major, bias=True)
+        self.modulation = Linear(6 * self.width, self.dtype, jnp.float32, zeros, bias=True)
 
     def branches(self, more):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(*more)[:, None], 6, axis=-1)

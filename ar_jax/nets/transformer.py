@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from ar_jax.machine.sharding import BATCH, Rules, constrain
 from ar_jax.nets.attention import ATTENTION, Int8, Kept, Rows, join_heads, remember, split_heads
 from ar_jax.nets.dropout import Dropout
-from ar_jax.nets.linear import PRODUCT, Linear, output_major
+from ar_jax.nets.linear import PRODUCT, Linear
 from ar_jax.nets.positions import rotary, rotary_line, rotate
 from ar_jax.tokens import TokenSpec
 from ar_jax.typing import Array, Float, Layers, Share, Unstored, Within, typed
@@ -91,7 +91,7 @@ class Backbone(nn.Module):
 
         Outputs of a joint product for queries, keys and values lie head by head, so that whole heads are divided.
         """
-        return (P("tp", None), P(None, "tp")) if self.unroll else (P(None, "tp"), P("tp", None))
+        return P(None, "tp"), P("tp", None)
 
     def complete(self, spec: TokenSpec) -> "Backbone":
         """Fills in what only the tokenizer knows; nothing."""
@@ -172,11 +172,10 @@ class Block(nn.Module):
     dropout: Share
     eps: float
     dtype: Any
-    output_major: bool
 
     def setup(self):
         def dense(features):
-            return Linear(features, self.dtype, output_major=self.output_major)
+            return Linear(features, self.dtype)
 
         self.attention_norm, self.mlp_norm = RMSNorm(self.eps), RMSNorm(self.eps)
         self.qkv, self.out = dense(3 * self.width), dense(self.width)
@@ -223,7 +222,7 @@ class Transformer(Backbone):
 
     def setup(self):
         hidden = self.hidden or -(-(8 * self.width // 3) // 256) * 256
-        sizes = (self.width, self.heads, hidden, self.dropout, self.eps, self.dtype, self.unroll)
+        sizes = (self.width, self.heads, hidden, self.dropout, self.eps, self.dtype)
         self.blocks = self.stack(Block, sizes, (nn.broadcast, nn.broadcast, nn.broadcast))
         if self.final:
             self.norm = RMSNorm(self.eps)
@@ -294,5 +293,4 @@ def slices(path: tuple[str, ...], leaf: Array) -> dict[tuple[str, ...], Array]:
     """
     if path[1] != "blocks":
         return {path: leaf}
-    leaf = output_major(path[-1], leaf)
     return {(path[0], f"blocks_{i}", *path[2:]): leaf[i] for i in range(len(leaf))}

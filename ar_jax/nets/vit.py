@@ -37,14 +37,13 @@ class Block(nn.Module):
     bias: bool
     eps: float
     dtype: Any
-    output_major: bool
     begin: Any = xavier
     apart: bool = False
     qkv_bias: bool = True
 
     def setup(self):
         def dense(features, bias=True):
-            return Linear(features, self.dtype, None, self.begin, self.output_major, bias)
+            return Linear(features, self.dtype, None, self.begin, bias)
 
         self.attention_norm, self.mlp_norm = (_norm(self.dtype, self.bias, self.eps) for _ in range(2))
         self.out = dense(self.width, self.bias)
@@ -116,7 +115,7 @@ class Plain(Backbone):
     def fields_of_block(self, bias: bool, begin: Any = xavier, apart: bool = False, qkv_bias: bool = True) -> tuple:
         return (
             self.width, self.heads, self.hidden or 4 * self.width, self.dropout, self.attention_dropout, bias,
-            self.eps, self.dtype, self.unroll, begin, apart, qkv_bias,
+            self.eps, self.dtype, begin, apart, qkv_bias,
         )  # fmt: skip
 
     @nn.nowrap
@@ -209,11 +208,10 @@ class TurnedBlock(nn.Module):
     hidden: int
     eps: float
     dtype: Any
-    output_major: bool
 
     def setup(self):
         def dense(features, bias=True):
-            return Linear(features, self.dtype, None, xavier, self.output_major, bias)
+            return Linear(features, self.dtype, None, xavier, bias)
 
         self.attention_norm, self.mlp_norm = (_norm(self.dtype, eps=self.eps) for _ in range(2))
         self.qkv, self.out = dense(3 * self.width, bias=False), dense(self.width)
@@ -251,7 +249,7 @@ class TurnedViT(Backbone):
 
     def setup(self):
         hidden = self.hidden or int(2.67 * self.width)
-        sizes = (self.width, self.heads, hidden, self.eps, self.dtype, self.unroll)
+        sizes = (self.width, self.heads, hidden, self.eps, self.dtype)
         self.blocks = self.stack(TurnedBlock, sizes, (nn.broadcast,) * 3)
         self.norm = _norm(self.dtype, eps=self.eps)
 
