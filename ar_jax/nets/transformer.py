@@ -73,7 +73,7 @@ class Backbone(nn.Module):
       dtype: of the matrix products; parameters stay float32.
       remat: what the backward pass computes again to save memory: "none", "dots" (all but matrix products and
         attention) or "full" (everything inside a block).
-      unroll: the layout for decoding, one tree of output-major kernels per layer instead of stacked ones (see `slices`).
+      unroll: the layout for decoding, one tree of kernels per layer instead of stacked ones (see `slices`).
     """
 
     layers: Layers
