@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-import test_easel
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from test_easel import described
@@ -14,11 +13,8 @@ from test_easel import described
 from ar_jax.data import Info
 from ar_jax.demo.easel import Easel, Request
 from ar_jax.demo.settings import Board, Choice, Wish
-from ar_jax.generators.causal import Causal
 from ar_jax.nets.conditioning import Caption
-from ar_jax.nets.transformer import Transformer
 from ar_jax.options import Sampler
-from ar_jax.orders import raster
 
 pages, playwright = pytest.importorskip("ar_jax.demo.page"), pytest.importorskip("playwright.sync_api")
 
@@ -31,11 +27,9 @@ def easel(tmp_path_factory):
     return Easel(str(described(tmp_path_factory.mktemp("browser") / "mine", "causal")), Sampler())
 
 
-def test_a_page_for_captions(tmp_path, monkeypatch):
-    monkeypatch.setattr(test_easel, "INFO", Info(captions=True, text="minilm", text_rows=4, text_width=6))
-    words = (test_easel.GRID, Causal(Transformer(1, 16, 2, hidden=24), Caption(16), test_easel.HEAD), raster)
-    monkeypatch.setitem(test_easel.MODELS, "words", words)
-    easel = Easel(str(described(tmp_path / "mine", "words")), Sampler())
+def test_a_page_for_captions(tmp_path):
+    words = Info(captions=True, text="minilm", text_rows=4, text_width=6)
+    easel = Easel(str(described(tmp_path / "mine", "causal", Caption(16), words)), Sampler())
     page = pages.Page(easel, Board(easel.drawer), ["a red heart", "a snowman"], tmp_path)
     panel = [Choice().way, *(setting.value for setting in page.board.settings.values())]
     wish, _ = page.wish(("a cat\n\n a dog ", 3.0, "7", "", 0, True, True, *panel, *panel))
